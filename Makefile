@@ -1,0 +1,77 @@
+# Everything starts from a machine with Python (3.11 or newer) and make.
+#
+#   make demo       the whole thing on a real Synapse, in about a minute
+#   make test       lint, types, layers and tests
+#   make help       the rest
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check lint types layers format unit bench lock clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+# One stamp for each set of locked packages: what is installed is what was tested.
+define install_set
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one with: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the locked packages of requirements/$(1).txt into $(VENV) (a minute or so) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/$(1).txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+endef
+
+$(VENV)/.run: requirements/run.txt pyproject.toml
+	$(call install_set,run)
+$(VENV)/.demo: requirements/demo.txt pyproject.toml
+	$(call install_set,demo)
+$(VENV)/.test: requirements/test.txt pyproject.toml
+	$(call install_set,test)
+	@touch $(VENV)/.demo $(VENV)/.run
+
+install: $(VENV)/.run ## install the daemon into .venv
+
+demo: $(VENV)/.demo ## the daemon, a real Synapse and a stand-in SFU, live in the terminal (ARGS=--no-synapse: without Synapse)
+	@$(BIN)/sfu-delegate demo $(ARGS)
+
+test: check unit ## lint, types, layers and the tests (what takes long as a sample)
+
+test-all: check ## the same with everything that takes long
+	$(BIN)/python -m pytest --run-slow $(ARGS)
+
+check: lint types layers ## lint, types and layers only
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+layers: $(VENV)/.test
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.test ## the tests only (ARGS="-k webhook" chooses)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test ## the engine benchmark: µs per input by batch size and number of rows
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+format: $(VENV)/.test ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+UV = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(if $(UPGRADE),--upgrade)
+lock: ## write requirements/*.txt anew (UPGRADE=1: with the newest versions)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV) --extra test pyproject.toml requirements/build.in -o requirements/test.txt
+	$(UV) --constraint requirements/test.txt --extra demo pyproject.toml requirements/build.in -o requirements/demo.txt
+	$(UV) --constraint requirements/test.txt pyproject.toml requirements/build.in -o requirements/run.txt
+
+clean: ## remove the virtual environment and what tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
