@@ -1,0 +1,445 @@
+"""The life of a delegated event, as two tables and the few rules that no table holds.
+
+Theory of operation
+-------------------
+Two machines share one row. The first (`PRESENCE`) is about the participant: is it in the call? Its inputs are signs (`presence.py` boils webhooks and
+looks down to them). The second (`EVENTS`) is about one delayed event: what is to be done with it at the homeserver, and what became of it. The
+first drives the second at exactly two points: the participant is found to be GONE, and it is found to be back.
+
+Two mistakes are possible, and they are not equal. Ending the event of somebody who is in the call drops a person from it; ending it late shows a
+ghost for a while. So a departure is a claim to be checked, an absence has to be seen twice, and whatever cannot be known counts as connected.
+
+Two rules keep this honest:
+
+1. Everything that changes a delayed event's state is in this file. The engine stores what comes out, and does what the row says.
+2. What is to be done next is data in the row (`lane`, `due`, `harm`, `claim`). There is no list of commands beside it that could disagree.
+
+Countdowns are kept conservatively. `running_since` is the time *before* the last successful restart request was sent; the client may restart as
+well, so the true deadline may be later than `deadline`, never earlier. Restarts are therefore tried even after ours has passed.
+"""
+
+from collections.abc import Iterator
+from enum import StrEnum
+
+from sfu_delegate.delegation import presence as looking
+from sfu_delegate.delegation.model import (
+    Accept,
+    Action,
+    Answered,
+    DelayedEvent,
+    Due,
+    Lane,
+    Looked,
+    NewEvent,
+    Note,
+    OnEnd,
+    Outcome,
+    Presence,
+    Seen,
+    Session,
+    State,
+    Verdict,
+    Withdraw,
+)
+from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.delegation.presence import Finding, Sign
+
+# ── is the participant there? ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PRESENCE: dict[tuple[Presence, Sign], Presence] = {
+    (Presence.EXPECTED, Sign.DELEGATED): Presence.EXPECTED,
+    (Presence.EXPECTED, Sign.ARRIVED): Presence.CONNECTED,
+    (Presence.EXPECTED, Sign.CONNECTING): Presence.EXPECTED,  # the join timeout begins anew
+    (Presence.EXPECTED, Sign.DEPARTED): Presence.AWAY,
+    (Presence.EXPECTED, Sign.ABSENT): Presence.EXPECTED,
+    (Presence.EXPECTED, Sign.GIVEN_UP): Presence.GONE,
+    (Presence.EXPECTED, Sign.UNASKED): Presence.EXPECTED,
+    (Presence.CONNECTED, Sign.DELEGATED): Presence.CONNECTED,
+    (Presence.CONNECTED, Sign.ARRIVED): Presence.CONNECTED,
+    (Presence.CONNECTED, Sign.DEPARTED): Presence.AWAY,
+    (Presence.CONNECTED, Sign.REMOVED): Presence.GONE,
+    (Presence.CONNECTED, Sign.ABSENT): Presence.AWAY,  # "missing": a second look confirms it
+    (Presence.CONNECTED, Sign.UNASKED): Presence.CONNECTED,
+    (Presence.AWAY, Sign.DELEGATED): Presence.EXPECTED,  # who delegates is about to come back
+    (Presence.AWAY, Sign.ARRIVED): Presence.CONNECTED,
+    (Presence.AWAY, Sign.CONNECTING): Presence.AWAY,
+    (Presence.AWAY, Sign.DEPARTED): Presence.AWAY,
+    (Presence.AWAY, Sign.REMOVED): Presence.GONE,
+    (Presence.AWAY, Sign.GIVEN_UP): Presence.GONE,
+    (Presence.AWAY, Sign.UNASKED): Presence.AWAY,
+    (Presence.GONE, Sign.DELEGATED): Presence.EXPECTED,
+    (Presence.GONE, Sign.ARRIVED): Presence.CONNECTED,
+    (Presence.GONE, Sign.DEPARTED): Presence.GONE,
+    (Presence.GONE, Sign.REMOVED): Presence.GONE,
+    (Presence.GONE, Sign.UNASKED): Presence.GONE,
+}
+"""From (presence, sign) to presence. `Sign.NOTHING` never gets here; every pair that is missing cannot come out of `presence.py`, and raises."""
+
+
+# ── what becomes of the delayed event? ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Happening(StrEnum):
+    """What the delayed event's table reacts to."""
+
+    GONE = "gone"  # its participant was found to be gone
+    BACK = "back"  # its participant, who had been given up, is there again
+    RESTARTED = "restarted"  # the homeserver restarted it
+    ENDED = "ended"  # the homeserver sent or cancelled it for us
+    NOT_THERE = "not_there"  # the homeserver does not know it, or says that it has ended
+    REFUSED = "refused"  # the homeserver gave a final error
+    NOT_DONE = "not_done"  # the request did not get through, perhaps or certainly: it is made again
+    SUPERSEDED = "superseded"  # a newer delegation of the same participant was verified
+    WITHDRAWN = "withdrawn"  # the client takes it back
+    DELEGATED = "delegated"  # the client hands it over (again)
+    TIME_UP = "time_up"  # the time that the row had asked for has come
+
+
+EVENTS: dict[tuple[State, Happening], State] = {
+    (State.LIVE, Happening.GONE): State.ENDING,
+    (State.LIVE, Happening.BACK): State.LIVE,
+    (State.LIVE, Happening.RESTARTED): State.LIVE,
+    (State.LIVE, Happening.ENDED): State.DONE,  # an ending was under way when its participant came back
+    (State.LIVE, Happening.NOT_THERE): State.VANISHED,
+    (State.LIVE, Happening.REFUSED): State.DONE,
+    (State.LIVE, Happening.NOT_DONE): State.LIVE,
+    (State.LIVE, Happening.SUPERSEDED): State.SUPERSEDED,
+    (State.LIVE, Happening.WITHDRAWN): State.DONE,
+    (State.LIVE, Happening.DELEGATED): State.LIVE,
+    (State.ENDING, Happening.GONE): State.ENDING,
+    (State.ENDING, Happening.BACK): State.LIVE,
+    (State.ENDING, Happening.ENDED): State.DONE,
+    (State.ENDING, Happening.NOT_THERE): State.DONE,
+    (State.ENDING, Happening.REFUSED): State.DONE,
+    (State.ENDING, Happening.NOT_DONE): State.ENDING,
+    (State.ENDING, Happening.SUPERSEDED): State.SUPERSEDED,
+    (State.ENDING, Happening.WITHDRAWN): State.DONE,
+    (State.ENDING, Happening.DELEGATED): State.LIVE,
+    (State.ENDING, Happening.TIME_UP): State.DONE,
+    (State.SUPERSEDED, Happening.GONE): State.SUPERSEDED,
+    (State.SUPERSEDED, Happening.BACK): State.SUPERSEDED,
+    (State.SUPERSEDED, Happening.ENDED): State.DONE,
+    (State.SUPERSEDED, Happening.NOT_THERE): State.DONE,
+    (State.SUPERSEDED, Happening.REFUSED): State.DONE,
+    (State.SUPERSEDED, Happening.NOT_DONE): State.SUPERSEDED,
+    (State.SUPERSEDED, Happening.SUPERSEDED): State.SUPERSEDED,
+    (State.SUPERSEDED, Happening.WITHDRAWN): State.DONE,
+    (State.SUPERSEDED, Happening.DELEGATED): State.LIVE,
+    (State.SUPERSEDED, Happening.TIME_UP): State.DONE,
+    (State.VANISHED, Happening.GONE): State.DONE,
+    (State.VANISHED, Happening.SUPERSEDED): State.DONE,
+    (State.VANISHED, Happening.WITHDRAWN): State.DONE,
+    (State.VANISHED, Happening.DELEGATED): State.LIVE,
+    (State.VANISHED, Happening.TIME_UP): State.DONE,
+    (State.DONE, Happening.DELEGATED): State.LIVE,
+}
+"""From (state, happening) to state. A pair that is missing changes nothing (`TIME_UP` of a LIVE event, anything but `DELEGATED` of a DONE one)."""
+
+
+# ── the rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def advance(row: DelayedEvent, given: Seen | Looked | Answered | Withdraw | Due | Accept, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """The row after `given`, or the same object when nothing changes. `random` is in [0, 1), for jitter.
+
+    An `Accept` here is one of the same participant: it tells that somebody is about to connect.
+    """
+    if row.state is State.DONE:
+        return row
+    match given:
+        case Seen():
+            return _apply(row, looking.of_webhook(row, given, now, policy), now, policy, random)
+        case Looked():
+            return _apply(row, looking.of_look(row, given, now, policy), now, policy, random)
+        case Accept():
+            return _apply(row, Finding(Sign.DELEGATED, row.sessions), now, policy, random)
+        case Answered():
+            return _answered(row, given, now, policy, random)
+        case Withdraw():
+            return _happen(row, Happening.WITHDRAWN, now, policy, random)
+        case Due():
+            return _time_up(row, now, policy, random)
+
+
+def supersede(row: DelayedEvent, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """A newer delegation of the same participant was verified: cancel this one at the homeserver.
+
+    Left alone, the old leave event would fire within its delay and remove the new membership (measured with Synapse 1.163: a newer state event
+    does not cancel the delayed one).
+    """
+    return _happen(row, Happening.SUPERSEDED, now, policy, random)
+
+
+def delegate(
+    row: DelayedEvent | None, id: int, accept: Accept, event: NewEvent, like: DelayedEvent | None, now: float, policy: Policy
+) -> DelayedEvent:
+    """The row of an event that is handed over: a new one, or `row` (the same `delay_id` of the same participant) taken up again.
+
+    `like` is a row of the same participant whose presence it inherits: no `joined` will come for somebody who is in the call already.
+    """
+    if row is not None and row.state is State.LIVE:
+        return row._replace(delegation=accept.delegation, on_end=event.on_end, token=accept.token or row.token, accepted_at=now)
+    sessions: tuple[Session, ...] = like.sessions if like else ()
+    present = like.presence if like and like.state is not State.DONE else Presence.EXPECTED
+    base = DelayedEvent(
+        id=id,
+        delegation=accept.delegation,
+        sfu=accept.sfu,
+        room=accept.room,
+        identity=accept.identity,
+        alias=accept.alias,
+        homeserver=accept.homeserver,
+        user=accept.user,
+        delay_id=event.delay_id,
+        delay=event.delay,
+        on_end=event.on_end,
+        token=accept.token,
+        accepted_at=now,
+        verified_at=None,
+        presence=present,
+        presence_since=like.presence_since if like and present is not Presence.EXPECTED else now,
+        sessions=sessions,
+        reason="",
+        attempt_at=now,
+        look_at=_next_look(now, now, policy) if present is Presence.EXPECTED else None,
+        state=State.LIVE,
+        running_since=now - event.delay,  # unknown: it may be about to run out
+        restarts=0,
+        attempts=0,
+        end_tried=False,
+        outcome=Outcome.OPEN,
+        ended_at=None,
+        finished_at=None,
+        lane=Lane.RESTART,
+        due=now,
+        harm=now,
+        claim=row.claim if row else 0,
+        claimed=False,
+    )
+    if row is not None and row.state in (State.ENDING, State.SUPERSEDED):
+        # An ending may have been under way: the restart will tell.
+        base = base._replace(end_tried=row.end_tried or row.claimed)
+    return base
+
+
+def claim(row: DelayedEvent, now: float, policy: Policy) -> DelayedEvent:
+    """The row while its action is being carried out. A lease that ran out means that nobody knows what became of the action."""
+    unknown = row.claimed and action(row) is not Action.RESTART
+    return row._replace(claim=row.claim + 1, claimed=True, due=now + policy.lease, end_tried=row.end_tried or unknown)
+
+
+def action(row: DelayedEvent) -> Action:
+    """What is to be done with a row in lane END or RESTART."""
+    if row.state is State.SUPERSEDED:
+        return Action.CANCEL
+    if row.state is State.ENDING:
+        return Action.CANCEL if row.on_end is OnEnd.CANCEL else Action.SEND
+    return Action.RESTART
+
+
+# ── presence ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _next_look(since: float, now: float, policy: Policy) -> float:
+    """When somebody who is EXPECTED is looked for next: soon after the delegation, then less and less often, last when the join timeout is over."""
+    return next((since + wait for wait in policy.first_looks if since + wait > now), max(since + policy.join_timeout, now + policy.look_again))
+
+
+def _apply(row: DelayedEvent, finding: Finding, now: float, policy: Policy, random: float) -> DelayedEvent:
+    sign, sessions = finding.sign, finding.sessions
+    if sign is Sign.NOTHING:
+        return row if sessions == row.sessions else row._replace(sessions=sessions)
+    old, new = row.presence, PRESENCE[row.presence, sign]
+    given_row = row
+    row = row._replace(
+        presence=new,
+        presence_since=row.presence_since if new is old else now,
+        sessions=sessions,
+        reason=_reason(row, new, finding),
+        attempt_at=now if sign in (Sign.CONNECTING, Sign.DELEGATED) else row.attempt_at,
+        look_at=_look_at(row, new, finding, now, policy),
+        ended_at=_ended_at(row, old, new, now),
+    )
+    if row == given_row:
+        return given_row
+    if new is Presence.GONE and old is not Presence.GONE:
+        return _happen(row, Happening.GONE, now, policy, random)
+    if old is Presence.GONE and new is not Presence.GONE:
+        return _happen(row, Happening.BACK, now, policy, random)
+    return row
+
+
+def _reason(row: DelayedEvent, new: Presence, finding: Finding) -> str:
+    if new in (Presence.CONNECTED, Presence.EXPECTED):
+        return ""
+    return (finding.reason or row.reason) if finding.sign in (Sign.DEPARTED, Sign.REMOVED, Sign.ABSENT, Sign.GIVEN_UP) else row.reason
+
+
+def _look_at(row: DelayedEvent, new: Presence, finding: Finding, now: float, policy: Policy) -> float | None:
+    match new:
+        case Presence.EXPECTED:
+            since = now if finding.sign in (Sign.CONNECTING, Sign.DELEGATED) else row.attempt_at
+            return _next_look(since, now, policy)
+        case Presence.AWAY:
+            if finding.sign in (Sign.DEPARTED, Sign.ABSENT):
+                return now + finding.look_after
+            return now + policy.look_again
+        case _:
+            return None
+
+
+def _ended_at(row: DelayedEvent, old: Presence, new: Presence, now: float) -> float | None:
+    if new is not Presence.GONE:
+        return None
+    if old is Presence.GONE:
+        return row.ended_at
+    return row.presence_since if old is Presence.AWAY else now
+
+
+# ── the delayed event ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, random: float) -> DelayedEvent:
+    old = row.state
+    new = EVENTS.get((old, what), old)
+    match old, new:
+        case State.VANISHED, State.DONE:
+            return _done(row, Outcome.WITHDRAWN if what is Happening.WITHDRAWN else Outcome.ALREADY_ENDED, now, policy)
+        case _, State.DONE if what is Happening.WITHDRAWN:
+            return _done(row, Outcome.WITHDRAWN, now, policy)
+        case State.LIVE, State.ENDING:
+            # A restart that is under way must not hold up the goodbye: its claim is void.
+            return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, claimed=False)
+        case State.ENDING, State.LIVE:
+            if row.claimed:
+                # The ending is under way and cannot be called back. Its answer, or the end of its lease, says how to go on.
+                return row._replace(state=new, lane=Lane.RESTART, harm=row.deadline, attempts=0, end_tried=True)
+            return _restart_at(row._replace(state=new, attempts=0), now if row.end_tried else None, now, policy, random)
+        case ((State.LIVE | State.ENDING), State.SUPERSEDED):
+            return row._replace(state=new, lane=Lane.RESTART, due=now, harm=row.deadline, attempts=0, claimed=False)
+        case _:
+            return row
+
+
+def _restart_at(row: DelayedEvent, at: float | None, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """The row with its next restart planned: at `at`, or at the normal time, which is not later than `restart_at` of the delay."""
+    if at is None:
+        at = max(now, row.running_since + row.delay * (policy.restart_at - policy.restart_spread * random))
+    return row._replace(lane=Lane.RESTART, due=at, harm=row.deadline, claimed=False)
+
+
+def _done(row: DelayedEvent, outcome: Outcome, now: float, policy: Policy) -> DelayedEvent:
+    return row._replace(
+        state=State.DONE,
+        outcome=outcome,
+        finished_at=now,
+        look_at=None,
+        token=None,
+        lane=Lane.TIMER,
+        due=now + policy.keep,
+        harm=None,
+        claimed=False,
+    )
+
+
+def _again(row: DelayedEvent, answer: Answered, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """The row after an action that did not get through. What has a time limit ends when that has passed."""
+    unsure = answer.verdict is Verdict.UNCERTAIN and answer.action is not Action.RESTART
+    row = row._replace(claimed=False, end_tried=row.end_tried or unsure)
+    if row.state in (State.ENDING, State.SUPERSEDED) and now >= _surely_over(row):
+        return _done(row, Outcome.RAN_OUT, now, policy)
+    if answer.verdict is Verdict.LIMITED:
+        return row._replace(due=now)  # whose turn it is when the homeserver lets us again is a matter of urgency
+    wait = min(policy.retry_first * 2.0 ** min(row.attempts, 16), policy.retry_most) * (0.5 + random / 2)
+    if answer.retry_after is not None:
+        wait = max(wait, min(answer.retry_after, policy.retry_most))
+    return row._replace(attempts=row.attempts + 1, due=now + wait)
+
+
+def _surely_over(row: DelayedEvent) -> float:
+    """When an event that is to be ended must have fired by itself: nobody restarts it after its participant is gone."""
+    return max(row.running_since, row.ended_at or row.accepted_at) + row.delay
+
+
+def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, random: float) -> DelayedEvent:
+    if not row.claimed or answer.claim != row.claim:
+        return row  # somebody else's turn by now: the answer cannot end anything
+    restarting = answer.action is Action.RESTART
+    match answer.verdict:
+        case Verdict.DONE if restarting:
+            row = row._replace(
+                running_since=max(row.running_since, answer.sent_at),
+                restarts=row.restarts + 1,
+                verified_at=row.verified_at or now,
+                attempts=0,
+                end_tried=False,
+            )
+            return _restart_at(row, None, now, policy, random)
+        case Verdict.DONE:
+            return _done(row, _ended_by_us(row, answer.action), now, policy)
+        case Verdict.NOT_FOUND | Verdict.CONFLICT:
+            return _not_there(row, answer, now, policy)
+        case Verdict.REFUSED:
+            return _done(row, Outcome.REPLACED if row.state is State.SUPERSEDED else Outcome.REJECTED, now, policy)
+        case _:
+            if not restarting and row.state is State.LIVE:
+                # Back in the call while the ending was under way: a restart tells whether it got through.
+                sure = answer.verdict is not Verdict.UNCERTAIN
+                return row._replace(claimed=False, due=now, end_tried=row.end_tried and not sure)
+            return _again(row, answer, now, policy, random)
+
+
+def _ended_by_us(row: DelayedEvent, done: Action) -> Outcome:
+    if row.state is State.SUPERSEDED:
+        return Outcome.REPLACED
+    return Outcome.CANCELLED if done is Action.CANCEL else Outcome.SENT
+
+
+def _not_there(row: DelayedEvent, answer: Answered, now: float, policy: Policy) -> DelayedEvent:
+    """404 or 409: it has ended, and only our own history can tell how."""
+    if row.state is State.SUPERSEDED:
+        return _done(row, Outcome.REPLACED, now, policy)
+    if row.end_tried:
+        # An earlier attempt of ours, whose answer was lost, had got through.
+        return _done(row, Outcome.CANCELLED if row.on_end is OnEnd.CANCEL else Outcome.SENT, now, policy)
+    if answer.action is not Action.RESTART:
+        ran_out = row.verified_at is not None and answer.sent_at >= row.deadline
+        return _done(row, Outcome.RAN_OUT if ran_out else Outcome.ALREADY_ENDED, now, policy)
+    if row.verified_at is None:
+        return _done(row, Outcome.UNKNOWN, now, policy)
+    # Nearly always a client that just hung up, or that scheduled a new event and is about to delegate it.
+    return row._replace(state=State.VANISHED, lane=Lane.TIMER, due=now + policy.vanished_wait, harm=None, attempts=0, claimed=False)
+
+
+def _time_up(row: DelayedEvent, now: float, policy: Policy, random: float) -> DelayedEvent:
+    if row.state is not State.VANISHED or row.due is None or now < row.due:
+        return row
+    if row.presence is Presence.CONNECTED:
+        return _done(row, Outcome.LOST, now, policy)
+    if row.presence is Presence.AWAY:
+        return row._replace(due=now + policy.vanished_wait * (1 + random))  # a look is about to decide
+    return _done(row, Outcome.ALREADY_ENDED, now, policy)
+
+
+# ── the history ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float) -> Iterator[Note]:
+    """What the history says of one change. Restarts are counted in the row and leave no line each."""
+    if old is None or (old.state is State.DONE and new.state is not State.DONE) or old.delegation != new.delegation:
+        yield Note(new.id, now, "delegated", new.delegation)
+    if old is None:
+        return
+    if new.presence is not old.presence or (new.presence is Presence.AWAY and new.reason != old.reason):
+        yield Note(new.id, now, new.presence.value, new.reason)
+    if new.verified_at is not None and old.verified_at is None:
+        yield Note(new.id, now, "verified", "")
+    if new.state is old.state:
+        if new.attempts == 1 and old.attempts == 0 and isinstance(given, Answered):
+            yield Note(new.id, now, f"{given.action.value}_failed", given.detail)
+        return
+    detail = given.detail if isinstance(given, Answered) else ""
+    if new.state is State.DONE:
+        yield Note(new.id, now, new.outcome.value, detail)
+    else:
+        yield Note(new.id, now, new.state.value, detail)

@@ -1,0 +1,325 @@
+"""The words of the rules: one row per delayed event, and the inputs that change it.
+
+Rows are NamedTuples (hundreds are made for every batch of webhooks, and a NamedTuple costs a tenth of a frozen dataclass); inputs are
+frozen dataclasses. Times are Unix seconds of the daemon's own clock (`daemon/clock.py`), durations are seconds; what carries another unit
+says so in its name.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+
+class Presence(StrEnum):
+    """Is the participant in the call?"""
+
+    EXPECTED = "expected"  # delegated, not seen yet
+    CONNECTED = "connected"  # at least one live session
+    AWAY = "away"  # gone, or only reconnecting: a look at the SFU decides
+    GONE = "gone"  # its delayed events are ended
+
+
+class State(StrEnum):
+    """What becomes of one delayed event?"""
+
+    LIVE = "live"  # restarted as long as its participant is not GONE
+    ENDING = "ending"  # to be sent or cancelled now, until the homeserver gave a definite answer
+    SUPERSEDED = "superseded"  # to be cancelled: a newer delegation of its participant took its place
+    VANISHED = "vanished"  # the homeserver no longer knows it, and its participant is not known to have left: wait and see
+    DONE = "done"  # ended, with an outcome
+
+
+class Outcome(StrEnum):
+    """How a delayed event ended. OPEN as long as it has not."""
+
+    OPEN = ""
+    SENT = "sent"  # by us, at the departure
+    CANCELLED = "cancelled"  # by us, at the departure, as the client had asked for
+    ALREADY_ENDED = "already_ended"  # the client ended it itself before: the normal end of a call
+    RAN_OUT = "ran_out"  # after the departure, before we could end it, or ended by the client at that time: the two cannot be told apart
+    LOST = "lost"  # gone at the homeserver while its participant was connected: the one that must not happen
+    REJECTED = "rejected"  # the homeserver gave a final error
+    REPLACED = "replaced"  # a newer delegation of the same participant took its place; cancelled at the homeserver
+    WITHDRAWN = "withdrawn"  # the client took it back
+    UNKNOWN = "unknown"  # the homeserver had never heard of it when it was delegated
+
+
+class OnEnd(StrEnum):
+    """What to do with the delayed event when its participant is gone."""
+
+    SEND = "send"
+    CANCEL = "cancel"
+
+
+class Lane(IntEnum):
+    """What is to be done next with a row, most urgent first."""
+
+    END = 0
+    RESTART = 1
+    TIMER = 2  # nothing to do at the homeserver: the row is looked at again at `due`
+
+
+class Action(StrEnum):
+    """The three management requests of MSC4140, and the look at a room of the SFU."""
+
+    SEND = "send"
+    CANCEL = "cancel"
+    RESTART = "restart"
+    LOOK = "look"
+
+
+class Verdict(StrEnum):
+    """What a homeserver's answer to a management request means for us."""
+
+    DONE = "done"
+    NOT_FOUND = "not_found"  # 404 M_NOT_FOUND: sent, cancelled, run out, or never there
+    CONFLICT = "conflict"  # 409: already sent or cancelled, as the proposal has it
+    REFUSED = "refused"  # another final Matrix error, such as 403 M_FORBIDDEN
+    LIMITED = "limited"  # 429: not done
+    FAILED = "failed"  # certainly not done: could not connect, or asked to come back later
+    UNCERTAIN = "uncertain"  # perhaps done: timeout or reset after the request was sent, 5xx, an answer that is no Matrix answer
+
+
+class Session(NamedTuple):
+    """One session (`sid`) of a participant, as far as it is known. An empty `sid` stands for the current one."""
+
+    sid: str
+    joined_at_ms: int  # the SFU node's clock; 0 when unknown
+    live: bool  # False: a tombstone, so that a late `joined` of an ended session is ignored
+    heard_at: float  # when we first heard of it, by our clock
+
+
+class DelayedEvent(NamedTuple):
+    """One delayed event of one participant. A delegation is the rows that share `delegation`.
+
+    The row carries its participant's state too: all rows of a participant get the same inputs, so they agree.
+    """
+
+    id: int
+    delegation: str
+    sfu: str
+    room: str
+    identity: str
+    alias: str | None  # the other form of the identity that the client may have got
+    homeserver: str
+    user: str | None  # the Matrix user, where it is known
+    delay_id: str  # secret: whoever knows it can end the event
+    delay: float  # seconds
+    on_end: OnEnd
+    token: bytes | None  # the scoped token, encrypted
+    accepted_at: float
+    verified_at: float | None  # the first time that the homeserver restarted it for us
+    presence: Presence
+    presence_since: float
+    sessions: tuple[Session, ...]
+    reason: str  # why AWAY or GONE: LiveKit's name, or one of `policy.OWN_REASONS`
+    attempt_at: float  # the last sign of a connection attempt
+    look_at: float | None  # when the SFU is to be asked about the participant
+    state: State
+    running_since: float  # the countdown began anew no earlier than this
+    restarts: int
+    attempts: int  # tries of the current action since it last succeeded
+    end_tried: bool  # an attempt to end it may have reached the homeserver
+    outcome: Outcome
+    ended_at: float | None  # departure: when the participant was found to be gone
+    finished_at: float | None
+    lane: Lane | None  # None: nothing will ever be done any more
+    due: float | None  # the earliest start; while claimed, the end of the lease
+    harm: float | None  # lateness hurts from here: the departure, or running_since + delay
+    claim: int  # counts claims; an answer to an older one cannot end anything
+    claimed: bool
+
+    @property
+    def deadline(self) -> float:
+        """When the countdown ends at the homeserver, if nobody restarted it but us. A client may have: the true deadline may be later."""
+        return self.running_since + self.delay
+
+    @property
+    def participant(self) -> tuple[str, str, str]:
+        """The key of the participant: (SFU, room, identity)."""
+        return (self.sfu, self.room, self.identity)
+
+    @property
+    def live_sids(self) -> frozenset[str]:
+        """The sessions that joined and have not left."""
+        return frozenset(s.sid for s in self.sessions if s.live)
+
+
+class Room(NamedTuple):
+    """One room of an SFU with delegations in it: looks are made, and claimed, by room."""
+
+    sfu: str
+    name: str
+    room_sid: str  # of the latest `room_started`; "" when unknown
+    started_at: float  # when that was heard, 0 when never
+    doubt_until: float  # until then an absence in a list proves nothing: a node of a distributed SFU was away
+    looked_at: float  # when the last look was sent, 0 when never
+    due: float | None  # when to look next; while claimed, the end of the lease
+    failures: int  # looks in a row that failed
+    claim: int
+    claimed: bool
+
+
+# ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Sighting(StrEnum):
+    """What a webhook says of a session."""
+
+    JOINED = "joined"  # participant_joined: it became ACTIVE
+    LEFT = "left"  # participant_left: it had been ACTIVE
+    ABORTED = "aborted"  # participant_connection_aborted: it never became ACTIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A participant webhook."""
+
+    sfu: str
+    room: str
+    identity: str
+    what: Sighting
+    sid: str = ""
+    joined_at_ms: int = 0
+    reason: str = ""  # LiveKit's DisconnectReason by name; a number as text for one that this version does not name
+
+
+class RoomNews(StrEnum):
+    """What a webhook says of a room."""
+
+    STARTED = "started"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class RoomChanged:
+    """A room webhook."""
+
+    sfu: str
+    room: str
+    what: RoomNews
+    room_sid: str = ""
+
+
+class Listed(NamedTuple):
+    """One entry of ListParticipants."""
+
+    identity: str
+    sid: str
+    state: str  # JOINING, JOINED, ACTIVE, DISCONNECTED
+    joined_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The result of one look at a room. `participants` is None when the SFU could not be asked, which says nothing about anybody."""
+
+    sfu: str
+    room: str
+    claim: int
+    sent_at: float
+    participants: tuple[Listed, ...] | None
+    error: str = ""
+    doubtful: bool = False  # the engine knows of a reason why absences prove nothing
+
+
+class NewEvent(NamedTuple):
+    """A delayed event as a client hands it over."""
+
+    delay_id: str
+    delay: float
+    on_end: OnEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """A client delegates: `delegation` is a fresh id, which is not used where the participant has delegated exactly these events before."""
+
+    delegation: str
+    sfu: str
+    room: str
+    identity: str
+    homeserver: str
+    events: tuple[NewEvent, ...]
+    alias: str | None = None
+    user: str | None = None
+    token: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The client takes its delegation back: the events are forgotten without touching them."""
+
+    delegation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A delegation turned out to be wrong while its client still waits for the answer: nothing of it remains.
+
+    `back`: events that it had taken over from another delegation, and that delegation's id, to which they return.
+    """
+
+    delegation: str
+    back: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """Somebody asks for a delegation. Changes nothing."""
+
+    delegation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What became of a claimed action."""
+
+    homeserver: str
+    event: int
+    claim: int
+    action: Action
+    sent_at: float  # before the request was sent
+    verdict: Verdict
+    retry_after: float | None = None  # seconds
+    detail: str = ""  # for people: status and errcode; never a token or a delay_id
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """The time that the row itself asked for has come (lane TIMER)."""
+
+    event: int
+
+
+Input = Accept | Withdraw | Refuse | Find | Seen | RoomChanged | Looked | Answered | Due
+
+
+# ── outputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Note(NamedTuple):
+    """One line of the history of a delayed event."""
+
+    event: int
+    at: float
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A claimed action: do it, and answer with its claim."""
+
+    action: Action
+    event: int  # the row; 0 for a look
+    claim: int
+    sfu: str
+    room: str
+    homeserver: str = ""
+    delegation: str = ""
+    delay_id: str = field(default="", repr=False)
+    token: bytes | None = field(default=None, repr=False)
+    user: str | None = None
+    urgent_since: float | None = None  # END: when the participant left
+    lease_ends: float = 0.0
