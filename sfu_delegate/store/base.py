@@ -1,0 +1,115 @@
+"""What the engine asks of a store, whichever database it is."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room
+
+T = TypeVar("T")
+
+
+class StoreUnavailable(Exception):
+    """The database cannot do it now: full, locked, read-only, broken. Nothing of the transaction was kept. The text is for the operator."""
+
+
+class DatabaseTooNew(Exception):
+    """The database was written by a newer version of the program."""
+
+
+class DatabaseInUse(Exception):
+    """Another process has the embedded database open."""
+
+
+class Transaction(Protocol):
+    """The queries of one step. Everything is kept, or nothing."""
+
+    def of_participant(self, sfu: str, room: str, identity: str) -> list[DelayedEvent]:
+        """All rows of a participant by either form of its identity, finished ones included, in the order of their ids."""
+
+    def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
+        """All rows of a room that are not finished."""
+
+    def of_delegation(self, delegation: str) -> list[DelayedEvent]:
+        """All rows of a delegation."""
+
+    def get(self, event: int) -> DelayedEvent | None:
+        """One row."""
+
+    def todo(self, homeserver: str, lane: Lane, limit: int, now: float) -> list[DelayedEvent]:
+        """Rows that are due, the most urgent first."""
+
+    def next_due(self, homeserver: str) -> float | None:
+        """When the next row of this homeserver is due."""
+
+    def new_id(self) -> int:
+        """A fresh id for a row."""
+
+    def insert(self, row: DelayedEvent) -> None:
+        """Add a row."""
+
+    def update(self, old: DelayedEvent, new: DelayedEvent) -> None:
+        """Write what differs."""
+
+    def delete(self, event: int) -> None:
+        """Remove a row and its history."""
+
+    def room(self, sfu: str, name: str) -> Room | None:
+        """One room."""
+
+    def rooms_due(self, sfu: str, limit: int, now: float) -> list[Room]:
+        """Rooms that are to be looked at, the longest overdue first."""
+
+    def next_room_due(self, sfu: str) -> float | None:
+        """When the next room of this SFU is to be looked at."""
+
+    def save_room(self, room: Room) -> None:
+        """Add or replace a room."""
+
+    def delete_room(self, sfu: str, name: str) -> None:
+        """Forget a room."""
+
+    def note(self, notes: Sequence[Note]) -> None:
+        """Add lines to the history."""
+
+    def history(self, events: Sequence[int]) -> list[Note]:
+        """The history of some rows, oldest first."""
+
+
+class Census(Protocol):
+    """What a store counts once, at the start."""
+
+    states: dict[tuple[str, str, str], int]
+    schedule: dict[str, float]
+    rooms: dict[str, float]
+
+
+class Store(Protocol):
+    """A database with the schema of this version."""
+
+    def atomically(self, work: Callable[[Transaction], T]) -> T:
+        """Run `work` in one transaction, durable when this returns. Raises StoreUnavailable, and then nothing was kept."""
+
+    def census(self) -> Census:
+        """Counts by (homeserver, state, presence), the next due time by homeserver, and the next look by SFU."""
+
+    def recover(self, now: float, *, clock_unsure: bool) -> int:
+        """At the start: what was claimed by a process that is gone is due at once; the number of such rows. With `clock_unsure` all countdowns
+        count as unknown, and are due too."""
+
+    def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
+        """By homeserver and lane: how many rows are due, and since when the first of them."""
+
+    def clock_mark(self) -> str | None:
+        """What `save_clock_mark` was given last."""
+
+    def save_clock_mark(self, mark: str) -> None:
+        """Keep a mark by which the next start finds out whether the clock was set."""
+
+    def checkpoint_if_large(self) -> None:
+        """Housekeeping that cannot wait for an idle time."""
+
+    def idle(self) -> None:
+        """There is time for housekeeping."""
+
+    def close(self) -> None:
+        """Close the database."""

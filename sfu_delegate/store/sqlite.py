@@ -1,0 +1,416 @@
+"""The embedded database: one file, one connection, one thread.
+
+Exactly one connection writes and checkpoints: SQLite 3.7.0 to 3.51.2 can corrupt the write-ahead log when two do. A lock file keeps a second
+process out. SQLAlchemy Core compiles the few statements once, and the driver runs them (a step of one input: 123 µs against 246 through Core).
+"""
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from sqlalchemy import Select, Update, asc, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy.dialects import sqlite as dialect
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.compiler import SQLCompiler
+
+from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room, State
+from sfu_delegate.store import migrate, schema
+from sfu_delegate.store.base import DatabaseInUse, StoreUnavailable, Transaction
+from sfu_delegate.store.rows import FIELDS, SESSIONS_AT, changed, delayed_event_of, room_of, sessions_text, values_of
+
+T = TypeVar("T")
+
+CHECKPOINT_ABOVE = 64 * 1024 * 1024  # bytes of write-ahead log
+CHECKPOINT_IDLE_ABOVE = 1024 * 1024
+DOUBT_AT_MOST = 3600.0  # seconds
+
+# What is wrong with a value, not with the database.
+_OF_ONE_INPUT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.NotSupportedError)
+
+_DIALECT = dialect.dialect(paramstyle="qmark")
+_event = schema.delayed_event
+_room = schema.room
+_history = schema.history
+_meta = schema.meta
+
+
+def _sql(statement: ClauseElement, *names: str) -> str:
+    """The text of a statement whose parameters stand in the order of `names`."""
+    sql, positions, _ = _compiled(statement)
+    if positions != list(names):
+        raise AssertionError(f"parameters are {positions}, not {names}: {sql}")
+    return sql
+
+
+def _compiled(statement: ClauseElement) -> tuple[str, list[str], dict[str, Any]]:
+    compiled = statement.compile(dialect=_DIALECT)
+    assert isinstance(compiled, SQLCompiler)  # noqa: S101 — for the type checker
+    return str(compiled), list(compiled.positiontup or ()), dict(compiled.params)
+
+
+def _p(name: str) -> Any:
+    return bindparam(name)
+
+
+def _all() -> Select[Any]:
+    return select(*_event.columns)
+
+
+_OF_IDENTITY = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.identity == _p("c")), "a", "b", "c")
+_OF_ALIAS = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.alias == _p("c")), "a", "b", "c")
+_OF_ROOM = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.state != _p("c")), "a", "b", "c")
+_OF_DELEGATION = _sql(_all().where(_event.c.delegation == _p("a")).order_by(_event.c.id), "a")
+_GET = _sql(_all().where(_event.c.id == _p("a")), "a")
+_TODO = _sql(
+    _all().where(
+        _event.c.id.in_(
+            select(_event.c.id)
+            .where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"))
+            .order_by(asc(_event.c.harm))
+            .limit(_p("d"))
+        )
+    ),
+    *("a", "b", "c", "d", "param_1"),  # SQLAlchemy writes an OFFSET to every LIMIT
+)
+_NEXT_DUE = _sql(select(func.min(_event.c.due)).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None)), "a", "b")
+_INSERT = _sql(insert(_event), *FIELDS)
+_DELETE = _sql(delete(_event).where(_event.c.id == _p("a")), "a")
+_DELETE_HISTORY = _sql(delete(_history).where(_history.c.event == _p("a")), "a")
+_NOTE = _sql(insert(_history), "event", "at", "what", "detail")
+_HISTORY = _sql(
+    select(_history.c.event, _history.c.at, _history.c.what, _history.c.detail).where(_history.c.event == _p("a")).order_by(asc(_history.c.at)),
+    "a",
+)
+_ROOM = _sql(select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.name == _p("b")), "a", "b")
+_ROOMS_DUE = _sql(
+    select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.due <= _p("b")).order_by(_room.c.due).limit(_p("c")), "a", "b", "c", "param_1"
+)
+_NEXT_ROOM_DUE = _sql(select(func.min(_room.c.due)).where(_room.c.sfu == _p("a"), _room.c.due.is_not(None)), "a")
+_new_room = upsert(_room)
+_SAVE_ROOM = _sql(
+    _new_room.on_conflict_do_update(
+        index_elements=["sfu", "name"], set_={c.name: _new_room.excluded[c.name] for c in _room.columns if not c.primary_key}
+    ),
+    *Room._fields,
+)
+_DELETE_ROOM = _sql(delete(_room).where(_room.c.sfu == _p("a"), _room.c.name == _p("b")), "a", "b")
+_CENSUS = _sql(
+    select(_event.c.homeserver, _event.c.state, _event.c.presence, func.count()).group_by(*_event.columns["homeserver", "state", "presence"])
+)
+_SCHEDULE = _sql(select(_event.c.homeserver, func.min(_event.c.due)).where(_event.c.due.is_not(None)).group_by(_event.c.homeserver))
+_BACKLOG = _sql(
+    select(_event.c.homeserver, _event.c.lane, func.count(), func.min(_event.c.due))
+    .where(_event.c.due <= _p("a"))
+    .group_by(_event.c.homeserver, _event.c.lane),
+    "a",
+)
+_ROOM_SCHEDULE = _sql(select(_room.c.sfu, func.min(_room.c.due)).where(_room.c.due.is_not(None)).group_by(_room.c.sfu))
+
+
+class SqliteTransaction:
+    """See `base.Transaction`."""
+
+    def __init__(self, connection: sqlite3.Connection, store: "SqliteStore"):
+        self._connection = connection
+        self._store = store
+
+    def _fetch(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
+        try:
+            return self._connection.execute(sql, parameters).fetchall()
+        except _OF_ONE_INPUT:
+            raise
+        except sqlite3.Error as error:
+            raise _unavailable(self._store.path, error) from error
+
+    def _rows(self, sql: str, parameters: Sequence[Any]) -> list[DelayedEvent]:
+        return [delayed_event_of(values) for values in self._fetch(sql, parameters)]
+
+    def of_participant(self, sfu: str, room: str, identity: str) -> list[DelayedEvent]:
+        # One prepared SELECT per key: an OR, or IN with pairs, makes SQLite scan the table.
+        rows = self._rows(_OF_IDENTITY, (sfu, room, identity))
+        rows += [row for row in self._rows(_OF_ALIAS, (sfu, room, identity)) if row.identity != identity]
+        if len(rows) > 1:
+            rows.sort()
+        return rows
+
+    def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
+        return self._rows(_OF_ROOM, (sfu, room, State.DONE.value))
+
+    def of_delegation(self, delegation: str) -> list[DelayedEvent]:
+        return self._rows(_OF_DELEGATION, (delegation,))
+
+    def get(self, event: int) -> DelayedEvent | None:
+        rows = self._rows(_GET, (event,))
+        return rows[0] if rows else None
+
+    def todo(self, homeserver: str, lane: Lane, limit: int, now: float) -> list[DelayedEvent]:
+        return self._rows(_TODO, (homeserver, lane.value, now, limit, 0))
+
+    def next_due(self, homeserver: str) -> float | None:
+        found = [self._fetch(_NEXT_DUE, (homeserver, lane.value))[0][0] for lane in Lane]
+        return min((due for due in found if due is not None), default=None)
+
+    def new_id(self) -> int:
+        self._store.last_id += 1
+        return self._store.last_id
+
+    def insert(self, row: DelayedEvent) -> None:
+        self._connection.execute(_INSERT, values_of(row))
+
+    def update(self, old: DelayedEvent, new: DelayedEvent) -> None:
+        columns = changed(old, new)
+        if not columns:
+            return
+        values: list[Any] = [sessions_text(new.sessions) if i == SESSIONS_AT else new[i] for i in columns]
+        values.append(new.id)
+        self._connection.execute(self._store.update_statement(columns), values)
+
+    def delete(self, event: int) -> None:
+        self._connection.execute(_DELETE_HISTORY, (event,))
+        self._connection.execute(_DELETE, (event,))
+
+    def room(self, sfu: str, name: str) -> Room | None:
+        found = self._fetch(_ROOM, (sfu, name))
+        return room_of(found[0]) if found else None
+
+    def rooms_due(self, sfu: str, limit: int, now: float) -> list[Room]:
+        return [room_of(values) for values in self._fetch(_ROOMS_DUE, (sfu, now, limit, 0))]
+
+    def next_room_due(self, sfu: str) -> float | None:
+        due: float | None = self._fetch(_NEXT_ROOM_DUE, (sfu,))[0][0]
+        return due
+
+    def save_room(self, room: Room) -> None:
+        self._connection.execute(_SAVE_ROOM, room)
+
+    def delete_room(self, sfu: str, name: str) -> None:
+        self._connection.execute(_DELETE_ROOM, (sfu, name))
+
+    def note(self, notes: Sequence[Note]) -> None:
+        self._connection.executemany(_NOTE, notes)
+
+    def history(self, events: Sequence[int]) -> list[Note]:
+        found = [Note(*values) for event in events for values in self._fetch(_HISTORY, (event,))]
+        return sorted(found, key=lambda note: note.at)
+
+
+@dataclass
+class SqliteCensus:
+    """See `base.Census`."""
+
+    states: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    schedule: dict[str, float] = field(default_factory=dict)
+    rooms: dict[str, float] = field(default_factory=dict)
+
+
+class SqliteStore:
+    """The embedded database in the file `path`, or in memory (`:memory:`). It is used by one thread at a time.
+
+    Raises DatabaseInUse when another process has it open, DatabaseTooNew, and StoreUnavailable when it cannot be opened.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self._lock: IO[str] | None = None
+        self._updates: dict[tuple[int, ...], str] = {}
+        memory = self.path == ":memory:"
+        try:
+            if not memory:
+                self._lock = _locked(Path(self.path))
+            self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=512)
+            try:
+                self._prepare(memory)
+            except BaseException:
+                self._connection.close()
+                raise
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(self, memory: bool) -> None:
+        run = self._connection.execute
+        try:
+            run("PRAGMA journal_mode=WAL")
+            run("PRAGMA synchronous=FULL")
+            run("PRAGMA wal_autocheckpoint=0")
+            run("PRAGMA cache_size=-65536")
+            run("PRAGMA temp_store=MEMORY")
+            if memory:
+                migrate.create_all(self._connection)
+            else:
+                migrate.upgrade(self._connection, Path(self.path))
+            self.last_id: int = run(f"SELECT coalesce(max(id), 0) FROM {_event.name}").fetchone()[0]  # noqa: S608
+        except sqlite3.Error as error:
+            raise _unavailable(self.path, error) from error
+
+    # ── the work ──
+
+    def atomically(self, work: Callable[[Transaction], T]) -> T:
+        run = self._connection.execute
+        last_id = self.last_id
+        try:
+            run("BEGIN IMMEDIATE")
+            try:
+                result = work(SqliteTransaction(self._connection, self))
+                run("COMMIT")
+            except BaseException:
+                self.last_id = last_id
+                if self._connection.in_transaction:
+                    run("ROLLBACK")
+                raise
+        except _OF_ONE_INPUT:
+            raise
+        except sqlite3.Error as error:
+            raise _unavailable(self.path, error) from error
+        return result
+
+    def update_statement(self, columns: tuple[int, ...]) -> str:
+        """The UPDATE of just these columns, by id."""
+        sql = self._updates.get(columns)
+        if sql is None:
+            names = [FIELDS[i] for i in columns]
+            statement: Update = update(_event).where(_event.c.id == _p("key")).values({name: _p(f"new_{name}") for name in names})
+            sql = self._updates[columns] = _sql(statement, *(f"new_{name}" for name in names), "key")
+        return sql
+
+    def census(self) -> SqliteCensus:
+        run = self._connection.execute
+        try:
+            return SqliteCensus(
+                states={(homeserver, state, presence): n for homeserver, state, presence, n in run(_CENSUS)},
+                schedule=dict(_pairs(run(_SCHEDULE))),
+                rooms=dict(_pairs(run(_ROOM_SCHEDULE))),
+            )
+        except sqlite3.Error as error:
+            raise _unavailable(self.path, error) from error
+
+    def recover(self, now: float, *, clock_unsure: bool) -> int:
+        def work(_: Transaction) -> int:
+            # Whether an ending that was under way got through is not known: a 404 will tell.
+            ending = or_(_event.c.lane == Lane.END.value, _event.c.state == State.SUPERSEDED.value)
+            self._execute(update(_event).where(_event.c.claimed == 1, ending).values(end_tried=1))
+            count = self._execute(update(_event).where(_event.c.claimed == 1).values(due=now, claimed=0)).rowcount
+            self._execute(update(_room).where(_room.c.claimed == 1).values(due=now, claimed=0))
+            if clock_unsure:
+                self._forget_times(now)
+            return count
+
+        return self.atomically(work)
+
+    def _forget_times(self, now: float) -> None:
+        """Stored times may lie in the future, or longer ago than they say: what waits for one is due, and nothing happened later than now."""
+        c = _event.c
+        self._execute(
+            update(_event)
+            .where(c.state != State.DONE.value)
+            .values(
+                due=now,
+                harm=func.min(c.harm, now + c.delay),
+                running_since=func.min(c.running_since, now),
+                presence_since=func.min(c.presence_since, now),
+                attempt_at=func.min(c.attempt_at, now),
+                look_at=func.min(c.look_at, now),
+                ended_at=func.min(c.ended_at, now),
+                accepted_at=func.min(c.accepted_at, now),
+            )
+        )
+        self._execute(update(_event).where(c.state == State.DONE.value).values(due=func.min(c.due, now + (c.due - c.finished_at))))
+        self._execute(
+            update(_room).values(
+                due=case((_room.c.due.is_not(None), now), else_=None),
+                looked_at=func.min(_room.c.looked_at, now),
+                started_at=func.min(_room.c.started_at, now),
+                doubt_until=func.min(_room.c.doubt_until, now + DOUBT_AT_MOST),
+            )
+        )
+
+    def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
+        found = self._connection.execute(_BACKLOG, (now,)).fetchall()
+        return {(homeserver, Lane(lane)): (count, oldest) for homeserver, lane, count, oldest in found}
+
+    def _execute(self, statement: ClauseElement) -> sqlite3.Cursor:
+        """Run a statement that is not on a hot path."""
+        sql, names, values = _compiled(statement)
+        return self._connection.execute(sql, [values[name] for name in names])
+
+    def clock_mark(self) -> str | None:
+        found = self._execute(select(_meta.c.value).where(_meta.c.key == "clock")).fetchone()
+        return None if found is None else str(found[0])
+
+    def save_clock_mark(self, mark: str) -> None:
+        new = upsert(_meta).values(key="clock", value=mark)
+        statement = new.on_conflict_do_update(index_elements=["key"], set_={"value": new.excluded.value})
+        self.atomically(lambda _: self._execute(statement))
+
+    # ── housekeeping ──
+
+    def wal_size(self) -> int:
+        """Bytes in the write-ahead log."""
+        try:
+            return os.stat(self.path + "-wal").st_size
+        except OSError:
+            return 0
+
+    def checkpoint_if_large(self) -> None:
+        """Called now and then under load."""
+        if self.wal_size() > CHECKPOINT_ABOVE:
+            self._checkpoint()
+
+    def idle(self) -> None:
+        if self.wal_size() > CHECKPOINT_IDLE_ABOVE:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            raise _unavailable(self.path, error) from error
+
+    def close(self) -> None:
+        try:
+            self._connection.close()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _pairs(rows: Iterable[tuple[str, float]]) -> Iterable[tuple[str, float]]:
+    return ((name, due) for name, due in rows)
+
+
+def _locked(path: Path) -> IO[str]:
+    """The lock file beside the database, locked for as long as it is open. The kernel releases it when the process ends, however it ends."""
+    try:
+        file = open(f"{path}.lock", "a+", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise StoreUnavailable(f"The database {path} cannot be opened: {error.strerror}. Its directory must exist and be writable.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise DatabaseInUse(
+            f"The database {path} is in use by another process. Stop that one first, or give this one a database of its own (key `database`)."
+        ) from error
+    return file
+
+
+def _unavailable(path: str, error: sqlite3.Error) -> StoreUnavailable:
+    text = str(error)
+    remedy = {
+        "SQLITE_FULL": "The disk is full: free some space; it goes on by itself.",
+        "SQLITE_BUSY": "Another process holds it: let go of it; it goes on by itself.",
+        "SQLITE_READONLY": "It is read-only: check the owner and the file system.",
+        "SQLITE_CORRUPT": "It is damaged: stop the daemon, restore the last backup or move the file away to start with an empty one.",
+        "SQLITE_NOTADB": "It is no SQLite database: check the key `database`.",
+        "SQLITE_CANTOPEN": "Its directory must exist and be writable.",
+    }.get("_".join(getattr(error, "sqlite_errorname", "").split("_")[:2]), "")
+    return StoreUnavailable(f"The database {path} failed: {text}. {remedy}".rstrip())
