@@ -1,0 +1,348 @@
+"""Restart, send and cancel delayed events (MSC4140) at homeservers of every generation of that API.
+
+Each call makes one attempt and says what is known of its result. When to try again is for the rules to decide; the only requests repeated
+here are those that were certainly not carried out (the homeserver does not have the endpoint), and a restart whose pooled connection had
+been closed.
+
+What it must never do: send a token or a delay_id elsewhere than to its homeserver, or let one appear in an answer's detail.
+"""
+
+import asyncio
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import Any, Final
+from urllib.parse import quote, unquote
+
+from sfu_delegate.delegation.model import Action, Verdict
+from sfu_delegate.matrix.answers import Answer, Reply, no_such_endpoint, read_reply, understand
+from sfu_delegate.matrix.discovery import Homeserver
+from sfu_delegate.matrix.egress import Egress
+from sfu_delegate.matrix.http import HttpFailed
+from sfu_delegate.matrix.inflight import InFlight
+
+__all__ = ["Answer", "Generation", "ManagementClient", "Scope", "generations_offered"]
+
+CHOICE_LASTS: Final = 3600.0  # seconds that a homeserver's generation is remembered
+OFF_LASTS: Final = 60.0  # seconds that it is remembered that a homeserver has delayed events off, or lacks the endpoint that it announces
+MAX_REMEMBERED: Final = 10_000  # homeservers
+
+# Versions of the specification that contain MSC4140: none is known. Once one does, it and all later ones belong here.
+SPEC_VERSIONS_WITH_DELAYED_EVENTS: Final[frozenset[str]] = frozenset()
+
+_UNSTABLE: Final = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/"
+_STABLE: Final = "/_matrix/client/v1/delayed_events/"
+_TOKEN = re.compile(r"[!-~]+")
+_DOT_SEGMENT = re.compile(r"(?:^|[/\\])\.{1,2}(?:$|[/\\])")
+_ACTIONS: Final = {Action.RESTART: "restart", Action.SEND: "send", Action.CANCEL: "cancel"}
+# Errors by which a homeserver says that it knows the token, or has not seen it: they do not show that it is none of a user.
+_SAYS_NOTHING_OF_THE_TOKEN: Final = frozenset(
+    {"M_MISSING_TOKEN", "M_USER_LOCKED", "M_USER_SUSPENDED", "M_USER_DEACTIVATED", "M_CONSENT_NOT_GIVEN", "M_RESOURCE_LIMIT_EXCEEDED"}
+)
+
+
+class Generation(Enum):
+    """The four forms of the management API: where it is, and whether the action is in the path or in the body."""
+
+    A = (_STABLE, False)  # the original text
+    B = (_UNSTABLE, False)
+    C = (_UNSTABLE, True)
+    D = (_STABLE, True)
+
+    def request(self, delay_id: str, action: Action) -> tuple[str, bytes]:
+        """Path and body."""
+        prefix, in_path = self.value
+        path = prefix + quote(delay_id, safe="")
+        verb = _ACTIONS[action]
+        return (f"{path}/{verb}", b"{}") if in_path else (path, b'{"action":"%s"}' % verb.encode())
+
+
+class Scope(StrEnum):
+    """What a token can do."""
+
+    SCOPED = "scoped"  # not a user's access token
+    FULL_ACCESS = "full_access"  # a user's access token: it can do everything
+    UNKNOWN = "unknown"  # the homeserver could not be asked
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a homeserver."""
+
+    offered: tuple[Generation, ...]  # to be tried in this order; none: delayed events are off
+    expires: float
+    proved: dict[Action, Generation] = field(default_factory=dict)  # by an answer that only this endpoint gives
+    lacking: dict[Action, float] = field(default_factory=dict)  # none of the offered is there; until when that is believed
+
+
+class _NotNegotiated(Exception):
+    """The homeserver could not be asked what it offers."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.detail)
+        self.answer = answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One management request, before its generation is chosen."""
+
+    homeserver: Homeserver
+    action: Action
+    delay_id: str = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    query: str
+    own_token: bool
+    deadline: float
+
+
+class ManagementClient:
+    """The management requests, for all homeservers. `now` gives Unix seconds."""
+
+    def __init__(self, egress: Egress, now: Callable[[], float]) -> None:
+        self._egress = egress
+        self._now = now
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._negotiations: InFlight[_Known] = InFlight()
+
+    async def act(
+        self,
+        homeserver: Homeserver,
+        action: Action,
+        delay_id: str,
+        *,
+        token: str | None = None,
+        user: str | None = None,
+        timeout: float,  # noqa: ASYNC109 - one time for several requests, some of them shared with others whose time is another
+    ) -> Answer:
+        """Restart, send or cancel a delayed event, within `timeout` seconds for everything, choosing the generation included.
+
+        Authenticated by the scoped token; else as the application service, asserting `user` where it is known; else not at all, since from
+        the third generation on the delay_id alone is enough. Never raises for anything that a homeserver or a network does.
+        """
+        if action not in _ACTIONS:
+            raise ValueError(f"{action} is not a management request")
+        if problem := _unspeakable(delay_id, token):
+            return Answer(Verdict.REFUSED, None, "", None, problem)
+        own_token = token is None and homeserver.as_token is not None
+        credential = token if token is not None else homeserver.as_token
+        request = _Request(
+            homeserver=homeserver,
+            action=action,
+            delay_id=delay_id,
+            headers={"Content-Type": "application/json", **_bearer(credential)},
+            query=_as_user(user) if own_token else "",
+            own_token=own_token,
+            deadline=asyncio.get_running_loop().time() + timeout,
+        )
+        try:
+            answer = await self._negotiated(request)
+        except _NotNegotiated as unknown:
+            return unknown.answer
+        if own_token and answer.status == 403 and answer.verdict is Verdict.FAILED and action is not Action.RESTART:
+            return await self._why_forbidden(request, answer)
+        return answer
+
+    async def is_scoped(self, homeserver: Homeserver, token: str, timeout: float) -> Scope:  # noqa: ASYNC109 - as in `act`
+        """Is the token of a client really a scoped one?
+
+        It is tried once on `whoami`, which a user's access token can do and a scoped one cannot.
+        """
+        if not _TOKEN.fullmatch(token):
+            return Scope.UNKNOWN
+        deadline = asyncio.get_running_loop().time() + timeout
+        try:
+            reply = await self._get(homeserver, "/_matrix/client/v3/account/whoami", _bearer(token), deadline)
+        except HttpFailed:
+            return Scope.UNKNOWN
+        if reply.status == 200 and reply.content is not None:
+            return Scope.FULL_ACCESS
+        if reply.status in {401, 403} and reply.errcode and reply.errcode not in _SAYS_NOTHING_OF_THE_TOKEN:
+            return Scope.SCOPED
+        return Scope.UNKNOWN
+
+    async def aclose(self) -> None:
+        """Stop what is under way. The connections belong to the egress."""
+        await self._negotiations.aclose()
+
+    async def _negotiated(self, request: _Request) -> Answer:
+        """Make the request in the form that the homeserver understands; when it no longer does, choose anew and try once more."""
+        used: _Known | None = None
+        fresh = False
+        while True:
+            known, asked_now = await self._what_it_offers(request, instead_of=used)
+            fresh = fresh or asked_now
+            if not known.offered:
+                return Answer(
+                    Verdict.FAILED,
+                    None,
+                    "",
+                    None,
+                    "the homeserver has delayed events switched off (Synapse: set max_event_delay_duration)",
+                )
+            if known.lacking.get(request.action, 0.0) <= self._now():
+                answer = await self._try(request, known)
+                if answer is not None:
+                    return answer
+                if not fresh and used is None:
+                    used = known
+                    continue
+                known.lacking[request.action] = self._now() + OFF_LASTS
+            return Answer(
+                Verdict.FAILED,
+                None,
+                "",
+                None,
+                f"the homeserver announces delayed events, but no form of the endpoint for {_ACTIONS[request.action]} is there:"
+                " check which paths its reverse proxy passes on, and to which process",
+            )
+
+    async def _try(self, request: _Request, known: _Known) -> Answer | None:
+        """Try what is offered, best first, or what has proved to work.
+
+        None: the homeserver has none of these endpoints, so nothing was done.
+        """
+        proved = known.proved.get(request.action)
+        for generation in known.offered if proved is None else (proved,):
+            try:
+                reply = await self._post(request, generation)
+            except HttpFailed as failed:
+                return Answer(Verdict.FAILED if failed.certainly_not_sent else Verdict.UNCERTAIN, None, "", None, failed.reason)
+            if not no_such_endpoint(reply):
+                answer = understand(reply, own_token=request.own_token)
+                if answer.verdict is Verdict.DONE or reply.errcode:
+                    known.proved[request.action] = generation
+                return answer
+        return None
+
+    async def _post(self, request: _Request, generation: Generation) -> Reply:
+        path, body = generation.request(request.delay_id, request.action)
+        homeserver = request.homeserver
+        answer = await self._egress.way(discovered=homeserver.discovered).post(
+            homeserver.base_url + path + request.query,
+            request.headers,
+            body,
+            request.deadline,
+            ssl=homeserver.ssl,
+            # A second restart does what the first did. A second send would be answered 404 if the first arrived, and hide that it did.
+            repeatable=request.action is Action.RESTART,
+        )
+        return read_reply(answer, self._now())
+
+    async def _get(self, homeserver: Homeserver, path: str, headers: Mapping[str, str], deadline: float) -> Reply:
+        http = self._egress.way(discovered=homeserver.discovered)
+        answer = await http.get(homeserver.base_url + path, headers, deadline, ssl=homeserver.ssl)
+        return read_reply(answer, self._now())
+
+    async def _why_forbidden(self, request: _Request, answer: Answer) -> Answer:
+        """A 403 to our own token has two readings: the operator's mistake, or the event itself may not be sent (power level, its user left
+        the room).
+
+        If the same token may speak for the same user elsewhere, it is the event.
+        """
+        try:
+            reply = await self._get(
+                request.homeserver,
+                "/_matrix/client/v3/account/whoami" + request.query,
+                {"Authorization": request.headers["Authorization"]},
+                request.deadline,
+            )
+        except HttpFailed:
+            return answer
+        if reply.status == 200 and reply.content is not None and "user_id" in reply.content:
+            return Answer(Verdict.REFUSED, answer.status, answer.errcode, answer.retry_after, f"403 {answer.errcode}")
+        return answer
+
+    async def _what_it_offers(self, request: _Request, *, instead_of: _Known | None) -> tuple[_Known, bool]:
+        """What is remembered, unless it is `instead_of` or too old; else ask. And whether it was asked just now. Raises _NotNegotiated."""
+        base_url = request.homeserver.base_url
+        known = self._known.get(base_url)
+        if known is not None and known is not instead_of and self._now() < known.expires:
+            self._known.move_to_end(base_url)
+            return known, False
+        try:
+            async with asyncio.timeout_at(request.deadline):
+                negotiated = self._negotiations.share(base_url, lambda: self._negotiate(request.homeserver, request.deadline, instead_of))
+                return await negotiated, True
+        except TimeoutError:
+            raise _NotNegotiated(_not_negotiated("no answer in time")) from None
+
+    async def _negotiate(self, homeserver: Homeserver, deadline: float, instead_of: _Known | None) -> _Known:
+        """Ask `/versions`, which needs no authentication, and remember the result. Raises _NotNegotiated.
+
+        When only the time of the remembered choice was over, and the homeserver cannot be asked, it stays in force a little longer.
+        """
+        base_url = homeserver.base_url
+        try:
+            reply = await self._get(homeserver, "/_matrix/client/versions", {}, deadline)
+            if reply.status != 200 or reply.content is None:
+                raise _NotNegotiated(_not_negotiated(f"{reply.status} {reply.errcode}".strip(), reply))
+            offered = generations_offered(reply.content)
+        except (HttpFailed, _NotNegotiated) as error:
+            old = self._known.get(base_url)
+            if old is not None and old is not instead_of and old.offered:
+                old.expires = self._now() + OFF_LASTS
+                return old
+            unknown = error if isinstance(error, _NotNegotiated) else _NotNegotiated(_not_negotiated(error.reason))
+            raise unknown from None
+        known = _Known(offered, self._now() + (CHOICE_LASTS if offered else OFF_LASTS))
+        self._known[base_url] = known
+        self._known.move_to_end(base_url)
+        if len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return known
+
+
+def generations_offered(versions: Mapping[str, Any]) -> tuple[Generation, ...]:
+    """The generations that the answer of `/versions` allows, the best first; none where delayed events are off.
+
+    The announcement does not tell the older form (action in the body) from the newer one at the same place, so the older follows as a
+    fallback.
+    """
+    features = versions.get("unstable_features")
+    flags = features if isinstance(features, dict) else {}
+    spec = versions.get("versions")
+    contained = isinstance(spec, list) and any(isinstance(v, str) and v in SPEC_VERSIONS_WITH_DELAYED_EVENTS for v in spec)
+    offered: tuple[Generation, ...] = ()
+    if contained or flags.get("org.matrix.msc4140.stable") is True:
+        offered += (Generation.D,)
+    if flags.get("org.matrix.msc4140") is True:
+        offered += (Generation.C, Generation.B)
+    return (*offered, Generation.A) if offered else ()
+
+
+def _not_negotiated(why: str, reply: Reply | None = None) -> Answer:
+    return Answer(
+        verdict=Verdict.FAILED,
+        status=reply.status if reply else None,
+        errcode=reply.errcode if reply else "",
+        retry_after=reply.retry_after if reply else None,
+        detail=f"the homeserver could not be asked for its versions: {why}",
+    )
+
+
+def _unspeakable(delay_id: str, token: str | None) -> str:
+    """Why no request can be made of these; "" if one can.
+
+    A delay_id is whatever a client claims. Quoting keeps it within its place in the path, except that `.` and `..` are resolved by servers
+    and proxies even when quoted, some only after they have decoded `%2F`; no homeserver gives such ids.
+    """
+    if not delay_id or _DOT_SEGMENT.search(delay_id) or _DOT_SEGMENT.search(unquote(delay_id)):
+        return "such a delay_id cannot be part of a URL"
+    try:
+        delay_id.encode()
+    except UnicodeEncodeError:
+        return "the delay_id is not valid Unicode"
+    if token is not None and not _TOKEN.fullmatch(token):
+        return "the token has characters that a header cannot have"
+    return ""
+
+
+def _bearer(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+
+def _as_user(user: str | None) -> str:
+    return "" if user is None else f"?user_id={quote(user, safe='', errors='replace')}"

@@ -1,0 +1,69 @@
+"""Server names, patterns of them, and base URLs: what is well-formed. Never looks anything up."""
+
+import ipaddress
+import re
+from urllib.parse import urlsplit
+
+MAX_URL = 2048
+
+_NAME = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[0-9A-Za-z.-]{1,255}))(?::(?P<port>[0-9]{1,5}))?")
+_PATTERN = re.compile(r"[0-9A-Za-z.:\[\]*-]{1,270}")
+_URL_CHARACTERS = re.compile(r"[!-~]+")
+
+
+def is_server_name(name: str) -> bool:
+    """Does the name follow the Matrix grammar of server names (host, IPv4 or [IPv6], each with an optional port)?
+
+    Stricter than the grammar in two points: what stands in brackets is an IPv6 address, and a port is one that can be connected to.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return False
+    if found["port"] is not None and not 0 < int(found["port"]) < 65536:
+        return False
+    if found["v6"] is None:
+        return True
+    try:
+        ipaddress.IPv6Address(found["v6"])
+    except ValueError:
+        return False
+    return True
+
+
+def is_pattern(pattern: str) -> bool:
+    """Is it a server name, or a pattern of server names, in which `*` stands for any text?"""
+    return _PATTERN.fullmatch(pattern) is not None if "*" in pattern else is_server_name(pattern)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern as an expression for lower-case names, to be used with `fullmatch`. Brackets mean themselves: IPv6 literals have them."""
+    return re.compile(".*".join(re.escape(part) for part in pattern.lower().split("*")))
+
+
+def checked_base_url(text: object, *, allow_http: bool) -> str:
+    """The base URL of a client-server API, without trailing slashes.
+
+    https, or http where that is allowed; a host, perhaps a port and a path; no credentials, no query, no fragment.
+    Raises ValueError with a sentence that continues "the base URL …".
+    """
+    if not isinstance(text, str) or not text:
+        raise ValueError("is not a text")
+    if len(text) > MAX_URL:
+        raise ValueError(f"is longer than {MAX_URL} characters")
+    if not _URL_CHARACTERS.fullmatch(text) or "\\" in text:
+        raise ValueError("has characters that a URL cannot have")
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if parts.scheme not in {"https", "http"}:
+        raise ValueError("does not begin with https://")
+    if parts.scheme == "http" and not allow_http:
+        raise ValueError("is http, and only https is allowed")
+    if "@" in parts.netloc:
+        raise ValueError("has credentials in it")
+    if "?" in text or "#" in text:
+        raise ValueError("has a query or a fragment")
+    if not is_server_name(parts.netloc):
+        raise ValueError("has no valid host and port")
+    return text.rstrip("/")
