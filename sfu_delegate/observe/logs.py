@@ -1,0 +1,169 @@
+"""Structured logs: one event is one line, with a snake_case name and its facts beside it, in JSON or for the eyes.
+
+A token, a key, a full `delay_id` or a webhook's body must never get into a line: callers leave them out, and `redact` here is the last line
+of defence, also for what other libraries log. A line that cannot be written must never stop the daemon.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+HIDDEN: Final = "(hidden)"
+_MOST_DEPTH: Final = 6
+
+# By the whole name or its last word: `token`, `as_token`, `management_token`; but not `key`, which names a configuration key.
+_SECRET_KEY: Final = re.compile(
+    r"(?:^|[_-])(?:tokens?|secrets?|delay[_-]?ids?|authorization|jwts?|passwords?|passphrase|credentials?|cookie|api[_-]?keys|"
+    r"encryption[_-]?keys?|private[_-]?key)$|^(?:body|keys|webhook)$|token$|password$|secret$|delayid$",
+    re.IGNORECASE,
+)
+_SECRET_TEXT: Final = (
+    # The path segment after `delayed_events/` is a delay_id in every generation of the API, whatever it looks like.
+    (re.compile(r"(delayed_events/)[^/?#\s\"'<>]+"), r"\1" + HIDDEN),
+    (re.compile(r"((?:access_token|token|as_token|hs_token|jwt|secret|password)=)[^&\s\"']+", re.IGNORECASE), r"\1" + HIDDEN),
+    (re.compile(r"(\bBearer\s+)[^\s\"',]+", re.IGNORECASE), r"\1" + HIDDEN),
+    (re.compile(r"(://)[^/@\s\"']+@"), r"\1" + HIDDEN + "@"),
+    (re.compile(r"\beyJ[A-Za-z0-9_=-]{3,}(?:\.[A-Za-z0-9_=-]*){0,4}"), "eyJ…"),
+    (re.compile(r"\bgAAAA[A-Za-z0-9_=-]{20,}"), "gAAAA…"),
+    (re.compile(r"\b(syd_[A-Za-z0-9]{0,4})[A-Za-z0-9_=.-]+"), r"\1…"),
+    (re.compile(r"\b(sy[tra]_|m[ca][tr]_)[A-Za-z0-9_=-]{6,}"), r"\1…"),
+)
+_SHORTENED: Final = re.compile(r"[^\s…]{0,8}…")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def short(delay_id: str) -> str:
+    """A hint of a delay_id, by which people can tell two of them apart and nobody can use one: 8 characters at most, then "…".
+
+    Never more than a third of it, so that a short id is not given away.
+    """
+    return delay_id[: min(8, len(delay_id) // 3)] + "…"
+
+
+def get_logger(name: str = "sfu_delegate") -> structlog.stdlib.BoundLogger:
+    """The logger for one module; `bind(delegation=…)` it where lines are about a delegation."""
+    return structlog.stdlib.get_logger(name)
+
+
+def configure(*, level: str = "info", format: str = "auto", stream: TextIO | None = None) -> None:
+    """Send every log line, our own and other libraries', to `stream` (standard error by default).
+
+    `format` is "json", "console", or "auto": console on a terminal, JSON elsewhere. May be called again. ValueError for unknown words.
+    """
+    output = sys.stderr if stream is None else stream
+    if format not in ("auto", "json", "console"):
+        raise ValueError(f"the log format is auto, json or console, not {format!r}")
+    console = format == "console" or (format == "auto" and output.isatty())
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(colors=output.isatty(), timestamp_key="time", exception_formatter=structlog.dev.plain_traceback)
+        if console
+        else structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
+    )
+    before: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    ]
+    last: list[Any] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.format_exc_info,  # before the redaction, and without the local variables that fancier ones show
+        redact,
+        *([_one_line] if console else [_order]),
+        renderer,
+    ]
+    handler = _Handler(output)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=last,
+            foreign_pre_chain=before,
+        )
+    )
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *before, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if isinstance(h, _Handler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    # Access logs would be a line for each webhook, and name paths with delegation ids.
+    logging.getLogger("aiohttp.access").disabled = True
+    # These log statements with their parameters, or a line for each request, below the level of a warning.
+    for chatty in ("sqlalchemy", "alembic", "asyncio", "livekit"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """From now on, log this level (debug, info, warning, error) and what is graver. Raises ValueError for an unknown word."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"the log level is debug, info, warning or error, not {level!r}")
+    logging.getLogger().setLevel(number)
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Hide what is secret by its name, and shorten what looks like a token or a delay_id within any text.
+
+    Values that are no plain data become text first, so that a repr cannot carry a secret past this.
+    """
+    return {_text(key): _value(key, value, _MOST_DEPTH) for key, value in event.items()}
+
+
+def _value(key: object, value: object, depth: int) -> Any:
+    if isinstance(key, str) and _SECRET_KEY.search(key) and value is not None and not isinstance(value, bool):
+        return value if isinstance(value, str) and _SHORTENED.fullmatch(value) else HIDDEN
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth == 0:
+        return "…"
+    match value:
+        case Mapping():
+            return {_text(k): _value(k, v, depth - 1) for k, v in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_value(None, v, depth - 1) for v in value]
+        case bytes() | bytearray() | memoryview():
+            return f"({len(value)} bytes)"
+        case _:
+            return _text(value)
+
+
+def _text(value: object) -> str:
+    text = str(value).encode("utf-8", "replace").decode()  # a JSON body may hold halves of characters, which no stream takes
+    for pattern, replacement in _SECRET_TEXT:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _one_line(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """On the console nothing is escaped: without this, a newline in a client's text could forge a line. Tracebacks keep theirs."""
+    return {
+        key: _CONTROL.sub(lambda c: repr(c.group())[1:-1], value) if isinstance(value, str) and key not in ("exception", "stack") else value
+        for key, value in event.items()
+    }
+
+
+def _order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Time, level and event first: JSON lines are read by people too."""
+    first = {key: event.pop(key) for key in ("time", "level", "event") if key in event}
+    return {**first, **event}
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes lines, and never says what it could not write: logging's own complaint would print the arguments as they are."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        try:
+            self.stream.write(f'{{"level": "error", "event": "log_line_failed", "logger": "{record.name}", "error": "{type(error).__name__}"}}\n')
+        except (OSError, ValueError):  # the stream is gone, and there is nobody left to tell
+            return

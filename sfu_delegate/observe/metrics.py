@@ -1,0 +1,180 @@
+"""What Prometheus scrapes. Labels come from the configuration and from our own words only, never from what a client sent."""
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from sfu_delegate import __version__
+from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
+
+_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+_BATCHES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+ENDED = tuple(outcome for outcome in Outcome if outcome is not Outcome.OPEN)
+
+
+class _States(Collector):
+    """Delayed events by state, counted when somebody asks."""
+
+    def __init__(self, states: Callable[[], Mapping[tuple[str, str, str], int]], label: Callable[[str], str]) -> None:
+        self._states = states
+        self._label = label
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """See prometheus_client."""
+        family = GaugeMetricFamily(
+            "sfu_delegate_delegated_events",
+            "Delayed events by state, and by presence of their participant.",
+            labels=("homeserver", "state", "presence"),
+        )
+        tally: Tally[tuple[str, str, str]] = Tally()
+        for (homeserver, state, presence), count in self._states().items():
+            tally[self._label(homeserver), state, presence] += count
+        for labels, count in sorted(tally.items()):
+            family.add_metric(labels, count)
+        yield family
+
+
+class Metrics:
+    """All metrics, in a registry of their own.
+
+    `label` gives the configuration's name for a homeserver: the entry that it matches, since the name itself may be a client's choice.
+    """
+
+    def __init__(self, label: Callable[[str], str], registry: CollectorRegistry | None = None) -> None:
+        disable_created_metrics()  # a second series for each, which nobody asks for
+        self.registry = CollectorRegistry() if registry is None else registry
+        self.label = label
+        at = self.registry
+        Info("sfu_delegate_build", "The running version.", registry=at).info({"version": __version__})
+        self.webhooks = Counter("sfu_delegate_webhooks_total", "Webhooks by SFU, event and result.", ("sfu", "event", "result"), registry=at)
+        self.acknowledged = Histogram(
+            "sfu_delegate_webhook_acknowledge_seconds", "From a webhook's first byte to its answer.", buckets=_FAST, registry=at
+        )
+        self.actions = Counter(
+            "sfu_delegate_actions_total",
+            "Requests to homeservers by action and outcome. Limited ones were refused by a rate limit.",
+            ("homeserver", "action", "outcome"),
+            registry=at,
+        )
+        self.action_seconds = Histogram(
+            "sfu_delegate_action_seconds", "How long requests to homeservers take.", ("homeserver", "action"), buckets=_LONG, registry=at
+        )
+        self.looks = Counter("sfu_delegate_looks_total", "Looks at SFUs, by outcome.", ("sfu", "outcome"), registry=at)
+        self.look_seconds = Histogram("sfu_delegate_look_seconds", "How long looks at SFUs take.", ("sfu",), buckets=_FAST, registry=at)
+        self.to_end = Histogram(
+            "sfu_delegate_disconnect_to_end_seconds",
+            "From the word of a departure to the homeserver's word that the delayed event was sent or cancelled.",
+            ("homeserver",),
+            buckets=_LONG,
+            registry=at,
+        )
+        self.accepted = Counter("sfu_delegate_delegated_events_accepted_total", "Delayed events handed over.", ("homeserver",), registry=at)
+        self.ended = Counter(
+            "sfu_delegate_delegated_events_ended_total",
+            "How delegations end. already_ended is the normal end of a call: the client was faster.",
+            ("homeserver", "outcome"),
+            registry=at,
+        )
+        self.lost = Counter(
+            "sfu_delegate_events_lost_while_connected_total",
+            "Events that ran out, or were gone at the homeserver, although their participant was connected. Must stay 0.",
+            ("homeserver",),
+            registry=at,
+        )
+        self.fraction = Histogram(
+            "sfu_delegate_restart_delay_fraction",
+            "The part of the delay that had passed at each restart but the first.",
+            ("homeserver",),
+            buckets=_FRACTIONS,
+            registry=at,
+        )
+        self.waiting = Gauge("sfu_delegate_backlog_actions", "Actions that are due and not begun.", ("homeserver", "lane"), registry=at)
+        self.lateness = Gauge(
+            "sfu_delegate_backlog_lateness_seconds", "How long the oldest of them has been due.", ("homeserver", "lane"), registry=at
+        )
+        self.commit_seconds = Histogram(
+            "sfu_delegate_commit_seconds", "From the begin of a transaction to its durable end.", buckets=_FAST, registry=at
+        )
+        self.batch_size = Histogram("sfu_delegate_batch_inputs", "Inputs in one transaction.", buckets=_BATCHES, registry=at)
+        self.database_works = Gauge("sfu_delegate_database_works", "1 while the database takes transactions, else 0.", registry=at)
+        self.reloads = Counter("sfu_delegate_config_reloads_total", "SIGHUPs, by result.", ("result",), registry=at)
+        self._backlogs: set[tuple[str, str]] = set()
+
+    def watch_states(self, states: Callable[[], Mapping[tuple[str, str, str], int]]) -> None:
+        """Where the number of delayed events by (homeserver, state, presence) is to be had."""
+        self.registry.register(_States(states, self.label))
+
+    def known(self, homeservers: Iterable[str]) -> None:
+        """Show zeros for what the configuration names, so that a first bad event is an increase."""
+        for homeserver in homeservers:
+            self.lost.labels(homeserver)
+            self.accepted.labels(homeserver)
+            for outcome in ENDED:
+                self.ended.labels(homeserver, outcome.value)
+
+    # ── what is told ──
+
+    def on_webhook(self, sfu: str, event: str, result: str) -> None:
+        """A webhook was answered."""
+        self.webhooks.labels(sfu, event, result).inc()
+
+    def on_acknowledged(self, seconds: float) -> None:
+        """A webhook that mattered was durable, and its answer ready, after `seconds`."""
+        self.acknowledged.observe(seconds)
+
+    def change(self, old: DelayedEvent | None, new: DelayedEvent, now: float) -> None:
+        """A row changed, durably."""
+        homeserver = self.label(new.homeserver)
+        if old is None or (old.state is State.DONE and new.state is not State.DONE):
+            self.accepted.labels(homeserver).inc()
+            return
+        if new.restarts > old.restarts and old.verified_at is not None:
+            self.fraction.labels(homeserver).observe((new.running_since - old.running_since) / new.delay)
+        if new.state is State.DONE and old.state is not State.DONE:
+            self.ended.labels(homeserver, new.outcome.value).inc()
+            if new.outcome is Outcome.LOST or (new.outcome is Outcome.REJECTED and new.presence is Presence.CONNECTED):
+                self.lost.labels(homeserver).inc()
+            if new.outcome in (Outcome.SENT, Outcome.CANCELLED) and new.ended_at is not None:
+                self.to_end.labels(homeserver).observe(max(0.0, now - new.ended_at))
+
+    def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
+        """A request to a homeserver came to an end."""
+        name = self.label(homeserver)
+        self.actions.labels(name, action.value, outcome).inc()
+        self.action_seconds.labels(name, action.value).observe(seconds)
+
+    def look(self, sfu: str, outcome: str, seconds: float) -> None:
+        """A look at an SFU came to an end."""
+        self.looks.labels(sfu, outcome).inc()
+        self.look_seconds.labels(sfu).observe(seconds)
+
+    def committed(self, inputs: int, seconds: float) -> None:
+        """A transaction was committed."""
+        self.commit_seconds.observe(seconds)
+        self.batch_size.observe(inputs)
+
+    def store(self, *, works: bool) -> None:
+        """The database works, or does not."""
+        self.database_works.set(1 if works else 0)
+
+    def backlog(self, counted: Mapping[tuple[str, Lane], tuple[int, float]], now: float) -> None:
+        """The backlog was counted."""
+        tally: dict[tuple[str, str], tuple[int, float]] = {}
+        for (homeserver, lane), (count, oldest) in counted.items():
+            if lane is not Lane.TIMER:
+                key = (self.label(homeserver), lane.name.lower())
+                before = tally.get(key, (0, oldest))
+                tally[key] = (before[0] + count, min(before[1], oldest))
+        for key in self._backlogs - set(tally):
+            self.waiting.labels(*key).set(0)
+            self.lateness.labels(*key).set(0)
+        for key, (count, oldest) in tally.items():
+            self.waiting.labels(*key).set(count)
+            self.lateness.labels(*key).set(max(0.0, now - oldest))
+        self._backlogs |= set(tally)

@@ -1,0 +1,654 @@
+"""A configuration is checked as a whole: everything that is wrong is said at once, with its key and a remedy, and no secret is shown."""
+
+import contextlib
+import os
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sfu_delegate.config import (
+    EXAMPLE_SECRET,
+    HIDDEN,
+    Config,
+    ConfigInvalid,
+    Problem,
+    format_duration,
+    format_size,
+    from_mapping,
+    load,
+    parse_duration,
+    parse_size,
+    reloadable_changes,
+    warnings,
+)
+from sfu_delegate.delegation.policy import DEPARTURES, Departure, Policy, Unasked
+from sfu_delegate.sealing import new_key
+
+SECRET = "hunter2-hunter2-hunter2-hunter2-hunter2"
+GOOD = f"""
+sfus:
+  main:
+    url: wss://sfu.example.org
+    keys: {{APIone: {SECRET}}}
+homeservers:
+  - name: example.org
+    url: https://matrix.example.org
+"""
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    """A small valid configuration as plain data, with whole sections replaced."""
+    data: dict[str, Any] = yaml.safe_load(GOOD)
+    return {**data, **changes}
+
+
+def problems_of(data: object, environ: Mapping[str, str] | None = None) -> dict[str, Problem]:
+    """The problems by key."""
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(data, environ or {})
+    assert SECRET not in str(caught.value)
+    return {problem.key: problem for problem in caught.value.problems}
+
+
+def problems_of_text(tmp_path: Path, text: str | bytes) -> dict[str, Problem]:
+    path = tmp_path / "delegate.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigInvalid) as caught:
+        load(path)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    return {problem.key: problem for problem in caught.value.problems}
+
+
+def sfu(**changes: Any) -> dict[str, Any]:
+    return {"url": "wss://sfu.example.org", "keys": {"APIone": SECRET}, **changes}
+
+
+def test_defaults_are_the_policys() -> None:
+    """A file without any of the rules' keys yields exactly the policy's own defaults."""
+    assert from_mapping(good()).policy() == Policy()
+
+
+def test_a_departure_is_changed_and_the_others_stay() -> None:
+    """What is given for a reason is laid over its default; other reasons keep theirs, and new ones start from OTHER."""
+    config = from_mapping(good(departures={"client_initiated": {"look_after": "3s"}, "MIGRATION": {"unasked": "after"}, "17": {"look_after": 0}}))
+    departures = config.policy().departures
+    assert departures["CLIENT_INITIATED"] == Departure(3.0, Unasked.GONE)
+    assert departures["MIGRATION"] == Departure(15.0, Unasked.AFTER, 60.0)
+    assert departures["17"] == Departure(0.0, Unasked.AFTER, 60.0)
+    assert departures["SIGNAL_CLOSE"] == DEPARTURES["SIGNAL_CLOSE"]
+
+
+def test_every_number_of_the_policy_can_be_configured() -> None:
+    """Each key of the rules reaches the policy."""
+    config = from_mapping(
+        good(
+            presence={"join_timeout": 1, "first_looks": [1, 2], "unseen_departure": 3, "joining_limit": 4}
+            | {"look_again": 6, "look_again_most": 7, "look_gap": 7, "settled": 8, "doubt": 13, "doubt_after": 14},
+            restart={"at": 0.5, "spread": 0.2},
+            actions={"retry_first": 9, "retry_most": 10, "vanished_wait": 11, "lease": 12},
+            history={"keep": "1d"},
+        )
+    )
+    policy, default = config.policy(), Policy()
+    changed = [name for name in Policy.__dataclass_fields__ if getattr(policy, name) != getattr(default, name)]
+    assert set(changed) == set(Policy.__dataclass_fields__) - {"departures"}
+
+
+def test_a_section_of_comments_only_has_its_defaults() -> None:
+    """`listen:` with nothing below it, and a key without a value, count as not given."""
+    assert from_mapping(good(listen=None, log={"level": None})) == from_mapping(good())
+
+
+def test_the_key_file_is_beside_the_database() -> None:
+    """Both paths follow the database's URL, relative or absolute."""
+    config = from_mapping(good(database="sqlite:////var/lib/d/x.db"))
+    assert (config.database_path, config.key_file) == (Path("/var/lib/d/x.db"), Path("/var/lib/d/x.db.key"))
+    assert from_mapping(good(database="sqlite:///x.db")).database_path == Path("x.db")
+
+
+@given(st.floats(min_value=0, max_value=1e12))
+def test_durations_round_trip(seconds: float) -> None:
+    """The text of a duration is read as exactly the same duration."""
+    assert parse_duration(format_duration(seconds)) == seconds
+    assert parse_duration(seconds) == seconds
+
+
+@given(st.integers(0, 2**50))
+def test_sizes_round_trip(size: int) -> None:
+    """The text of a size is read as exactly the same size."""
+    assert parse_size(format_size(size)) == parse_size(size) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("30s", 30), ("2m", 120), ("1h", 3600), ("7d", 604800), ("1h30m", 5400), ("1.5s", 1.5), ("10", 10), (" 2s ", 2), (0, 0)],
+)
+def test_durations_are_read_as_written(text: object, seconds: float) -> None:
+    """Numbers are seconds, and units may be joined as LiveKit's durations are."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "1 h", "-1s", "-1", "1w", "1e400", "nan", "inf", "sNaN", "1s;", "١s", True, None, [], -1, float("nan"), 10**400]
+)
+def test_what_is_no_duration_is_refused(text: object) -> None:
+    """Everything else is an error of one kind."""
+    with pytest.raises(ValueError, match="must be a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (0.25, "250ms"), (90, "90s"), (120, "2m"), (604800, "7d"), (1.5, "1500ms"), (1e-7, "0.0000001s")]
+)
+def test_durations_are_written_shortly(seconds: float, text: str) -> None:
+    """The largest unit that fits exactly is used."""
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("text", "size"), [("64KiB", 65536), ("1MiB", 1 << 20), ("1mb", 10**6), ("10 B", 10), ("7", 7), (7, 7)])
+def test_sizes_are_read_as_written(text: object, size: int) -> None:
+    """Units of 1024 and of 1000 are told apart."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5MiB", "1TiB", True, None, -1, 1.5])
+def test_what_is_no_size_is_refused(text: object) -> None:
+    """Everything else is an error of one kind."""
+    with pytest.raises(ValueError, match="must be a size"):
+        parse_size(text)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    """Wrong values, unknown and missing keys and contradictions between good keys appear together."""
+    found = problems_of(
+        {
+            "listen": {"prt": 1, "port": "eighty"},
+            "sfus": {"one": {"url": "wss://one", "keys": {"APIx": SECRET}}, "two": {"url": "ftp://two", "keys": {"APIx": SECRET}}},
+            "homeservers": [{"url": "https://x"}, {"name": "a.org"}, {"name": "a.org"}],
+            "delegations": {"min_delay": "2h", "max_delay": "1h", "max_events": 0},
+            "restart": {"at": 0.1, "spread": 0.5},
+            "lgo": {"level": "debug"},
+        }
+    )
+    assert set(found) == {
+        "listen.prt",
+        "listen.port",
+        "sfus.two.url",
+        "homeservers[0].name",
+        "homeservers[2].name",
+        "delegations.min_delay",
+        "delegations.max_events",
+        "restart.spread",
+        "lgo",
+    }
+    assert found["listen.prt"].remedy == "did you mean port?"
+    assert found["lgo"].remedy == "did you mean log?"
+    assert (found["listen.port"].value, found["listen.port"].problem) == ("eighty", "must be a whole number")
+    assert found["homeservers[0].name"].problem == "is required"
+    assert found["homeservers[2].name"].problem == "is there twice, first as homeservers[1]"
+    assert found["delegations.max_events"].problem == "must be at least 1"
+
+
+def test_a_wrong_value_does_not_cause_a_second_problem() -> None:
+    """What depends on a key that is wrong itself is not judged by the default in its place."""
+    assert set(problems_of(good(delegations={"min_delay": "soon", "max_delay": "10s"}))) == {"delegations.min_delay"}
+    assert set(problems_of(good(sfus={"main": {"url": "wss://x", "keys": 7}}))) == {"sfus.main.keys"}
+
+
+def test_an_sfu_and_a_homeserver_are_needed() -> None:
+    """An empty file says what must be in it."""
+    assert set(problems_of(None)) == set(problems_of({})) == {"sfus", "homeservers"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "said"),
+    [
+        ({"database": "postgresql://u:hunter2@db/x"}, "database", "only sqlite: in this version"),
+        ({"database": "sqlite://"}, "database", "begins with sqlite:///"),
+        ({"database": "sqlite:///:memory:"}, "database", "nothing would survive"),
+        ({"database": "sqlite:///x.db?mode=ro"}, "database", "plain path"),
+        ({"listen": {"port": 70000}}, "listen.port", "at most 65535"),
+        ({"listen": {"port": True}}, "listen.port", "YAML reads this as true or false"),
+        ({"listen": {"host": "http://x"}}, "listen.host", "not an address"),
+        ({"listen": "0.0.0.0:80"}, "listen", "must be keys with values"),
+        ({"listen": {"host": "127.0.0.1", "port": 9090}}, "admin.port", "is the address of listen"),
+        ({"homeservers": {"name": "x"}}, "homeservers", "must be a list"),
+        ({"homeservers": [{"name": "https://x.org"}]}, "homeservers[0].name", "is a URL"),
+        ({"homeservers": [{"name": "a.*.org"}]}, "homeservers[0].name", "not a server name"),
+        ({"homeservers": [{"name": "a.org", "url": "a.org"}]}, "homeservers[0].url", "begins with https://"),
+        ({"homeservers": [{"name": "a.org", "url": "https://u:hunter2@a.org"}]}, "homeservers[0].url", "must not carry"),
+        ({"homeservers": [{"name": "a.org", "url": "https://[a.org"}]}, "homeservers[0].url", "not a URL"),
+        ({"homeservers": [{"name": "a.org", "as_token": 12345}]}, "homeservers[0].as_token", "must be a text"),
+        ({"homeservers": [{"name": "*.a.org", "as_token": SECRET}]}, "homeservers[0].as_token", "would be sent to whatever server"),
+        ({"homeservers": [{"name": "a.org", "as_token_file": "/nonexistent"}]}, "homeservers[0].as_token_file", "cannot be read: No such"),
+        ({"homeservers": [{"name": "a.org", "ca_file": "/nonexistent"}]}, "homeservers[0].ca_file", "cannot be read: No such"),
+        ({"sfus": {"Main": sfu()}}, "sfus.Main", "not a name for an SFU"),
+        ({"sfus": {"main": sfu(keys={})}}, "sfus.main.keys", "is required"),
+        ({"sfus": {"main": sfu(keys={"APIone": ""})}}, "sfus.main.keys.APIone", "is empty"),
+        ({"sfus": {"main": sfu(api_key="APItwo")}}, "sfus.main.api_key", "not among this SFU's keys"),
+        ({"sfus": {"main": sfu(), "two": sfu()}}, "sfus.two.keys.APIone", "also a key of main"),
+        ({"sfus": {"main": sfu(request_timeout="20s")}}, "sfus.main.request_timeout", "less than actions.lease"),
+        ({"timeouts": {"request": "15s"}}, "timeouts.request", "less than actions.lease"),
+        ({"timeouts": {"connect": "11s"}}, "timeouts.connect", "at most timeouts.request (10s)"),
+        ({"encryption": {"keys": ["hunter2"]}}, "encryption.keys[0]", "not a Fernet key"),
+        ({"departures": {"CLIENT_INITIATED": {"unasked": "maybe"}}}, "departures.CLIENT_INITIATED.unasked", "not one of the words"),
+        ({"departures": {"client initiated": {}}}, "departures.CLIENT INITIATED", "not the name of a disconnect reason"),
+        ({"departures": {"MISSING": "10s"}}, "departures.MISSING", "must be keys with values"),
+        ({"presence": {"first_looks": ["3s", "1s"]}}, "presence.first_looks", "ascending"),
+        ({"presence": {"first_looks": ["soon"]}}, "presence.first_looks[0]", "must be a duration"),
+        ({"restart": {"at": 1}}, "restart.at", "less than 1"),
+        ({"limits": {"body": "12"}}, "limits.body", "at least 1KiB"),
+        ({"delegations": {"verify_timeout": "2m"}}, "delegations.verify_timeout", "at most 1m"),
+        ({"log": {"level": "loud"}}, "log.level", "not one of the words"),
+        ({"cors": {"origins": ["https://x/"]}}, "cors.origins[0]", "not an origin"),
+        ({"port": 8080}, "port", "not a key that exists here"),
+    ],
+)
+def test_each_mistake_is_named(changes: dict[str, Any], key: str, said: str) -> None:
+    """One mistake is one problem, with its key, and a remedy."""
+    found = problems_of(good(**changes))
+    assert list(found) == [key]
+    assert said in found[key].problem
+    assert found[key].remedy
+    assert "hunter2" not in str(found[key])
+
+
+def test_a_key_in_the_wrong_section_is_shown_the_way() -> None:
+    """A known key in the wrong place is told where it belongs."""
+    assert problems_of(good(port=8080))["port"].remedy == "there is listen.port and admin.port: put it there"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sfus": {"main": sfu(keys=f"APIone: {SECRET}")}},
+        {"sfus": {"main": sfu(keys=[SECRET])}},
+        {"sfus": {"main": sfu(keys={"APIone": [SECRET]})}},
+        {"sfus": {"main": sfu(secret=SECRET)}},
+        {"sfus": SECRET},
+        {"homeservers": [{"name": "a.org", "as_tokn": SECRET}]},
+        {"homeservers": [{"name": "a.org", "as_token": {"is": SECRET}}]},
+        {"homeservers": [SECRET]},
+        {"encryption": {"keys": SECRET}},
+        {"encryption": {"keys": [SECRET]}},
+        {"encryption": SECRET},
+        {SECRET[:4]: SECRET},
+    ],
+)
+def test_no_secret_is_in_a_problem(changes: dict[str, Any]) -> None:
+    """Wherever a secret was put by mistake, it is not shown."""
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(good(**changes))
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_no_secret_is_in_a_repr() -> None:
+    """Neither the repr nor the shown configuration has a secret."""
+    key = new_key()
+    config = from_mapping(good(encryption={"keys": [key]}, homeservers=[{"name": "a.org", "as_token": SECRET}]))
+    for text in (repr(config), str(config), str(config.shown()), config.model_dump_json()):
+        assert SECRET not in text
+        assert key not in text
+    assert config.shown()["sfus"]["main"]["keys"] == {"APIone": HIDDEN}
+
+
+def test_problems_name_their_line(tmp_path: Path) -> None:
+    """A problem says in which line its key stands."""
+    found = problems_of_text(tmp_path, GOOD + "listen:\n  port: x\nlog: {level: loud}\n")
+    assert found["listen.port"].where == "line 10"
+    assert found["log.level"].where == "line 11"
+
+
+def test_syntax_errors_name_their_place_and_quote_nothing(tmp_path: Path) -> None:
+    """Text that is no YAML is one problem with line and column."""
+    found = problems_of_text(tmp_path, f"sfus:\n  main:\n  url: [{SECRET}\nhomeservers: x\n")
+    assert found[""].problem.startswith("is not YAML")
+    assert found[""].where.startswith("line 4, column")
+    for text in (
+        f"as_token: *{SECRET}",
+        f"as_token: !{SECRET} x",
+        f"as_token: '{SECRET}",
+        f"as_token: &a%{SECRET}",
+        f"a: @{SECRET}",
+        f"a: %{SECRET}",
+    ):
+        assert "" in problems_of_text(tmp_path, text)
+
+
+def test_a_key_that_is_there_twice_is_a_problem(tmp_path: Path) -> None:
+    """YAML would silently take the last one."""
+    found = problems_of_text(tmp_path, GOOD + "log: {level: info}\nlog: {level: debug}\n")
+    assert found["log"].problem == "is there twice, first in line 9"
+    assert found["log"].where == "line 10"
+
+
+ODD = ["a: !!int x", "a: !!bool x", "a: !!timestamp x", "a: \x07", "- a", "just text", "? [a]\n: b", "a: &a [*a]", "true: 1", b"\xff\xfe\xfa"]
+
+
+@pytest.mark.parametrize("text", [*ODD, "[" * 5000, "{" * 400])
+def test_odd_files_are_problems(tmp_path: Path, text: str | bytes) -> None:
+    """Whatever the file holds, the answer is a list of problems."""
+    assert problems_of_text(tmp_path, text)
+
+
+def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
+    """A path that leads nowhere, or to a directory, says so, and how to begin."""
+    for path in (tmp_path / "nowhere.yaml", tmp_path):
+        with pytest.raises(ConfigInvalid, match="cannot be read") as caught:
+            load(path)
+        assert "example-config" in caught.value.problems[0].remedy
+
+
+def test_a_date_is_a_text(tmp_path: Path) -> None:
+    """What YAML would turn into a date stays as it is written."""
+    path = tmp_path / "delegate.yaml"
+    path.write_text(GOOD.replace(f"APIone: {SECRET}", "APIone: 2026-01-01"))
+    assert load(path).sfus["main"].keys["APIone"].get_secret_value() == "2026-01-01"
+
+
+def private(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def test_secrets_come_from_files(tmp_path: Path) -> None:
+    """Each secret can be in a file of its own; the newline at its end does not count."""
+    keys = [new_key(), new_key()]
+    config = from_mapping(
+        good(
+            sfus={"main": {"url": "wss://x", "key_file": private(tmp_path / "livekit", f"APIone: {SECRET}\nAPItwo: '{SECRET}2'\n")}},
+            homeservers=[{"name": "a.org", "as_token_file": private(tmp_path / "as", "the-token\n")}],
+            encryption={"keys_file": private(tmp_path / "keys", f"# new\n{keys[0]}\n{keys[1]}\n")},
+        )
+    )
+    assert {key: secret.get_secret_value() for key, secret in config.sfus["main"].keys.items()} == {"APIone": SECRET, "APItwo": SECRET + "2"}
+    assert config.homeservers[0].as_token is not None
+    assert config.homeservers[0].as_token.get_secret_value() == "the-token"
+    assert config.encryption_keys() == tuple(keys)
+    assert warnings(config) == []
+
+
+def test_bad_secret_files_are_problems_all_at_once(tmp_path: Path) -> None:
+    """Empty, odd and missing files are each named, without their content."""
+    found = problems_of(
+        good(
+            sfus={"main": {"url": "wss://x", "key_file": private(tmp_path / "livekit", SECRET)}, "two": {"url": "wss://y", "key_file": "/no"}},
+            homeservers=[{"name": "a.org", "as_token_file": private(tmp_path / "as", "\n")}],
+            encryption={"keys_file": private(tmp_path / "keys", "# none\n")},
+        )
+    )
+    assert set(found) == {"sfus.main.key_file", "sfus.two.key_file", "homeservers[0].as_token_file", "encryption.keys_file"}
+
+
+def test_a_secret_in_two_places_is_a_problem(tmp_path: Path) -> None:
+    """Inline and in a file is one too many."""
+    file = str(private(tmp_path / "x", f"APItwo: {SECRET}\n"))
+    found = problems_of(
+        good(
+            sfus={"main": sfu(key_file=file)},
+            homeservers=[{"name": "a.org", "as_token": SECRET, "as_token_file": file}],
+            encryption={"keys": [new_key()], "keys_file": file},
+        )
+    )
+    assert set(found) == {"sfus.main.keys", "homeservers[0].as_token", "encryption.keys"}
+    assert all("as well" in problem.problem for problem in found.values())
+
+
+def test_a_secret_that_everybody_can_read_is_risky(tmp_path: Path) -> None:
+    """World-readable secret files, and a world-readable configuration with secrets in it, are warned of."""
+    token = private(tmp_path / "as", "the-token")
+    token.chmod(0o644)
+    path = tmp_path / "delegate.yaml"
+    path.write_text(GOOD + f"    as_token_file: {token}\n")
+    path.chmod(0o644)
+    assert {(w.key, w.value) for w in warnings(load(path))} == {("homeservers[0].as_token_file", str(token)), ("", str(path))}
+    path.chmod(0o640)
+    token.chmod(0o440)
+    assert warnings(load(path)) == []
+
+
+def test_every_key_can_be_overridden() -> None:
+    """Sections, maps and lists are reached by two underscores, in any case, and a list grows by its next number."""
+    config = from_mapping(
+        good(),
+        {
+            "SFU_DELEGATE_LISTEN__PORT": "8081",
+            "sfu_delegate_log__level": "debug",
+            "SFU_DELEGATE_DATABASE": "sqlite:////data/x.db",
+            "SFU_DELEGATE_SFUS__MAIN__URL": "wss://other.example.org",
+            "SFU_DELEGATE_SFUS__MAIN__KEYS__APITwo": "01234567890123456789012345678901",
+            "SFU_DELEGATE_SFUS__SECOND": "{url: 'wss://second', keys: {APIthree: '1234'}}",
+            "SFU_DELEGATE_HOMESERVERS__0__AS_TOKEN": "12345",
+            "SFU_DELEGATE_HOMESERVERS__1__NAME": "b.org",
+            "SFU_DELEGATE_DEPARTURES__CLIENT_INITIATED__LOOK_AFTER": "0",
+            "SFU_DELEGATE_CORS__ORIGINS": '["https://call.example.org"]',
+            "SFU_DELEGATE_DELEGATIONS__ALLOW_SCOPED_TOKENS": "no",
+            "SFU_DELEGATE_RESTART__AT": "0.5",
+            "UNRELATED": "x",
+        },
+    )
+    assert (config.listen.port, config.log.level, config.database_path) == (8081, "debug", Path("/data/x.db"))
+    assert config.sfus["main"].url == "wss://other.example.org"
+    assert list(config.sfus["main"].keys) == ["APIone", "APITwo"]
+    assert list(config.sfus["second"].keys) == ["APIthree"]
+    first, second = config.homeservers
+    assert first.url == "https://matrix.example.org"
+    assert first.as_token is not None
+    assert first.as_token.get_secret_value() == "12345"
+    assert second.name == "b.org"
+    assert config.departures["CLIENT_INITIATED"].departure() == Departure(0.0, Unasked.GONE)
+    assert config.cors.origins == ("https://call.example.org",)
+    assert config.delegations.allow_scoped_tokens is False
+    assert config.restart.at == 0.5
+
+
+def test_the_environment_alone_can_be_the_configuration() -> None:
+    """Everything can come from variables, with nothing in the file."""
+    config = from_mapping(
+        {},
+        {
+            "SFU_DELEGATE_SFUS__MAIN__URL": "wss://sfu.example.org",
+            "SFU_DELEGATE_SFUS__MAIN__KEYS": f'{{"APIone": "{SECRET}"}}',
+            "SFU_DELEGATE_HOMESERVERS": "[{name: example.org}]",
+        },
+    )
+    assert config.homeservers[0].name == "example.org"
+
+
+def test_a_single_key_overrides_within_an_overridden_section() -> None:
+    """The more exact variable counts, whatever the order of the names."""
+    environ = {"SFU_DELEGATE_LOG__LEVEL": "error", "SFU_DELEGATE_LOG": "{level: debug, format: json}"}
+    for variables in (environ, dict(reversed(environ.items()))):
+        log = from_mapping(good(), variables).log
+        assert (log.level, log.format) == ("error", "json")
+
+
+def test_null_takes_a_key_away(tmp_path: Path) -> None:
+    """A secret in the file gives way to a file named in the environment."""
+    file = private(tmp_path / "keys", f"APItwo: {SECRET}\n")
+    config = from_mapping(good(), {"SFU_DELEGATE_SFUS__MAIN__KEYS": "null", "SFU_DELEGATE_SFUS__MAIN__KEY_FILE": str(file)})
+    assert list(config.sfus["main"].keys) == ["APItwo"]
+
+
+def test_problems_name_their_variable() -> None:
+    """What is wrong in the environment is said to be there, all at once, without the value of a secret."""
+    found = problems_of(
+        good(),
+        {
+            "SFU_DELEGATE_LISTEN__PORT": "x",
+            "SFU_DELEGATE_LISTEN__PRT": "1",
+            "SFU_DELEGATE_SFUS__MAIN__KEYS": f"{{{SECRET}: [",
+            "SFU_DELEGATE_HOMESERVERS__0__AS_TOKN": SECRET,
+            "SFU_DELEGATE_HOMESERVERS__7__NAME": "c.org",
+        },
+    )
+    assert {key: problem.where for key, problem in found.items()} == {
+        "listen.port": "SFU_DELEGATE_LISTEN__PORT",
+        "listen.prt": "SFU_DELEGATE_LISTEN__PRT",
+        "sfus.main.keys": "SFU_DELEGATE_SFUS__MAIN__KEYS",
+        "homeservers[0].as_tokn": "SFU_DELEGATE_HOMESERVERS__0__AS_TOKN",
+        "homeservers": "SFU_DELEGATE_HOMESERVERS__7__NAME",
+    }
+
+
+def test_an_unknown_variable_is_ignored_and_warned_of() -> None:
+    """A name that is no key may belong to somebody else, such as Kubernetes, and never stops the daemon."""
+    config = from_mapping(
+        good(),
+        {
+            "SFU_DELEGATE_LISTN__PORT": "1",
+            "SFU_DELEGATE_CONFIG": "/x",
+            "SFU_DELEGATE_PORT": "tcp://10.0.0.1:8080",
+            "SFU_DELEGATE_PORT_8080_TCP_ADDR": "10.0.0.1",
+            "SFU_DELEGATE_SERVICE_HOST": "10.0.0.1",
+        },
+    )
+    assert [(w.key, "SFU_DELEGATE_LISTEN" in w.remedy) for w in warnings(config)] == [("SFU_DELEGATE_LISTN__PORT", True)]
+
+
+def test_the_process_environment_is_not_read_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the environment that is handed over counts."""
+    monkeypatch.setitem(os.environ, "SFU_DELEGATE_LISTEN__PORT", "1")
+    assert from_mapping(good()).listen.port == 8080
+
+
+def test_a_usual_configuration_has_no_warnings() -> None:
+    """TLS, loopback listeners and long secrets are fine."""
+    assert warnings(from_mapping(good())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"listen": {"host": "0.0.0.0"}}, "listen.host"),
+        ({"admin": {"host": "::"}}, "admin.host"),
+        ({"database": "sqlite:////nonexistent/x.db"}, "database"),
+        ({"sfus": {"main": sfu(keys={"devkey": "secret"})}}, "sfus.main.keys.devkey"),
+        ({"sfus": {"main": sfu(keys={"APIone": "short"})}}, "sfus.main.keys.APIone"),
+        ({"sfus": {"main": sfu(keys={"APIone": EXAMPLE_SECRET})}}, "sfus.main.keys.APIone"),
+        ({"sfus": {"main": sfu(url="ws://sfu.example.org")}}, "sfus.main.url"),
+        ({"homeservers": [{"name": "a.org", "url": "http://matrix.a.org"}]}, "homeservers[0].url"),
+        ({"homeservers": [{"name": "*"}]}, "homeservers[0].name"),
+        ({"homeservers": [{"name": "*.a.org", "allow_private_addresses": True}]}, "homeservers[0].allow_private_addresses"),
+        ({"homeservers": [{"name": "a.org", "rate_limited": False}]}, "homeservers[0].rate_limited"),
+        ({"departures": {"CLIENT_INITATED": {}}}, "departures.CLIENT_INITATED"),
+        ({"departures": {"DUPLICATE_IDENTITY": {"look_after": 0}}}, "departures.DUPLICATE_IDENTITY"),
+        ({"departures": {"ROOM_MISSING": {"unasked": "gone"}}}, "departures.ROOM_MISSING"),
+        ({"restart": {"at": 0.95}}, "restart.at"),
+        ({"delegations": {"min_delay": 1}, "restart": {"at": 0.1, "spread": 0}}, "restart.at"),
+        ({"history": {"keep": "1m"}}, "history.keep"),
+        ({"log": {"level": "debug"}}, "log.level"),
+    ],
+)
+def test_risky_settings_are_warned_of(changes: dict[str, Any], key: str) -> None:
+    """A risky setting can be used, and is named with a remedy."""
+    found = {warning.key: warning for warning in warnings(from_mapping(good(**changes)))}
+    assert key in found
+    assert found[key].remedy
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8008", "http://localhost:8008", "http://[::1]:8008"])
+def test_plain_http_to_this_machine_is_fine(url: str) -> None:
+    """Nothing leaves the machine, so nothing needs encryption."""
+    assert warnings(from_mapping(good(homeservers=[{"name": "a.org", "url": url}]))) == []
+
+
+def test_what_can_be_reloaded() -> None:
+    """SFUs, homeservers, rules, limits and the log level change in a running daemon."""
+    old = from_mapping(good())
+    new = from_mapping(
+        good(
+            sfus={"main": sfu(keys={"APInew": SECRET}), "more": sfu(url="wss://y")},
+            homeservers=[{"name": "b.org"}],
+            departures={"MISSING": {"look_after": "1m"}},
+            restart={"at": 0.5},
+            delegations={"max_events": 2},
+            limits={"body": "1MiB"},
+            log={"level": "debug"},
+        )
+    )
+    assert reloadable_changes(old, new) == (True, [])
+    assert reloadable_changes(old, old) == (True, [])
+
+
+def test_what_needs_a_restart_is_named() -> None:
+    """Listeners, database, encryption and the log's format cannot change in a running daemon; the keys that did are listed."""
+    old = from_mapping(good())
+    new = from_mapping(
+        good(
+            listen={"port": 1},
+            admin={"host": "::1"},
+            database="sqlite:///y.db",
+            encryption={"keys": [new_key()]},
+            log={"format": "json", "level": "debug"},
+        )
+    )
+    assert reloadable_changes(old, new) == (False, ["admin.host", "database", "encryption.keys", "listen.port", "log.format"])
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates() | st.binary(max_size=5)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10) | scalars, inner, max_size=4), max_leaves=10
+)
+names = st.sampled_from(
+    [*Config.model_fields, "main", "url", "keys", "name", "as_token", "look_after", "port", "MISSING", "0", "1", "x", "_env_file"]
+)
+shaped = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5), max_leaves=20)
+
+
+def outcome(data: object, environ: Mapping[str, str]) -> None:
+    problems: tuple[Problem, ...] | None = None
+    try:
+        config = from_mapping(data, environ)
+        warnings(config)
+        config.policy()
+    except ConfigInvalid as error:
+        problems = error.problems
+    assert problems is None or (problems and all(problem.problem and problem.remedy for problem in problems))
+
+
+@settings(max_examples=150, deadline=None)
+@given(anything | shaped | st.dictionaries(st.sampled_from(list(Config.model_fields)), shaped | anything))
+def test_any_data_is_good_or_a_list_of_problems(data: object) -> None:
+    """No data raises anything but ConfigInvalid."""
+    outcome(data, {})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(list(Config.model_fields)), shaped))
+def test_anything_beside_good_keys_is_good_or_a_list_of_problems(data: dict[str, Any]) -> None:
+    """The same where the rest is valid, so that the deeper checks are reached."""
+    outcome({**good(), **data}, {})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(
+        st.lists(names | st.text(max_size=5), min_size=1, max_size=4).map(lambda parts: "SFU_DELEGATE_" + "__".join(parts)),
+        st.text(max_size=20) | anything.map(lambda value: repr(value)),
+        max_size=4,
+    )
+)
+def test_any_environment_is_good_or_a_list_of_problems(environ: dict[str, str]) -> None:
+    """No variable raises anything but ConfigInvalid."""
+    outcome(good(), environ)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text()
+    | st.text(alphabet="sfumain: \n-[]{}'\"&*!#|>%@`,?0")
+    | st.builds(lambda at, insert: GOOD[:at] + insert + GOOD[at:], st.integers(0, len(GOOD)), st.text(max_size=3))
+)
+def test_any_text_is_good_or_a_list_of_problems(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    """No file raises anything but ConfigInvalid."""
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with contextlib.suppress(ConfigInvalid):
+        load(path)
