@@ -1,0 +1,548 @@
+"""A model of a Matrix homeserver with delayed events (MSC4140) that really run out, its answers, its rate limit, and whatever can go wrong with it.
+
+No I/O and no clock: `now` (Unix seconds) is an argument, randomness comes from a seed. `request` takes a whole HTTP request and returns the answer;
+the other methods are for whoever drives the model. Call `tick(now)` at `next_event()`, or later: events fire with the time of their own deadline.
+Answers are those measured with Synapse 1.163 (`mode` "synapse") or those of the proposal's text ("proposal").
+"""
+
+import heapq
+import json
+import math
+import random
+import string
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from .answer import Answer, Fate, Impossible, json_answer, no_answer, text_answer
+
+Json = dict[str, Any]
+
+UNSTABLE = "/_matrix/client/unstable/org.matrix.msc4140/"
+STABLE = "/_matrix/client/v1/"
+V3 = "/_matrix/client/v3/"
+ACTIONS = ("restart", "send", "cancel")
+HELD_BACK = 0.5  # seconds by which Synapse holds back a 429
+
+_LETTERS = string.ascii_letters
+
+
+class Mode(StrEnum):
+    """Whose answers are given about an event that is over."""
+
+    SYNAPSE = "synapse"  # it is forgotten: 404
+    PROPOSAL = "proposal"  # idempotent: 200, or 409 for what contradicts its end
+
+
+class End(StrEnum):
+    """How a delayed event ended. PENDING as long as it has not."""
+
+    PENDING = ""
+    SENT = "sent"  # by a management request
+    RAN_OUT = "ran_out"  # its countdown ended
+    CANCELLED = "cancelled"  # by a management request, or by another user's newer state event
+    DROPPED = "dropped"  # it was to be sent, and was not allowed to
+
+
+@dataclass(slots=True)
+class DelayedEvent:
+    """One delayed event, and the log of what happened to it."""
+
+    delay_id: str = field(repr=False)
+    user: str
+    room: str
+    type: str
+    state_key: str | None
+    content: Json
+    delay: float  # seconds
+    scheduled_at: float
+    since: float  # the countdown began, or began anew
+    restarted_at: list[float] = field(default_factory=list)
+    end: End = End.PENDING
+    ended_at: float | None = None
+    ended_by: str = ""  # who asked: an IP address, a user, or "timer"
+
+    @property
+    def deadline(self) -> float:
+        """When it fires by itself."""
+        return self.since + self.delay
+
+
+class StateEvent(NamedTuple):
+    """A room's current state for one (type, state_key)."""
+
+    content: Json
+    sender: str
+    at: float
+    delay_id: str = ""  # of the delayed event that it came from
+
+
+class RateLimit(NamedTuple):
+    """Synapse's `rc_delayed_event_mgmt`. Its defaults are 1 a second and a burst of 5."""
+
+    per_second: float = 1.0
+    burst: float = 5.0
+
+
+class _Bucket(NamedTuple):
+    level: float
+    at: float
+
+
+class Token(NamedTuple):
+    """What a bearer token may do."""
+
+    user: str
+    delay_ids: frozenset[str] | None = None  # a scoped token: manages these delayed events and nothing else
+
+
+@dataclass(slots=True)
+class HomeserverFaults:
+    """What is wrong. All may be changed while running; `probability` and `only` hold for all but `forbid_send` and the form of `Retry-After`.
+
+    A slow request is carried out when it arrives, and answered late.
+    """
+
+    down: bool = False  # nobody listens; countdowns go on
+    hang: bool = False  # not carried out, no answer ever
+    close: bool = False  # not carried out, the connection is closed
+    done_but_not_told: bool = False  # carried out, then the connection is closed
+    done_and_hangs: bool = False  # carried out, no answer ever
+    status: int | None = None  # this status with a Matrix error
+    html: int | None = None  # this status with a proxy's HTML page
+    garbage: bool = False  # 200, and a body that is no JSON
+    redirect: str | None = None  # 302 to this URL
+    latency: dict[str, float] = field(default_factory=dict)  # seconds by kind of request; "*" for all others
+    forbid_send: bool = False  # 403 M_FORBIDDEN on send; what runs out is dropped
+    retry_after: str | None = None  # the header of a 429 in place of the true one; "" leaves it out
+    retry_after_ms: Any = None  # the same for the body; "" leaves it out
+    probability: float = 1.0  # of each request to be hit
+    only: frozenset[str] | None = None  # kinds of request: an action, "versions", "whoami", "well_known", "capabilities", "read", "room"
+
+
+class MatrixError(Exception):
+    """An error answer of the client-server API."""
+
+    def __init__(self, status: int, errcode: str, error: str, **more: Any) -> None:
+        super().__init__(f"{status} {errcode}: {error}")
+        self.status = status
+        self.errcode = errcode
+        self.error = error
+        self.more = more
+
+    def answer(self) -> Answer:
+        """As an HTTP answer."""
+        return json_answer(self.status, {"errcode": self.errcode, "error": self.error, **self.more})
+
+
+_UNRECOGNIZED = MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
+_GONE = MatrixError(404, "M_NOT_FOUND", "Delayed event not found")
+
+
+class HomeserverModel:
+    """The homeserver.
+
+    `generations` says which forms of the management API it has: any of `A` (the original text), `B` (unstable, action in the body), `C`
+    (unstable, action in the path), `D` (stable). Synapse 1.163 has B and C. `limit` None means that nobody is limited. Both, and `mode`, may
+    be changed while running.
+    """
+
+    def __init__(
+        self,
+        server_name: str = "hs.test",
+        *,
+        seed: int = 0,
+        generations: str = "BC",
+        mode: Mode | str = Mode.SYNAPSE,
+        limit: RateLimit | None = RateLimit(),  # noqa: B008 - immutable
+        max_delay_ms: int = 24 * 3_600_000,
+        max_scheduled: int = 100,
+        base_url: str = "",
+    ) -> None:
+        self.server_name = server_name
+        self.generations = generations
+        self.mode = Mode(mode)
+        self.limit = limit
+        self.max_delay_ms = max_delay_ms
+        self.max_scheduled = max_scheduled
+        self.base_url = base_url
+        self.b_needs_token = False  # as some servers with generation B have it
+        self.unrecognized_status = 404  # 405 for servers that know the path and not the method
+        self.unstable_features: Json | None = None  # what `versions` claims, where it is not to match `generations`
+        self.faults = HomeserverFaults()
+        self.events: dict[str, DelayedEvent] = {}  # by delay_id, the finished ones too: the log
+        self.state: dict[str, dict[tuple[str, str], StateEvent]] = {}  # by room
+        self.timeline: dict[str, list[tuple[float, str, str, Json]]] = {}  # by room: (at, sender, type, content) of events that are no state
+        self.answers: Counter[tuple[str, int]] = Counter()  # by kind of request and status; 0: no answer
+        self._pending: dict[str, dict[str, DelayedEvent]] = {}  # by user and delay_id
+        self._pending_state: dict[tuple[str, str, str | None], dict[str, DelayedEvent]] = {}  # by what it would set, and delay_id
+        self._tokens: dict[str, Token] = {}
+        self._services: dict[str, bool] = {}  # as_token: whether it is rate limited
+        self._buckets: dict[str, _Bucket] = {}
+        self._random = random.Random(seed)
+        self._timers: list[tuple[float, str]] = []
+
+    def register(self, name: str) -> str:
+        """A user (`@name:server` or just the name) gets a new access token."""
+        user = name if name.startswith("@") else f"@{name}:{self.server_name}"
+        return self._token("syt_", Token(user))
+
+    def scoped_token(self, user: str, *delay_ids: str) -> str:
+        """A token that manages these delayed events and is good for nothing else."""
+        return self._token("scoped_", Token(user, frozenset(delay_ids)))
+
+    def application_service(self, *, rate_limited: bool = False) -> str:
+        """A new `as_token`, which acts for any user by `?user_id=`."""
+        token = "as_" + self._letters(32)
+        self._services[token] = rate_limited
+        return token
+
+    def user_of(self, token: str) -> str:
+        """Whose access token this is. Raises Impossible."""
+        if token not in self._tokens:
+            raise Impossible("no such token")
+        return self._tokens[token].user
+
+    def put_state(self, user: str, room: str, type_: str, state_key: str, content: Json, now: float) -> None:
+        """A state event by this user. As with Synapse it cancels pending delayed events of *other* users for the same state, not the user's own."""
+        self.tick(now)
+        for event in list(self._pending_state.get((room, type_, state_key), {}).values()):
+            if event.user != user:
+                self._end(event, End.CANCELLED, now, user)
+        self.state.setdefault(room, {})[type_, state_key] = StateEvent(content, user, now)
+
+    def schedule(self, user: str, room: str, type_: str, state_key: str | None, delay_ms: int, content: Json, now: float) -> str:
+        """Schedule a delayed event, a state event if it has a state key. Returns its delay_id. Raises MatrixError."""
+        self.tick(now)
+        if not self.generations:
+            raise MatrixError(403, "M_FORBIDDEN", "Sending delayed events has been disallowed")
+        if delay_ms < 0:
+            raise MatrixError(400, "M_INVALID_PARAM", "The delay must not be negative")
+        if delay_ms > self.max_delay_ms:
+            text = f"The requested delay ({delay_ms}ms) exceeds the allowed maximum ({self.max_delay_ms}ms)"
+            raise MatrixError(400, "ORG.MATRIX.MSC4140_DELAY_TOO_LARGE", text)
+        if len(self._pending.get(user, ())) >= self.max_scheduled:
+            raise MatrixError(429, "M_LIMIT_EXCEEDED", "Too many delayed events", retry_after_ms=1000)
+        event = DelayedEvent("syd_" + self._letters(20), user, room, type_, state_key, content, delay_ms / 1000, now, now)
+        self.events[event.delay_id] = event
+        self._pending.setdefault(user, {})[event.delay_id] = event
+        self._pending_state.setdefault((room, type_, state_key), {})[event.delay_id] = event
+        heapq.heappush(self._timers, (event.deadline, event.delay_id))
+        return event.delay_id
+
+    def manage(self, delay_id: str, action: str, now: float, by: str = "") -> None:
+        """Restart, send or cancel. `by` goes into the log. Raises MatrixError for what is not 200."""
+        self.tick(now)
+        event = self.events.get(delay_id)
+        if event is None or (event.end is not End.PENDING and self.mode is Mode.SYNAPSE):
+            raise _GONE
+        if event.end is not End.PENDING:
+            wanted = {"send": (End.SENT, End.RAN_OUT), "cancel": (End.CANCELLED,)}.get(action, ())
+            if event.end in wanted:
+                return
+            raise MatrixError(409, "M_UNKNOWN", "The delayed event has already been ended")
+        if action == "restart":
+            event.since = now
+            event.restarted_at.append(now)
+        elif action == "cancel":
+            self._end(event, End.CANCELLED, now, by)
+        elif self.faults.forbid_send:
+            if self.mode is Mode.SYNAPSE:
+                self._end(event, End.DROPPED, now, by)
+            raise MatrixError(403, "M_FORBIDDEN", "You don't have permission to post that to the room.")
+        else:
+            self._deliver(event, End.SENT, now, by)
+
+    def next_event(self) -> float | None:
+        """When the next delayed event runs out; None when nothing is pending."""
+        while self._timers:
+            at, delay_id = self._timers[0]
+            event = self.events[delay_id]
+            if event.end is End.PENDING and event.deadline == at:
+                return at
+            heapq.heappop(self._timers)
+            if event.end is End.PENDING:
+                heapq.heappush(self._timers, (event.deadline, delay_id))
+        return None
+
+    def tick(self, now: float) -> None:
+        """Fire what has run out by now, in order, each at its deadline."""
+        while (at := self.next_event()) is not None and at <= now:
+            event = self.events[heapq.heappop(self._timers)[1]]
+            if self.faults.forbid_send:
+                self._end(event, End.DROPPED, at, "timer")
+            else:
+                self._deliver(event, End.RAN_OUT, at, "timer")
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        now: float,
+        *,
+        query: Mapping[str, str] | None = None,
+        token: str | None = None,
+        body: bytes = b"",
+        ip: str = "127.0.0.1",
+    ) -> Answer:
+        """One HTTP request. `path` as it came, still percent-encoded; `token` without `Bearer`."""
+        self.tick(now)
+        kind = _kind(method, path, body)
+        faults = self.faults
+        hit = (faults.only is None or kind in faults.only) and (faults.probability >= 1 or self._random.random() < faults.probability)
+        answer = self._unheard(hit) or self._heard(hit, method, path, query or {}, token, body, ip, now)
+        if hit:
+            answer = answer._replace(delay=answer.delay + faults.latency.get(kind, faults.latency.get("*", 0.0)))
+        self.answers[kind, answer.status] += 1
+        return answer
+
+    def _unheard(self, hit: bool) -> Answer | None:
+        """The answer of a fault that keeps the request from being carried out."""
+        faults = self.faults
+        if not hit:
+            return None
+        if faults.down:
+            return no_answer(Fate.REFUSE)
+        if faults.hang:
+            return no_answer(Fate.HANG)
+        if faults.close:
+            return no_answer(Fate.CLOSE)
+        if faults.redirect is not None:
+            return Answer(302, {"Location": faults.redirect}, b"")
+        if faults.html is not None:
+            return text_answer(faults.html, f"<html><head><title>{faults.html}</title></head><body>proxy</body></html>", "text/html")
+        if faults.garbage:
+            return Answer(200, {"Content-Type": "application/json"}, b'{"\xff\x00 this is not')
+        if faults.status is not None:
+            return MatrixError(faults.status, "M_UNKNOWN", "Internal server error").answer()
+        return None
+
+    def _heard(self, hit: bool, method: str, path: str, query: Mapping[str, str], token: str | None, body: bytes, ip: str, now: float) -> Answer:
+        try:
+            answer = self._route(method, path, query, token, body, ip, now)
+        except MatrixError as error:
+            answer = self._limited(error) if "held" in error.more else error.answer()
+        if hit and (self.faults.done_but_not_told or self.faults.done_and_hangs):
+            return no_answer(Fate.CLOSE if self.faults.done_but_not_told else Fate.HANG, answer.delay)
+        return answer
+
+    def _limited(self, error: MatrixError) -> Answer:
+        seconds = float(error.more["held"])
+        header: str | None = str(math.ceil(seconds))
+        told: Any = math.floor(seconds * 1000)
+        if self.faults.retry_after is not None:
+            header = self.faults.retry_after or None
+        if self.faults.retry_after_ms is not None:
+            told = self.faults.retry_after_ms
+        content = {"errcode": error.errcode, "error": error.error} | ({} if told == "" else {"retry_after_ms": told})
+        return json_answer(429, content, {"Retry-After": header} if header else None, HELD_BACK)
+
+    def _route(self, method: str, path: str, query: Mapping[str, str], token: str | None, body: bytes, ip: str, now: float) -> Answer:
+        match method, path:
+            case "GET", "/_matrix/client/versions":
+                return json_answer(200, self._versions())
+            case "GET", "/.well-known/matrix/client":
+                return json_answer(200, {"m.homeserver": {"base_url": self.base_url}})
+            case "GET", "/_matrix/client/v3/account/whoami":
+                return json_answer(200, {"user_id": self._user(token, query), "is_guest": False, "device_id": "SANDBOX"})
+            case "GET", "/_matrix/client/v3/capabilities":
+                self._user(token, query)
+                limits = {"max_delay_ms": self.max_delay_ms, "max_scheduled": self.max_scheduled}
+                return json_answer(200, {"capabilities": {"org.matrix.msc4140.delayed_events": limits} if self.generations else {}})
+        if path.startswith(V3 + "rooms/"):
+            return self._room_request(method, [unquote(part) for part in path[len(V3 + "rooms/") :].split("/")], query, token, body, now)
+        for prefix in (UNSTABLE, STABLE):
+            if path == prefix + "delayed_events" or path.startswith(prefix + "delayed_events/"):
+                parts = [unquote(part) for part in path[len(prefix) :].split("/")][1:]
+                if method == "GET":
+                    return self._read(prefix, parts, query, token, now)
+                return self._management(prefix, method, parts, query, token, body, ip, now)
+        raise self._no_such_endpoint()
+
+    def _no_such_endpoint(self) -> MatrixError:
+        return MatrixError(self.unrecognized_status, _UNRECOGNIZED.errcode, _UNRECOGNIZED.error)
+
+    def _versions(self) -> Json:
+        features = self.unstable_features
+        if features is None:
+            unstable, stable = set("ABC") & set(self.generations), set("AD") & set(self.generations)
+            features = {"org.matrix.msc4140": bool(unstable), "org.matrix.msc4140.stable": bool(stable)}
+        return {"versions": ["v1.1", "v1.5", "v1.11", "v1.12"], "unstable_features": features}
+
+    def _management(
+        self, prefix: str, method: str, parts: list[str], query: Mapping[str, str], token: str | None, body: bytes, ip: str, now: float
+    ) -> Answer:
+        in_body, in_path = ("A", "D") if prefix == STABLE else ("B", "C")
+        generation = {1: in_body, 2: in_path}.get(len(parts), "")
+        if method != "POST" or not generation or generation not in self.generations:
+            raise self._no_such_endpoint()
+        if generation == in_body:
+            if token is None and (generation == "A" or self.b_needs_token):
+                raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
+            action = _json_body(body).get("action")
+            if action is None:
+                raise MatrixError(400, "M_MISSING_PARAM", "'action' is missing")
+            if action not in ACTIONS:
+                raise MatrixError(400, "M_INVALID_PARAM", "'action' is not one of 'cancel', 'restart', 'send'")
+        else:
+            action = parts[1]
+            if action not in ACTIONS:
+                raise self._no_such_endpoint()
+        actor = self._charge(token, query, ip, now)
+        scope = self._tokens[token].delay_ids if token in self._tokens else None
+        if scope is not None and parts[0] not in scope:
+            raise MatrixError(403, "M_FORBIDDEN", "The token does not allow this")
+        event = self.events.get(parts[0])
+        if generation == "A" and scope is None and event is not None and event.user != actor:
+            raise _GONE
+        self.manage(parts[0], str(action), now, actor)
+        return json_answer(200, {})
+
+    def _read(self, prefix: str, parts: list[str], query: Mapping[str, str], token: str | None, now: float) -> Answer:
+        if len(parts) > 1 or not (set("AD") if prefix == STABLE else set("ABC")) & set(self.generations):
+            raise self._no_such_endpoint()
+        user = self._user(token, query)
+        self._charge(token, query, "", now)
+        mine = self._pending.get(user, {})
+        if not parts:
+            return json_answer(200, {"delayed_events": [_form(event, both_spellings=True) for event in mine.values()]})
+        if parts[0] not in mine:
+            raise _GONE
+        return json_answer(200, _form(mine[parts[0]]))
+
+    def _room_request(self, method: str, parts: list[str], query: Mapping[str, str], token: str | None, body: bytes, now: float) -> Answer:
+        user = self._user(token, query)
+        match method, parts:
+            case "GET", [room, "state"]:
+                return json_answer(200, [_state_form(*key, event) for key, event in self.state.get(room, {}).items()])
+            case "GET", [room, "state", type_, *rest] if len(rest) <= 1:
+                found = self.state.get(room, {}).get((type_, rest[0] if rest else ""))
+                if found is None:
+                    raise MatrixError(404, "M_NOT_FOUND", "Event not found.")
+                return json_answer(200, found.content)
+            case "PUT", [room, "state", type_, *rest] if len(rest) <= 1:
+                return self._put(user, room, type_, rest[0] if rest else "", query, body, now)
+            case "PUT", [room, "send", type_, _]:
+                return self._put(user, room, type_, None, query, body, now)
+        raise self._no_such_endpoint()
+
+    def _put(self, user: str, room: str, type_: str, state_key: str | None, query: Mapping[str, str], body: bytes, now: float) -> Answer:
+        content = _json_body(body)
+        delay = query.get("org.matrix.msc4140.delay")
+        if delay is not None:
+            try:
+                delay_ms = int(delay)
+            except ValueError as error:
+                raise MatrixError(400, "M_INVALID_PARAM", "Query parameter 'org.matrix.msc4140.delay' must be an integer") from error
+            return json_answer(200, {"delay_id": self.schedule(user, room, type_, state_key, delay_ms, content, now)})
+        if state_key is None:
+            self.timeline.setdefault(room, []).append((now, user, type_, content))
+        else:
+            self.put_state(user, room, type_, state_key, content, now)
+        return json_answer(200, {"event_id": "$" + self._letters(43)})
+
+    def _user(self, token: str | None, query: Mapping[str, str]) -> str:
+        """Who asks. A scoped token is nobody here."""
+        if token is None:
+            raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
+        if token in self._services:
+            return query.get("user_id", f"@sandbox-service:{self.server_name}")
+        known = self._tokens.get(token)
+        if known is None or known.delay_ids is not None:
+            raise MatrixError(401, "M_UNKNOWN_TOKEN", "Invalid access token passed.", soft_logout=False)
+        return known.user
+
+    def _charge(self, token: str | None, query: Mapping[str, str], ip: str, now: float) -> str:
+        """Take one action from the bucket of the user, or without a token of the address; returns which. Refused ones do not fill it."""
+        scoped = self._tokens.get(token) if token is not None else None
+        key = ip if token is None else scoped.user if scoped is not None else self._user(token, query)
+        if self.limit is None or (token is not None and self._services.get(token) is False):
+            return key
+        level, at = self._buckets.get(key, _Bucket(0.0, now))
+        level = max(0.0, level - max(0.0, now - at) * self.limit.per_second)
+        over = level + 1 - self.limit.burst
+        if over > 1e-9:
+            self._buckets[key] = _Bucket(level, now)
+            wait = over / self.limit.per_second if self.limit.per_second > 0 else 3600.0
+            raise MatrixError(429, "M_LIMIT_EXCEEDED", "Too Many Requests", held=wait)
+        self._buckets[key] = _Bucket(level + 1, now)
+        return key
+
+    def _letters(self, length: int) -> str:
+        return "".join(self._random.choices(_LETTERS, k=length))
+
+    def _token(self, prefix: str, what: Token) -> str:
+        token = prefix + self._letters(24)
+        self._tokens[token] = what
+        return token
+
+    def _end(self, event: DelayedEvent, end: End, at: float, by: str) -> None:
+        event.end, event.ended_at, event.ended_by = end, at, by
+        del self._pending[event.user][event.delay_id]
+        del self._pending_state[event.room, event.type, event.state_key][event.delay_id]
+
+    def _deliver(self, event: DelayedEvent, end: End, at: float, by: str) -> None:
+        self._end(event, end, at, by)
+        if event.state_key is None:
+            self.timeline.setdefault(event.room, []).append((at, event.user, event.type, event.content))
+        else:
+            state = StateEvent(event.content, event.user, at, event.delay_id)
+            self.state.setdefault(event.room, {})[event.type, event.state_key] = state
+
+
+def _kind(method: str, path: str, body: bytes) -> str:
+    """What a request is, for faults, latencies and counts."""
+    named = {
+        "/_matrix/client/versions": "versions",
+        "/.well-known/matrix/client": "well_known",
+        V3 + "account/whoami": "whoami",
+        V3 + "capabilities": "capabilities",
+    }
+    if path in named:
+        return named[path]
+    if path.startswith(V3 + "rooms/"):
+        return "room"
+    if "/delayed_events" not in path:
+        return "other"
+    if method == "GET":
+        return "read"
+    last = path.rsplit("/", 1)[-1]
+    if last in ACTIONS:
+        return last
+    try:
+        return str(_json_body(body).get("action"))
+    except MatrixError:
+        return "other"
+
+
+def _json_body(body: bytes) -> Json:
+    try:
+        content = json.loads(body)
+    except ValueError as error:
+        raise MatrixError(400, "M_NOT_JSON", "Content not JSON.") from error
+    if not isinstance(content, dict):
+        raise MatrixError(400, "M_BAD_JSON", "Content must be a JSON object.")
+    return content
+
+
+def _form(event: DelayedEvent, *, both_spellings: bool = False) -> Json:
+    """As Synapse 1.163 answers: the list has the proposal's older names as well."""
+    delay_ms, since = round(event.delay * 1000), round(event.since * 1000)
+    form: Json = {"delay_id": event.delay_id, "room_id": event.room, "type": event.type}
+    if event.state_key is not None:
+        form["state_key"] = event.state_key
+    form |= {"delay_ms": delay_ms, "delayed_since_ts": since, "content": event.content}
+    return form | {"delay": delay_ms, "running_since": since} if both_spellings else form
+
+
+def _state_form(type_: str, state_key: str, event: StateEvent) -> Json:
+    return {
+        "type": type_,
+        "state_key": state_key,
+        "sender": event.sender,
+        "content": event.content,
+        "origin_server_ts": round(event.at * 1000),
+    }
