@@ -86,7 +86,9 @@ class _Work:
     rows: dict[int, DelayedEvent] = field(default_factory=dict)
     before: dict[int, DelayedEvent | None] = field(default_factory=dict)
     known: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+    known_all: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
     made: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    opened: Counter[str] = field(default_factory=Counter)  # by homeserver: delayed events accepted in this step
     rooms: dict[tuple[str, str], Room | None] = field(default_factory=dict)
     rooms_before: dict[tuple[str, str], Room | None] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
@@ -104,23 +106,27 @@ class _Work:
             taken.append(self.rows[row.id])
         return taken
 
-    def participant(self, sfu: str, room: str, identity: str) -> list[DelayedEvent]:
+    def participant(self, sfu: str, room: str, identity: str, *, finished: bool = False) -> list[DelayedEvent]:
+        """A participant's rows; `finished`: also those that are, as far as they are kept for their history."""
         key = (sfu, room, identity)
-        ids = self.known.get(key)
+        known = self.known_all if finished else self.known
+        ids = known.get(key)
         if ids is None:
-            rows = self._take(self.tx.of_participant(*key))
+            rows = self._take(self.tx.of_participant(*key, finished=finished))
             seen = {row.id for row in rows}
             rows += [row for row in self._made(sfu, room) if row.id not in seen and identity in (row.identity, row.alias)]
-            self.known[key] = [row.id for row in rows]
+            known[key] = [row.id for row in rows]
             return rows
         return [self.rows[id] for id in ids if id not in self.deleted]
 
     def _made(self, sfu: str, room: str) -> list[DelayedEvent]:
-        return [self.rows[id] for id in self.made.get((sfu, room), ()) if id not in self.deleted]
+        """What this step has opened in a room: the database does not know of it yet."""
+        return [self.rows[id] for id in dict.fromkeys(self.made.get((sfu, room), ())) if id not in self.deleted]
 
     def in_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         rows = self._take(self.tx.of_room(sfu, room))
-        rows += self._made(sfu, room)
+        seen = {row.id for row in rows}
+        rows += [row for row in self._made(sfu, room) if row.id not in seen]
         return [row for row in rows if row.state is not State.DONE]
 
     def delegation(self, delegation: str) -> list[DelayedEvent]:
@@ -144,21 +150,27 @@ class _Work:
             return
         if old is None:
             self.before[row.id] = None
+        if old is None or old.state is State.DONE:  # a new one, or one that is taken up again
             self.made.setdefault((row.sfu, row.room), []).append(row.id)
-            for identity in (row.identity, row.alias):
-                if identity is not None and (row.sfu, row.room, identity) in self.known:
-                    self.known[row.sfu, row.room, identity].append(row.id)
+            self._know(row)
         self.rows[row.id] = row
         if given is not None:
             self.changes.append(Change(old, row, given))
         self.undo.append(lambda: self._undo(row.id, old))
+
+    def _know(self, row: DelayedEvent) -> None:
+        for identity in (row.identity, row.alias):
+            for known in (self.known, self.known_all):
+                ids = None if identity is None else known.get((row.sfu, row.room, identity))
+                if ids is not None and row.id not in ids:
+                    ids.append(row.id)
 
     def _undo(self, id: int, old: DelayedEvent | None) -> None:
         if old is not None:
             self.rows[id] = old
             return
         del self.rows[id], self.before[id]
-        for ids in (*self.known.values(), *self.made.values()):
+        for ids in (*self.known.values(), *self.known_all.values(), *self.made.values()):
             if id in ids:
                 ids.remove(id)
 
@@ -322,7 +334,8 @@ class Engine:
                     pace = self._pace(given.homeserver)
                     pace.ended(answered=given.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN, Verdict.LIMITED))
                     if given.verdict is Verdict.LIMITED:
-                        pace.limited(LIMITED_WAIT if given.retry_after is None else given.retry_after, now)
+                        wait = LIMITED_WAIT if given.retry_after is None else given.retry_after
+                        pace.limited(wait * (1.0 + self._random() / 10), now)  # those who were told the same time do not come at once
             elif isinstance(given, Looked):
                 look = (given.sfu, given.room, given.claim)
                 if look in self._under_way:
@@ -380,9 +393,11 @@ class Engine:
             return Touched(0)
         doubt = work.now + self.policy.doubt
         if news.what is RoomNews.STARTED:
+            if news.id and news.id == room.started_by:
+                return Touched(1)  # told twice
             # The same sid a second time: the room came up on another node of a distributed SFU.
             again = bool(news.room_sid) and news.room_sid == room.room_sid
-            room = room._replace(room_sid=news.room_sid, started_at=work.now, doubt_until=doubt if again else 0.0)
+            room = room._replace(room_sid=news.room_sid, started_by=news.id, started_at=work.now, doubt_until=doubt if again else 0.0)
         elif any(row.presence is Presence.CONNECTED for row in work.in_room(news.sfu, news.room)):
             room = room._replace(doubt_until=doubt)
         work.put_room(news.sfu, news.room, room)
@@ -408,16 +423,17 @@ class Engine:
         return Touched(len(rows))
 
     def _accept(self, work: _Work, accept: Accept) -> Accepted:
-        rows = work.participant(accept.sfu, accept.room, accept.identity)
+        rows = work.participant(accept.sfu, accept.room, accept.identity, finished=True)
         if accept.alias is not None:
             seen = {row.id for row in rows}
-            rows += [row for row in work.participant(accept.sfu, accept.room, accept.alias) if row.id not in seen]
-        current = [row for row in rows if row.state not in (State.DONE, State.SUPERSEDED)]
+            rows += [row for row in work.participant(accept.sfu, accept.room, accept.alias, finished=True) if row.id not in seen]
+        unfinished = [row for row in rows if row.state is not State.DONE]
+        current = [row for row in unfinished if row.state is not State.SUPERSEDED]
         same = self._same(current, accept)
         if same:
             return Accepted(same[0].delegation, False, tuple(same))
-        self._admit(current, accept)
-        current = [self._advance(work, row, accept) for row in current]
+        self._admit(work, current, accept)
+        current = [self._advance(work, row, accept) for row in unfinished]
         like = max(current, key=lambda row: (row.accepted_at, row.id), default=rows[-1] if rows else None)
         by_delay_id = {row.delay_id: row for row in rows} | {row.delay_id: row for row in current}
         made = []
@@ -430,6 +446,7 @@ class Engine:
             work.put(new, accept)
             made.append(new)
         self._supersede_others(work, made[0])
+        work.opened[accept.homeserver] += len(made)
         return Accepted(accept.delegation, True, tuple(work.rows[row.id] for row in made), tuple(carried))
 
     def _refuse(self, work: _Work, refuse: Refuse) -> Withdrawn:
@@ -453,16 +470,16 @@ class Engine:
                 return rows
         return []
 
-    def _admit(self, current: Sequence[DelayedEvent], accept: Accept) -> None:
+    def _admit(self, work: _Work, current: Sequence[DelayedEvent], accept: Accept) -> None:
         most = self.limits.max_per_participant
-        if len({row.delegation for row in current}) >= most:
+        if len({row.delegation for row in current if row.verified_at is None}) >= most:
             raise TooMany(
                 "delegations.max_per_participant",
                 most,
-                f"This participant has {most} delegations that wait for their homeserver already. Withdraw one of them, or try again later.",
+                f"This participant has {most} delegations already that the homeserver has not confirmed yet. Withdraw one of them, or try again later.",
             )
         most = self.limits.max_per_homeserver
-        if self._open[accept.homeserver] + len(accept.events) > most:
+        if self._open[accept.homeserver] + work.opened[accept.homeserver] + len(accept.events) > most:
             raise TooMany(
                 "delegations.max_per_homeserver",
                 most,
@@ -509,11 +526,14 @@ class Engine:
                 asked.append(homeserver)
                 self._timers(work, homeserver)
                 if free > 0:
-                    for lane in (Lane.END, Lane.RESTART):
-                        for row in work.taken(work.tx.todo(homeserver, lane, free, now)):
-                            # What this step has changed may be due no more.
-                            if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
-                                candidates[row.id] = row
+                    found = work.tx.todo(homeserver, Lane.END, free, now)
+                    # Those whose deadline has passed must not hide those that can still make it.
+                    found += work.tx.todo(homeserver, Lane.RESTART, free, now, harmed_after=now)
+                    found += work.tx.todo(homeserver, Lane.RESTART, free, now)
+                    for row in work.taken(found):
+                        # What this step has changed may be due no more.
+                        if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
+                            candidates[row.id] = row
             for row in choose(candidates.values(), free, now):
                 claimed = lifecycle.claim(row, now, self.policy)
                 work.put(claimed, None)
@@ -543,7 +563,7 @@ class Engine:
         for (sfu, name), at in wanted.items():
             room = work.room(sfu, name)
             if room is None:
-                work.put_room(sfu, name, Room(sfu, name, "", 0.0, 0.0, 0.0, at, 0, 0, False))
+                work.put_room(sfu, name, Room(sfu, name, "", "", 0.0, 0.0, 0.0, at, 0, 0, False))
             elif not room.claimed:
                 if room.failures and room.due is not None:
                     continue  # the SFU does not answer, and the next try is planned
@@ -625,7 +645,8 @@ class Engine:
 
     def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
         """By homeserver and lane: how many rows are due, and since when the first of them. Asks the database only where something is."""
-        return self.store.backlog(now) if any(due <= now for due in self._due.values()) else {}
+        late = [homeserver for homeserver, due in self._due.items() if due <= now]
+        return {(homeserver, lane): found for homeserver in late for lane, found in self.store.backlog(homeserver, now).items()}
 
     @property
     def in_flight(self) -> int:

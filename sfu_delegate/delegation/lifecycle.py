@@ -178,9 +178,10 @@ def delegate(
     `like` is a row of the same participant whose presence it inherits: no `joined` will come for somebody who is in the call already.
     """
     if row is not None and row.state is State.LIVE:
-        return row._replace(delegation=accept.delegation, on_end=event.on_end, token=accept.token or row.token, accepted_at=now)
+        return row._replace(delegation=accept.delegation, accepted_at=now)
     sessions: tuple[Session, ...] = like.sessions if like else ()
-    present = like.presence if like and like.state is not State.DONE else Presence.EXPECTED
+    connected = like is not None and like.state is not State.DONE and like.presence is Presence.CONNECTED
+    present = Presence.CONNECTED if connected else Presence.EXPECTED
     base = DelayedEvent(
         id=id,
         delegation=accept.delegation,
@@ -197,11 +198,11 @@ def delegate(
         accepted_at=now,
         verified_at=None,
         presence=present,
-        presence_since=like.presence_since if like and present is not Presence.EXPECTED else now,
+        presence_since=like.presence_since if like and connected else now,
         sessions=sessions,
         reason="",
         attempt_at=now,
-        look_at=_next_look(now, now, policy) if present is Presence.EXPECTED else None,
+        look_at=None if connected else _next_look(now, now, policy),
         state=State.LIVE,
         running_since=now - event.delay,  # unknown: it may be about to run out
         restarts=0,
@@ -218,14 +219,20 @@ def delegate(
     )
     if row is not None and row.state in (State.ENDING, State.SUPERSEDED):
         # An ending may have been under way: the restart will tell.
-        base = base._replace(end_tried=row.end_tried or row.claimed)
+        base = base._replace(end_tried=row.end_tried or _ending_under_way(row))
     return base
 
 
 def claim(row: DelayedEvent, now: float, policy: Policy) -> DelayedEvent:
     """The row while its action is being carried out. A lease that ran out means that nobody knows what became of the action."""
-    unknown = row.claimed and action(row) is not Action.RESTART
-    return row._replace(claim=row.claim + 1, claimed=True, due=now + policy.lease, end_tried=row.end_tried or unknown)
+    tried = row.end_tried or _ending_under_way(row)
+    lane = Lane.RESTART if row.state is State.LIVE else row.lane
+    return row._replace(claim=row.claim + 1, claimed=True, lane=lane, due=now + policy.lease, end_tried=tried)
+
+
+def _ending_under_way(row: DelayedEvent) -> bool:
+    """Is the answer to a `send` or `cancel` awaited? A LIVE event whose participant came back meanwhile stays in lane END until then."""
+    return row.claimed and (row.lane is Lane.END or row.state is State.SUPERSEDED)
 
 
 def action(row: DelayedEvent) -> Action:
@@ -283,7 +290,7 @@ def _look_at(row: DelayedEvent, new: Presence, finding: Finding, now: float, pol
         case Presence.AWAY:
             if finding.sign in (Sign.DEPARTED, Sign.ABSENT):
                 return now + finding.look_after
-            return now + policy.look_again
+            return max(now + policy.look_again, row.look_at or 0.0)  # the time that the reason asks for is waited for
         case _:
             return None
 
@@ -309,14 +316,16 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
             return _done(row, Outcome.WITHDRAWN, now, policy)
         case State.LIVE, State.ENDING:
             # A restart that is under way must not hold up the goodbye: its claim is void.
-            return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, claimed=False)
+            tried = row.end_tried or _ending_under_way(row)
+            return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, end_tried=tried, claimed=False)
         case State.ENDING, State.LIVE:
             if row.claimed:
                 # The ending is under way and cannot be called back. Its answer, or the end of its lease, says how to go on.
-                return row._replace(state=new, lane=Lane.RESTART, harm=row.deadline, attempts=0, end_tried=True)
+                return row._replace(state=new, harm=row.deadline, attempts=0)
             return _restart_at(row._replace(state=new, attempts=0), now if row.end_tried else None, now, policy, random)
         case ((State.LIVE | State.ENDING), State.SUPERSEDED):
-            return row._replace(state=new, lane=Lane.RESTART, due=now, harm=row.deadline, attempts=0, claimed=False)
+            tried = row.end_tried or _ending_under_way(row)
+            return row._replace(state=new, lane=Lane.RESTART, due=now, harm=row.deadline, attempts=0, end_tried=tried, claimed=False)
         case _:
             return row
 
@@ -365,6 +374,8 @@ def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, r
     if not row.claimed or answer.claim != row.claim:
         return row  # somebody else's turn by now: the answer cannot end anything
     restarting = answer.action is Action.RESTART
+    if restarting is not (row.state is State.LIVE and row.lane is Lane.RESTART):
+        return row  # not what was claimed
     match answer.verdict:
         case Verdict.DONE if restarting:
             row = row._replace(
@@ -384,8 +395,8 @@ def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, r
         case _:
             if not restarting and row.state is State.LIVE:
                 # Back in the call while the ending was under way: a restart tells whether it got through.
-                sure = answer.verdict is not Verdict.UNCERTAIN
-                return row._replace(claimed=False, due=now, end_tried=row.end_tried and not sure)
+                unsure = answer.verdict is Verdict.UNCERTAIN
+                return row._replace(claimed=False, lane=Lane.RESTART, due=now, end_tried=row.end_tried or unsure)
             return _again(row, answer, now, policy, random)
 
 

@@ -151,6 +151,7 @@ class Room(NamedTuple):
     sfu: str
     name: str
     room_sid: str  # of the latest `room_started`; "" when unknown
+    started_by: str  # the id of that webhook, so that it can be told twice; "" when unknown
     started_at: float  # when that was heard, 0 when never
     doubt_until: float  # until then an absence in a list proves nothing: a node of a distributed SFU was away
     looked_at: float  # when the last look was sent, 0 when never
@@ -199,6 +200,7 @@ class RoomChanged:
     room: str
     what: RoomNews
     room_sid: str = ""
+    id: str = ""  # the webhook's
 
 
 class Listed(NamedTuple):
@@ -221,6 +223,15 @@ class Looked:
     participants: tuple[Listed, ...] | None
     error: str = ""
     doubtful: bool = False  # the engine knows of a reason why absences prove nothing
+    _by_identity: dict[str, list[Listed]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for listed in self.participants or ():
+            self._by_identity.setdefault(listed.identity, []).append(listed)
+
+    def of(self, *identities: str | None) -> list[Listed]:
+        """The entries of one participant, by any form of its identity."""
+        return [listed for identity in identities if identity is not None for listed in self._by_identity.get(identity, ())]
 
 
 class NewEvent(NamedTuple):
@@ -255,7 +266,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """A delegation turned out to be wrong while its client still waits for the answer: nothing of it remains.
+    """A delegation turned out to be wrong while its client still waits for the answer: it ends, and only its history remains.
 
     `back`: events that it had taken over from another delegation, and that delegation's id, to which they return.
     """

@@ -125,7 +125,7 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
     """What one look at the room means for this participant."""
     if look.participants is None:
         return _unasked(row, now, policy)
-    listed = [p for p in look.participants if p.identity in (row.identity, row.alias)]
+    listed = look.of(row.identity, row.alias)
     ended = {s.sid for s in row.sessions if not s.live}
     active = [p for p in listed if p.state == "ACTIVE" and (not p.sid or p.sid not in ended)]
     if active:
@@ -144,11 +144,16 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
             reason = MISSING if look.participants else ROOM_MISSING
             return Finding(Sign.ABSENT, row.sessions, reason, policy.departure(reason).look_after)
         case Presence.AWAY:
+            if look.sent_at < row.presence_since:
+                return Finding(Sign.NOTHING, row.sessions)  # it was made before the departure
+            time_has_come = row.look_at is None or look.sent_at >= row.look_at
             if connecting:
-                over = now >= row.presence_since + policy.joining_limit
+                over = time_has_come and now >= row.presence_since + policy.joining_limit
                 return Finding(Sign.GIVEN_UP if over else Sign.CONNECTING, row.sessions, row.reason)
-            if row.look_at is not None and look.sent_at < row.look_at:
+            if not time_has_come:
                 return Finding(Sign.NOTHING, row.sessions)
+            if look.doubtful and row.live_sids:
+                return Finding(Sign.UNASKED, row.sessions, row.reason)
             return Finding(Sign.GIVEN_UP, row.sessions, row.reason)
         case _:
             return Finding(Sign.NOTHING, row.sessions)

@@ -29,13 +29,14 @@ class Pace:
     """How many requests one homeserver gets at a time.
 
     It starts low, doubles with success up to `most`, and drops to one when the homeserver says that it has had enough (429); nothing at all is
-    sent until the time that it named has passed.
+    sent until the time that it named has passed, and it takes more successes from then on until more are sent at a time.
     """
 
     most: int
     width: int = 4
     in_flight: int = 0
     succeeded: int = 0
+    caution: int = 1  # how many times `width` successes it takes to double it
     blocked_until: float = 0.0
 
     def free(self, now: float) -> int:
@@ -51,10 +52,10 @@ class Pace:
         self.in_flight = max(0, self.in_flight - 1)
         if answered and self.width < self.most:
             self.succeeded += 1
-            if self.succeeded >= self.width:
+            if self.succeeded >= self.width * self.caution:
                 self.succeeded, self.width = 0, min(self.most, self.width * 2)
 
     def limited(self, retry_after: float, now: float) -> None:
         """The homeserver refused a request because there were too many; `retry_after` in seconds."""
-        self.succeeded, self.width = 0, 1
+        self.succeeded, self.width, self.caution = 0, 1, 16
         self.blocked_until = max(self.blocked_until, now + retry_after)

@@ -23,8 +23,8 @@ class DatabaseInUse(Exception):
 class Transaction(Protocol):
     """The queries of one step. Everything is kept, or nothing."""
 
-    def of_participant(self, sfu: str, room: str, identity: str) -> list[DelayedEvent]:
-        """All rows of a participant by either form of its identity, finished ones included, in the order of their ids."""
+    def of_participant(self, sfu: str, room: str, identity: str, *, finished: bool) -> list[DelayedEvent]:
+        """The rows of a participant by either form of its identity, in the order of their ids; `finished`: also those that are."""
 
     def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         """All rows of a room that are not finished."""
@@ -35,8 +35,8 @@ class Transaction(Protocol):
     def get(self, event: int) -> DelayedEvent | None:
         """One row."""
 
-    def todo(self, homeserver: str, lane: Lane, limit: int, now: float) -> list[DelayedEvent]:
-        """Rows that are due, the most urgent first."""
+    def todo(self, homeserver: str, lane: Lane, limit: int, now: float, *, harmed_after: float | None = None) -> list[DelayedEvent]:
+        """The most urgent of the rows that are due, in any order; of those that come to harm after a time, if that is given."""
 
     def next_due(self, homeserver: str) -> float | None:
         """When the next row of this homeserver is due."""
@@ -96,8 +96,8 @@ class Store(Protocol):
         """At the start: what was claimed by a process that is gone is due at once; the number of such rows. With `clock_unsure` all countdowns
         count as unknown, and are due too."""
 
-    def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
-        """By homeserver and lane: how many rows are due, and since when the first of them."""
+    def backlog(self, homeserver: str, now: float) -> dict[Lane, tuple[int, float]]:
+        """By lane: how many rows of a homeserver are due, and since when the first of them."""
 
     def clock_mark(self) -> str | None:
         """What `save_clock_mark` was given last."""

@@ -62,6 +62,7 @@ room = Table(
     Column("sfu", String, primary_key=True),
     Column("name", String, primary_key=True),
     Column("room_sid", String, nullable=False),
+    Column("started_by", String, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("doubt_until", Float, nullable=False),
     Column("looked_at", Float, nullable=False),

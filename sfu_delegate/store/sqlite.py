@@ -28,6 +28,7 @@ T = TypeVar("T")
 CHECKPOINT_ABOVE = 64 * 1024 * 1024  # bytes of write-ahead log
 CHECKPOINT_IDLE_ABOVE = 1024 * 1024
 DOUBT_AT_MOST = 3600.0  # seconds
+VANISHED_WAIT = 30.0  # seconds from a start with a clock that was set until a vanished event is judged
 
 # What is wrong with a value, not with the database.
 _OF_ONE_INPUT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.NotSupportedError)
@@ -61,8 +62,12 @@ def _all() -> Select[Any]:
     return select(*_event.columns)
 
 
-_OF_IDENTITY = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.identity == _p("c")), "a", "b", "c")
-_OF_ALIAS = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.alias == _p("c")), "a", "b", "c")
+_OF_IDENTITY = _sql(
+    _all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.identity == _p("c"), _event.c.state != _p("d")), "a", "b", "c", "d"
+)
+_OF_ALIAS = _sql(
+    _all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.alias == _p("c"), _event.c.state != _p("d")), "a", "b", "c", "d"
+)
 _OF_ROOM = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.state != _p("c")), "a", "b", "c")
 _OF_DELEGATION = _sql(_all().where(_event.c.delegation == _p("a")).order_by(_event.c.id), "a")
 _GET = _sql(_all().where(_event.c.id == _p("a")), "a")
@@ -76,6 +81,17 @@ _TODO = _sql(
         )
     ),
     *("a", "b", "c", "d", "param_1"),  # SQLAlchemy writes an OFFSET to every LIMIT
+)
+_TODO_AFTER = _sql(
+    _all().where(
+        _event.c.id.in_(
+            select(_event.c.id)
+            .where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"), _event.c.harm > _p("d"))
+            .order_by(asc(_event.c.harm))
+            .limit(_p("e"))
+        )
+    ),
+    *("a", "b", "c", "d", "e", "param_1"),
 )
 _NEXT_DUE = _sql(select(func.min(_event.c.due)).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None)), "a", "b")
 _INSERT = _sql(insert(_event), *FIELDS)
@@ -104,10 +120,8 @@ _CENSUS = _sql(
 )
 _SCHEDULE = _sql(select(_event.c.homeserver, func.min(_event.c.due)).where(_event.c.due.is_not(None)).group_by(_event.c.homeserver))
 _BACKLOG = _sql(
-    select(_event.c.homeserver, _event.c.lane, func.count(), func.min(_event.c.due))
-    .where(_event.c.due <= _p("a"))
-    .group_by(_event.c.homeserver, _event.c.lane),
-    "a",
+    select(func.count(), func.min(_event.c.due)).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c")),
+    *("a", "b", "c"),
 )
 _ROOM_SCHEDULE = _sql(select(_room.c.sfu, func.min(_room.c.due)).where(_room.c.due.is_not(None)).group_by(_room.c.sfu))
 
@@ -130,10 +144,11 @@ class SqliteTransaction:
     def _rows(self, sql: str, parameters: Sequence[Any]) -> list[DelayedEvent]:
         return [delayed_event_of(values) for values in self._fetch(sql, parameters)]
 
-    def of_participant(self, sfu: str, room: str, identity: str) -> list[DelayedEvent]:
+    def of_participant(self, sfu: str, room: str, identity: str, *, finished: bool) -> list[DelayedEvent]:
         # One prepared SELECT per key: an OR, or IN with pairs, makes SQLite scan the table.
-        rows = self._rows(_OF_IDENTITY, (sfu, room, identity))
-        rows += [row for row in self._rows(_OF_ALIAS, (sfu, room, identity)) if row.identity != identity]
+        without = "" if finished else State.DONE.value
+        rows = self._rows(_OF_IDENTITY, (sfu, room, identity, without))
+        rows += [row for row in self._rows(_OF_ALIAS, (sfu, room, identity, without)) if row.identity != identity]
         if len(rows) > 1:
             rows.sort()
         return rows
@@ -148,8 +163,10 @@ class SqliteTransaction:
         rows = self._rows(_GET, (event,))
         return rows[0] if rows else None
 
-    def todo(self, homeserver: str, lane: Lane, limit: int, now: float) -> list[DelayedEvent]:
-        return self._rows(_TODO, (homeserver, lane.value, now, limit, 0))
+    def todo(self, homeserver: str, lane: Lane, limit: int, now: float, *, harmed_after: float | None = None) -> list[DelayedEvent]:
+        if harmed_after is None:
+            return self._rows(_TODO, (homeserver, lane.value, now, limit, 0))
+        return self._rows(_TODO_AFTER, (homeserver, lane.value, now, harmed_after, limit, 0))
 
     def next_due(self, homeserver: str) -> float | None:
         found = [self._fetch(_NEXT_DUE, (homeserver, lane.value))[0][0] for lane in Lane]
@@ -222,6 +239,7 @@ class SqliteStore:
         try:
             if not memory:
                 self._lock = _locked(Path(self.path))
+                _create(Path(self.path))
             self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=512)
             try:
                 self._prepare(memory)
@@ -309,7 +327,7 @@ class SqliteStore:
             update(_event)
             .where(c.state != State.DONE.value)
             .values(
-                due=now,
+                due=case((c.state == State.VANISHED.value, now + VANISHED_WAIT), else_=now),
                 harm=func.min(c.harm, now + c.delay),
                 running_since=func.min(c.running_since, now),
                 presence_since=func.min(c.presence_since, now),
@@ -329,9 +347,12 @@ class SqliteStore:
             )
         )
 
-    def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
-        found = self._connection.execute(_BACKLOG, (now,)).fetchall()
-        return {(homeserver, Lane(lane)): (count, oldest) for homeserver, lane, count, oldest in found}
+    def backlog(self, homeserver: str, now: float) -> dict[Lane, tuple[int, float]]:
+        try:
+            found = [(lane, *self._connection.execute(_BACKLOG, (homeserver, lane.value, now)).fetchone()) for lane in Lane]
+        except sqlite3.Error as error:
+            raise _unavailable(self.path, error) from error
+        return {lane: (count, oldest) for lane, count, oldest in found if count}
 
     def _execute(self, statement: ClauseElement) -> sqlite3.Cursor:
         """Run a statement that is not on a hot path."""
@@ -390,7 +411,7 @@ def _pairs(rows: Iterable[tuple[str, float]]) -> Iterable[tuple[str, float]]:
 def _locked(path: Path) -> IO[str]:
     """The lock file beside the database, locked for as long as it is open. The kernel releases it when the process ends, however it ends."""
     try:
-        file = open(f"{path}.lock", "a+", encoding="ascii")  # noqa: SIM115
+        file = open(f"{path}.lock", "a+", encoding="ascii", opener=_for_us_only)  # noqa: SIM115
     except OSError as error:
         raise StoreUnavailable(f"The database {path} cannot be opened: {error.strerror}. Its directory must exist and be writable.") from error
     try:
@@ -401,6 +422,18 @@ def _locked(path: Path) -> IO[str]:
             f"The database {path} is in use by another process. Stop that one first, or give this one a database of its own (key `database`)."
         ) from error
     return file
+
+
+def _create(path: Path) -> None:
+    """Make the file before SQLite does, readable by nobody else: whoever knows a delay_id can end the event. SQLite gives its log the same mode."""
+    try:
+        os.close(_for_us_only(str(path), os.O_RDWR | os.O_CREAT))
+    except OSError as error:
+        raise StoreUnavailable(f"The database {path} cannot be opened: {error.strerror}. It must be a file that can be written.") from error
+
+
+def _for_us_only(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _unavailable(path: str, error: sqlite3.Error) -> StoreUnavailable:

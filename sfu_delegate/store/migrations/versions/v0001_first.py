@@ -53,6 +53,7 @@ def upgrade() -> None:
         sa.Column("sfu", sa.String, nullable=False),
         sa.Column("name", sa.String, nullable=False),
         sa.Column("room_sid", sa.String, nullable=False),
+        sa.Column("started_by", sa.String, nullable=False),
         sa.Column("started_at", sa.Float, nullable=False),
         sa.Column("doubt_until", sa.Float, nullable=False),
         sa.Column("looked_at", sa.Float, nullable=False),

@@ -1,0 +1,940 @@
+"""A batch of inputs, one transaction, replies and claims: the engine on a database in memory, with a clock made of numbers."""
+
+import itertools
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from sfu_delegate.delegation.lifecycle import action
+from sfu_delegate.delegation.model import (
+    Action,
+    Answered,
+    DelayedEvent,
+    Due,
+    Find,
+    Input,
+    Lane,
+    Listed,
+    Looked,
+    OnEnd,
+    Outcome,
+    Presence,
+    Refuse,
+    RoomChanged,
+    RoomNews,
+    Seen,
+    State,
+    Task,
+    Verdict,
+    Withdraw,
+)
+from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
+from sfu_delegate.engine import Engine, Limits, Step
+from sfu_delegate.store.base import StoreUnavailable
+from sfu_delegate.store.sqlite import SqliteStore
+
+from tests.rows import (
+    ALICE,
+    DELAY,
+    HOMESERVER,
+    NOW,
+    POLICY,
+    ROOM,
+    SFU,
+    aborted,
+    accept,
+    assert_consistent,
+    joined,
+    left,
+    listed,
+    live,
+    row,
+)
+
+
+class Even(Random):
+    """Jitter that is always in the middle."""
+
+    def random(self) -> float:
+        return 0.5
+
+
+def engine_on(store: SqliteStore, *, most: int = 16, limits: Limits | None = None, random: Random | None = None) -> Engine:
+    return Engine(store, POLICY, limits or Limits(), random or Random(0), in_flight=lambda _: most)
+
+
+def fresh(**options: Any) -> Engine:
+    return engine_on(SqliteStore(":memory:"), **options)
+
+
+def holding(*rows: DelayedEvent, **options: Any) -> Engine:
+    """An engine whose database has these rows."""
+    store = SqliteStore(":memory:")
+
+    def insert(tx: Any) -> None:
+        for there in rows:
+            tx.insert(there._replace(id=tx.new_id()))
+
+    store.atomically(insert)
+    return engine_on(store, **options)
+
+
+def stored(engine: Engine) -> list[DelayedEvent]:
+    """All rows, as the database has them."""
+    assert isinstance(engine.store, SqliteStore)
+    last = engine.store.last_id
+    return engine.store.atomically(lambda tx: [there for id in range(1, last + 1) if (there := tx.get(id)) is not None])
+
+
+def only(engine: Engine) -> DelayedEvent:
+    (there,) = stored(engine)
+    return there
+
+
+def reply_to(task: Task, verdict: Verdict = Verdict.DONE, *, sent_at: float = NOW, retry_after: float | None = None) -> Answered:
+    return Answered(task.homeserver, task.event, task.claim, task.action, sent_at, verdict, retry_after)
+
+
+def look_at(task: Task, *participants: Listed, sent_at: float) -> Looked:
+    return Looked(task.sfu, task.room, task.claim, sent_at, participants)
+
+
+def actions(step: Step) -> list[Action]:
+    return [task.action for task in step.tasks if task.action is not Action.LOOK]
+
+
+def looks(step: Step) -> list[Task]:
+    return [task for task in step.tasks if task.action is Action.LOOK]
+
+
+def delegate(engine: Engine, *delegations: str, now: float = NOW, room: str = ROOM) -> None:
+    """Participants with verified delegations, each called as its delegation is."""
+    step = engine.step([accept(name, identity=name, room=room) for name in delegations], now)
+    while actions(step):
+        step = engine.step([reply_to(task, sent_at=now) for task in step.tasks if task.action is Action.RESTART], now)
+
+
+# ── batches ──
+
+
+def test_a_delegation_and_a_joined_of_one_batch_meet() -> None:
+    """The webhook finds the row that the same batch made."""
+    engine = fresh()
+    step = engine.step([accept("D1"), joined()], NOW)
+    assert [type(reply) for reply in step.replies] == [Accepted, Touched]
+    assert step.replies[1] == Touched(1)
+    assert only(engine).presence is Presence.CONNECTED
+    assert actions(step) == [Action.RESTART]
+
+
+def test_a_joined_before_its_delegation_is_found_by_a_look() -> None:
+    """The webhook is about nobody; the look a second after the delegation finds who is connected."""
+    engine = fresh()
+    step = engine.step([joined(), accept("D1")], NOW)
+    assert step.replies[0] == Touched(0)
+    assert only(engine).presence is Presence.EXPECTED
+    step = engine.step([reply_to(step.tasks[0])], NOW)
+    assert step.wake == NOW + 1.0
+    (look,) = looks(engine.step((), NOW + 1.0))
+    engine.step([look_at(look, listed(), sent_at=NOW + 1.0)], NOW + 1.1)
+    assert only(engine).presence is Presence.CONNECTED
+
+
+def test_a_whole_call_in_one_batch() -> None:
+    """Delegated, joined, removed: the batch ends with the goodbye claimed."""
+    step = fresh().step([accept("D1"), joined(), left("S1", "PARTICIPANT_REMOVED")], NOW)
+    assert actions(step) == [Action.SEND]
+    assert step.tasks[0].urgent_since == NOW
+
+
+def test_replies_come_in_the_order_of_the_inputs() -> None:
+    """One for each, also for those about nobody."""
+    engine = fresh()
+    inputs: list[Input] = [
+        joined(identity="nobody"),
+        accept("D1"),
+        Find("D1"),
+        accept("D2", "delay-of-D1"),
+        Withdraw("D1"),
+        Find("none"),
+        Due(99),
+        RoomChanged(SFU, "elsewhere", RoomNews.STARTED),
+    ]
+    replies = engine.step(inputs, NOW).replies
+    kinds = [Touched, Accepted, Found, Accepted, Withdrawn, Found, Touched, Touched]
+    assert [type(reply) for reply in replies] == kinds
+    again = replies[3]
+    assert isinstance(again, Accepted)
+    assert (again.delegation, again.created) == ("D1", False)
+
+
+def test_exactly_the_same_events_again_change_nothing() -> None:
+    """The participant gets the delegation that it has, in whatever order it names them."""
+    engine = fresh()
+    engine.step([accept("D1", "a", "b")], NOW)
+    before = stored(engine)
+    step = engine.step([accept("D2", "b", "a")], NOW + 5)
+    assert isinstance(step.replies[0], Accepted)
+    assert (step.replies[0].delegation, step.replies[0].created) == ("D1", False)
+    assert stored(engine) == before
+
+
+def test_the_other_form_of_the_identity_is_the_same_participant() -> None:
+    """Webhooks and new delegations find it by either."""
+    engine = fresh()
+    engine.step([accept("D1", alias="hashed"), joined(identity="hashed")], NOW)
+    assert only(engine).presence is Presence.CONNECTED
+    step = engine.step([accept("D2", identity="hashed", alias=ALICE)], NOW)
+    assert isinstance(step.replies[0], Accepted)
+    assert step.replies[0].rows[0].presence is Presence.CONNECTED
+
+
+@pytest.mark.parametrize("before", [[aborted("S9")], []], ids=["asked before", "not asked before"])
+def test_an_event_that_is_taken_up_again_is_found_by_the_rest_of_its_batch(before: list[Input]) -> None:
+    """Withdrawn earlier; a batch takes it up again, and hears that its participant joined, whatever it had heard before that."""
+    engine = holding(row(state=State.DONE, delay_id="again"))
+    step = engine.step([*before, accept("D2", "again"), joined("S2", 2000)], NOW)
+    assert step.replies[-1] == Touched(1)
+    assert only(engine).presence is Presence.CONNECTED
+
+
+def test_other_rooms_and_sfus_are_not_touched() -> None:
+    """The same identity elsewhere is somebody else."""
+    engine = fresh()
+    engine.step([accept("D1"), joined(room="other"), replace(joined(), sfu="second")], NOW)
+    assert only(engine).presence is Presence.EXPECTED
+
+
+# ── inputs that raise ──
+
+
+def test_a_limit_is_answered_alone() -> None:
+    """The others of the batch are kept."""
+    engine = fresh(limits=Limits(max_per_participant=1))
+    step = engine.step([accept("D1"), accept("D2", "another"), joined()], NOW)
+    error = step.replies[1]
+    assert isinstance(error, TooMany)
+    assert (error.limit, error.value) == ("delegations.max_per_participant", 1)
+    assert [there.delegation for there in stored(engine)] == ["D1"]
+    assert only(engine).presence is Presence.CONNECTED
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        accept("D-bad", "delay\ud800"),
+        accept("D-bad", "delay", identity="alice\udfff"),
+        accept("D-bad\ud800", "delay"),
+        joined("S\ud800"),
+        joined(identity="bob\ud800"),
+        Find("\ud800"),
+        Withdraw("\ud800"),
+        RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM\ud800"),
+        Due(2**70),
+        accept("D-bad", "delay", delay=float("nan")),
+    ],
+    ids=str,
+)
+def test_what_the_database_cannot_take_is_answered_alone(strange: Input) -> None:
+    """Text that is no Unicode, numbers out of range: the others commit, and the replies keep their places."""
+    engine = fresh()
+    engine.step([accept("D1")], NOW)
+    step = engine.step([joined(), strange, accept("D2", identity="bob"), Find("D1")], NOW)
+    assert isinstance(step.replies[1], Exception)
+    assert not isinstance(step.replies[1], StoreUnavailable)
+    assert [type(reply) for i, reply in enumerate(step.replies) if i != 1] == [Touched, Accepted, Found]
+    assert [(there.delegation, there.presence) for there in stored(engine)] == [("D1", Presence.CONNECTED), ("D2", Presence.EXPECTED)]
+    assert_counts(engine)
+
+
+def test_a_strange_input_alone_does_not_stop_the_timers() -> None:
+    """What is due is claimed all the same."""
+    engine = holding(row(due=NOW))
+    step = engine.step([joined("S\ud800")], NOW)
+    assert isinstance(step.replies[0], Exception)
+    assert actions(step) == [Action.RESTART]
+
+
+def test_the_most_of_a_homeserver_counts_what_is_not_finished() -> None:
+    """Withdrawn ones make room."""
+    engine = fresh(limits=Limits(max_per_homeserver=2))
+    engine.step([accept("D1", identity="a")], NOW)
+    engine.step([accept("D2", identity="b")], NOW)
+    assert isinstance(engine.step([accept("D3", identity="c")], NOW).replies[0], TooMany)
+    assert isinstance(engine.step([accept("D3", identity="c", homeserver="other.test")], NOW).replies[0], Accepted)
+    engine.step([Withdraw("D1")], NOW)
+    assert isinstance(engine.step([accept("D4", identity="d")], NOW).replies[0], Accepted)
+
+
+def test_the_most_of_a_homeserver_holds_within_a_batch() -> None:
+    """Many at once do not get past it."""
+    engine = fresh(limits=Limits(max_per_homeserver=2))
+    step = engine.step([accept(f"D{n}", identity=f"p{n}") for n in range(5)], NOW)
+    assert [type(reply) for reply in step.replies] == [Accepted, Accepted, TooMany, TooMany, TooMany]
+
+
+# ── claims ──
+
+
+def test_no_more_are_claimed_than_places_are_free() -> None:
+    """4 at first, twice as many after success; none while those are under way."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(20)])
+    first = engine.step((), NOW)
+    assert len(first.tasks) == 4
+    assert engine.step((), NOW).tasks == []
+    one = engine.step([reply_to(first.tasks[0])], NOW)
+    assert len(one.tasks) == 1
+    rest = engine.step([reply_to(task) for task in [*first.tasks[1:], *one.tasks]], NOW)
+    assert len(rest.tasks) == 8
+
+
+def test_a_limited_homeserver_is_left_alone_until_the_time_it_named() -> None:
+    """And a little longer, so that those who were told the same do not come at once; then one at a time."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(8)])
+    first = engine.step((), NOW)
+    step = engine.step([reply_to(first.tasks[0], Verdict.LIMITED, retry_after=7.0)], NOW)
+    assert step.tasks == []
+    step = engine.step([reply_to(task, Verdict.LIMITED, retry_after=1.0) for task in first.tasks[1:]], NOW)
+    assert step.tasks == []
+    assert step.wake is not None
+    assert NOW + 7.0 <= step.wake <= NOW + 7.7
+    assert engine.step((), step.wake - 0.01).tasks == []
+    assert len(engine.step((), step.wake).tasks) == 1
+
+
+def test_homeservers_do_not_wait_for_each_other() -> None:
+    """Each has places of its own."""
+    engine = holding(*[row(identity=f"p{n}", room=name, homeserver=name, due=NOW) for n in range(6) for name in ("a.test", "b.test")])
+    step = engine.step((), NOW)
+    assert Counter(task.homeserver for task in step.tasks) == {"a.test": 4, "b.test": 4}
+
+
+def test_departures_are_claimed_before_restarts() -> None:
+    """From the backlog, too."""
+    rows = [row(identity=f"r{n}", due=NOW - 5) for n in range(6)] + [row(Presence.GONE, identity=f"g{n}", harm=NOW - n, due=NOW) for n in range(3)]
+    step = holding(*rows).step((), NOW)
+    assert actions(step) == [Action.SEND] * 3 + [Action.RESTART]
+    assert [task.event for task in step.tasks[:3]] == [9, 8, 7]
+
+
+def test_an_endangered_restart_is_claimed_first() -> None:
+    """A person dropped is worse than a ghost that stays a moment longer."""
+    rows = [row(Presence.GONE, identity=f"g{n}") for n in range(6)]
+    endangered = row(identity="r", running_since=NOW - DELAY + 5, due=NOW - 100)
+    step = holding(*rows, endangered).step((), NOW)
+    assert actions(step) == [Action.RESTART] + [Action.SEND] * 3
+
+
+def test_restarts_past_their_deadline_do_not_hide_an_endangered_one() -> None:
+    """Many fresh delegations, of unknown countdowns, wait; one that can still make it goes before them."""
+    rows = [row(identity=f"r{n}", running_since=NOW - DELAY - 1 - n, due=NOW - 1) for n in range(20)]
+    endangered = row(identity="r", running_since=NOW - DELAY + 5, due=NOW - 100)
+    engine = holding(*rows, endangered)
+    assert engine.step((), NOW).tasks[0].event == 21
+
+
+def test_a_departure_that_arrives_alone_is_on_its_way_after_one_step() -> None:
+    """It does not wait for another."""
+    engine = holding(row())
+    step = engine.step([left("S1", "PARTICIPANT_REMOVED")], NOW)
+    assert actions(step) == [Action.SEND]
+    assert step.tasks[0].lease_ends == NOW + POLICY.lease
+
+
+def test_a_backlog_is_drained_most_urgent_first() -> None:
+    """Departures by their age, then restarts by their deadlines, whatever the order of arrival."""
+    random = Random(5)
+    rows = [row(Presence.GONE, identity=f"g{n}", harm=NOW - 20 - random.random()) for n in range(30)]
+    rows += [row(identity=f"r{n}", running_since=NOW - 1000 * random.random(), due=NOW - random.random()) for n in range(30)]
+    random.shuffle(rows)
+    engine = holding(*rows)
+    order, step = [], engine.step((), NOW)
+    while step.tasks:
+        order += [task.event for task in step.tasks]
+        step = engine.step([reply_to(task) for task in step.tasks], NOW)
+    by_id = dict(enumerate(rows, 1))
+    harms = [(by_id[n].lane, by_id[n].harm) for n in order]
+    assert len(order) == 60
+    assert harms == sorted(harms, key=lambda lane_harm: (lane_harm[0] or 0, lane_harm[1] or 0.0))
+
+
+def test_a_lease_that_ran_out_is_claimed_anew_and_the_old_answer_is_ignored() -> None:
+    """Only the newest claim can end anything."""
+    engine = holding(row(Presence.GONE))
+    (first,) = engine.step((), NOW).tasks
+    assert engine.step((), NOW + 14.9).tasks == []
+    (second,) = engine.step((), NOW + 15.0).tasks
+    assert (second.event, second.claim) == (first.event, first.claim + 1)
+    engine.step([reply_to(first)], NOW + 15.1)
+    assert only(engine).state is State.ENDING
+    engine.step([reply_to(second, Verdict.NOT_FOUND)], NOW + 15.2)
+    assert only(engine).outcome is Outcome.SENT
+
+
+def test_an_answer_that_is_given_twice_counts_once() -> None:
+    """For the row and for the places."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(30)])
+    first = engine.step((), NOW)
+    again = [reply_to(first.tasks[0])] * 5
+    assert len(engine.step(again, NOW).tasks) == 1
+    assert stored(engine)[first.tasks[0].event - 1].restarts == 2
+
+
+def test_a_restart_under_way_does_not_hold_up_the_goodbye() -> None:
+    """Send is claimed in the same step as the departure, and the answer of the restart is ignored."""
+    engine = holding(row(due=NOW))
+    (restart,) = engine.step((), NOW).tasks
+    step = engine.step([left("S1", "ROOM_DELETED")], NOW + 0.1)
+    assert actions(step) == [Action.SEND]
+    engine.step([reply_to(restart)], NOW + 0.2)
+    assert only(engine).claimed
+    engine.step([reply_to(step.tasks[0])], NOW + 0.3)
+    assert only(engine).outcome is Outcome.SENT
+
+
+# ── replaced delegations ──
+
+
+def test_a_replaced_delegation_is_cancelled_once_the_new_one_is_verified() -> None:
+    """Not before: the new one may turn out to be wrong."""
+    engine = holding(row(delegation="D1", delay_id="old"))
+    step = engine.step([accept("D2", "new")], NOW)
+    assert actions(step) == [Action.RESTART]
+    assert stored(engine)[0].state is State.LIVE
+    step = engine.step([reply_to(step.tasks[0])], NOW)
+    assert actions(step) == [Action.CANCEL]
+    assert step.tasks[0].delay_id == "old"
+    engine.step([reply_to(step.tasks[0])], NOW)
+    assert [(there.state, there.outcome) for there in stored(engine)] == [(State.DONE, Outcome.REPLACED), (State.LIVE, Outcome.OPEN)]
+
+
+def test_a_new_delegation_that_the_homeserver_does_not_know_replaces_nothing() -> None:
+    """The old one goes on."""
+    engine = holding(row(delegation="D1", delay_id="old"))
+    step = engine.step([accept("D2", "new")], NOW)
+    engine.step([reply_to(step.tasks[0], Verdict.NOT_FOUND)], NOW)
+    assert [there.state for there in stored(engine)] == [State.LIVE, State.DONE]
+
+
+def test_all_events_of_the_new_delegation_have_to_be_verified() -> None:
+    """One of two is not enough."""
+    engine = holding(row(delegation="D1", delay_id="old"))
+    step = engine.step([accept("D2", "new-1", "new-2")], NOW)
+    step2 = engine.step([reply_to(step.tasks[0])], NOW)
+    assert Action.CANCEL not in actions(step2)
+    step3 = engine.step([reply_to(step.tasks[1])], NOW)
+    assert actions(step3) == [Action.CANCEL]
+
+
+def test_events_that_are_in_the_new_delegation_too_are_carried_over() -> None:
+    """They go on under it, and only the others are cancelled."""
+    engine = holding(row(delegation="D1", delay_id="kept"), row(delegation="D1", delay_id="dropped"))
+    step = engine.step([accept("D2", "kept")], NOW)
+    assert isinstance(step.replies[0], Accepted)
+    assert (step.replies[0].created, step.replies[0].carried) == (True, ((1, "D1"),))
+    assert actions(step) == [Action.CANCEL]
+    assert step.tasks[0].delay_id == "dropped"
+    assert stored(engine)[0].delegation == "D2"
+
+
+def test_a_refused_delegation_gives_back_what_it_carried() -> None:
+    """And the rest of it is forgotten."""
+    engine = holding(row(delegation="D1", delay_id="kept"))
+    step = engine.step([accept("D2", "kept", "wrong")], NOW)
+    assert isinstance(step.replies[0], Accepted)
+    engine.step([Refuse("D2", step.replies[0].carried)], NOW)
+    assert [(there.delegation, there.state) for there in stored(engine)] == [("D1", State.LIVE), ("D2", State.DONE)]
+
+
+def test_nothing_of_a_refused_delegation_remains() -> None:
+    """Also what it asked for at the end is forgotten."""
+    engine = holding(row(delegation="D1", delay_id="kept"))
+    step = engine.step([accept("D2", "kept", "wrong", on_end=OnEnd.CANCEL)], NOW)
+    assert isinstance(step.replies[0], Accepted)
+    engine.step([Refuse("D2", step.replies[0].carried)], NOW)
+    assert stored(engine)[0].on_end is OnEnd.SEND
+
+
+def test_a_new_delegation_of_somebody_connected_is_connected() -> None:
+    """No joined will come."""
+    engine = holding(row(delegation="D1"))
+    engine.step([accept("D2", "new")], NOW)
+    assert [there.presence for there in stored(engine)] == [Presence.CONNECTED] * 2
+
+
+def test_a_new_delegation_of_somebody_away_ends_nothing() -> None:
+    """A page reload: left, delegated anew, joined two seconds later."""
+    engine = holding(row(delegation="D1", delay_id="old"))
+    engine.step([left("S1")], NOW)
+    step = engine.step([accept("D2", "new")], NOW + 1.9)
+    assert {there.presence for there in stored(engine)} == {Presence.EXPECTED}
+    restart = next(task for task in step.tasks if task.action is Action.RESTART)
+    step = engine.step([reply_to(restart)], NOW + 2.0)
+    for task in looks(step):
+        engine.step([look_at(task, sent_at=NOW + 2.0)], NOW + 2.1)
+    engine.step([joined("S2", 2000)], NOW + 4.0)
+    assert [(there.state, there.presence) for there in stored(engine)] == [
+        (State.SUPERSEDED, Presence.CONNECTED),
+        (State.LIVE, Presence.CONNECTED),
+    ]
+
+
+def test_a_delegation_after_a_withdrawal_is_not_born_gone() -> None:
+    """Of two delegations the newer is withdrawn, the older waits to be cancelled, its participant left: a third one expects somebody."""
+    engine = holding(row(Presence.GONE, State.DONE, delay_id="withdrawn"), row(Presence.GONE, State.SUPERSEDED, delegation="D2", delay_id="old"))
+    engine.step([accept("D3", "new")], NOW)
+    assert stored(engine)[2].presence is Presence.EXPECTED
+
+
+# ── looks ──
+
+
+def test_one_look_serves_a_whole_room() -> None:
+    """Twenty participants who are looked for are one request, then one more at a time."""
+    engine = fresh()
+    delegate(engine, *[f"p{n}" for n in range(20)])
+    step = engine.step((), NOW + 1.0)
+    assert len(looks(step)) == 1
+    assert looks(engine.step((), NOW + 1.5)) == []
+    present = [listed(f"S{n}", identity=f"p{n}") for n in range(20)]
+    engine.step([look_at(looks(step)[0], *present, sent_at=NOW + 1.0)], NOW + 1.6)
+    assert {there.presence for there in stored(engine)} == {Presence.CONNECTED}
+
+
+def test_a_room_is_looked_at_when_the_first_of_its_participants_asks_for_it() -> None:
+    """A departure that is checked after 2 s is not held up by one that is checked after 30 s."""
+    engine = holding(row(identity="a"), row(identity="b"))
+    engine.step([left("S1", "SERVER_SHUTDOWN", identity="a")], NOW)
+    assert engine.step([left("S1", identity="b")], NOW + 1.0).wake == NOW + 3.0
+    assert looks(engine.step((), NOW + 2.9)) == []
+    (look,) = looks(engine.step((), NOW + 3.0))
+    engine.step([look_at(look, sent_at=NOW + 3.0)], NOW + 3.1)
+    assert [there.presence for there in stored(engine)] == [Presence.AWAY, Presence.GONE]
+
+
+def test_looks_at_one_room_keep_a_distance() -> None:
+    """One second, however many ask for it."""
+    engine = holding(row(identity="a"), row(identity="b"))
+    engine.step([left("S1", identity="a")], NOW)
+    (look,) = looks(engine.step((), NOW + 2.0))
+    engine.step([look_at(look, listed(identity="b"), sent_at=NOW + 2.0)], NOW + 2.1)
+    engine.step([left("S1", "DUPLICATE_IDENTITY", identity="b"), aborted("S2", "CLIENT_INITIATED", identity="b")], NOW + 0.5)
+    assert looks(engine.step((), NOW + 2.9)) == []
+    assert len(looks(engine.step((), NOW + 3.0))) == 1
+
+
+def test_looks_that_fail_come_less_and_less_often() -> None:
+    """5, 10, 20, 40, 60 s, with a little jitter; and nobody is given up who has not said goodbye."""
+    engine = fresh()
+    delegate(engine, "p")
+    times: list[float] = []
+    now: float | None = NOW + 1.0
+    while now is not None and len(times) < 8:
+        step = engine.step((), now)
+        for look in looks(step):
+            times.append(now)
+            step = engine.step([Looked(SFU, ROOM, look.claim, now, None, "timeout")], now)
+        now = step.wake
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert all(0.75 * wait <= pause <= wait for pause, wait in zip(pauses, (5, 10, 20, 40, 60, 60, 60), strict=True)), pauses
+    assert only(engine).presence is Presence.EXPECTED
+
+
+def test_an_answer_to_an_old_look_is_ignored() -> None:
+    """Its lease ran out, and another look is under way."""
+    engine = holding(row())
+    engine.step([left("S1")], NOW)
+    (first,) = looks(engine.step((), NOW + 2.0))
+    (second,) = looks(engine.step((), NOW + 17.0))
+    assert engine.step([look_at(first, sent_at=NOW + 2.0)], NOW + 17.1).replies == [Touched(0)]
+    assert only(engine).presence is Presence.AWAY
+    engine.step([look_at(second, sent_at=NOW + 17.0)], NOW + 17.2)
+    assert only(engine).presence is Presence.GONE
+
+
+def test_a_room_is_forgotten_when_nothing_is_left_in_it() -> None:
+    """The next look finds nobody to look for."""
+    engine = fresh()
+    delegate(engine, "p")
+    (look,) = looks(engine.step((), NOW + 1.0))
+    engine.step([Withdraw("p")], NOW + 1.1)
+    engine.step([look_at(look, sent_at=NOW + 1.0)], NOW + 1.2)
+    assert engine.store.census().rooms == {}
+    assert engine.store.atomically(lambda tx: tx.room(SFU, ROOM)) is None
+
+
+def test_in_doubt_an_empty_list_proves_nothing() -> None:
+    """The room came up a second time with the same sid, or finished while somebody was connected: a node had been away."""
+    for evidence in (
+        [RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM1"), RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM1")],
+        [RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1")],
+    ):
+        engine = holding(row(identity="a"), row(identity="b"))
+        engine.step([left("S1", identity="b")], NOW)
+        engine.step(evidence, NOW + 0.5)
+        (look,) = looks(engine.step((), NOW + 2.0))
+        engine.step([look_at(look, sent_at=NOW + 2.0)], NOW + 2.1)
+        assert [there.presence for there in stored(engine)] == [Presence.CONNECTED, Presence.GONE]
+
+
+def test_a_new_room_sid_ends_the_doubt() -> None:
+    """It is another room."""
+    engine = holding(row(identity="a"), row(identity="b"))
+    engine.step([left("S1", identity="b")], NOW)
+    engine.step([RoomChanged(SFU, ROOM, RoomNews.STARTED, sid) for sid in ("RM1", "RM1", "RM2")], NOW + 0.5)
+    (look,) = looks(engine.step((), NOW + 2.0))
+    engine.step([look_at(look, sent_at=NOW + 2.0)], NOW + 2.1)
+    assert stored(engine)[0].presence is Presence.AWAY
+
+
+def test_a_late_end_of_an_old_session_is_a_reason_to_doubt() -> None:
+    """A node had been away: lists are wrong for long, and who joined has not left."""
+    engine = holding(row(sessions=(live("S1"), live("S2", 2000))), row(identity="b"))
+    engine.step([left("S1", identity="b")], NOW)
+    engine.step([left("S1", "CONNECTION_TIMEOUT")], NOW)
+    (look,) = looks(engine.step((), NOW + 2.0))
+    engine.step([look_at(look, sent_at=NOW + 2.0)], NOW + 2.1)
+    assert stored(engine)[0].presence is Presence.CONNECTED
+
+
+# ── time ──
+
+
+def test_the_wake_is_the_earliest_due() -> None:
+    """Of restarts, looks, timers and leases."""
+    engine = holding(row(identity="a", due=NOW + 50), row(identity="b", due=NOW + 40, homeserver="other.test"))
+    assert engine.step((), NOW).wake == NOW + 40
+    assert engine.step([left("S1", identity="a")], NOW + 1).wake == NOW + 3
+    assert fresh().step((), NOW).wake is None
+
+
+def test_nothing_is_done_before_the_wake_and_something_at_it() -> None:
+    """Stepping exactly at the time that a step asks for always makes progress, through whole calls and their pruning."""
+    for seed in range(5):
+        random = Random(seed)
+        engine = fresh(random=Random(seed), most=2)
+        engine.step([accept(f"D{n}", identity=f"p{n}", room=f"r{n % 2}", delay=random.choice([30.0, 100.0])) for n in range(8)], NOW)
+        now, step = NOW, engine.step([joined(identity=f"p{n}", room=f"r{n % 2}") for n in range(0, 8, 2)], NOW)
+        waiting = list(step.tasks) + engine.step((), NOW).tasks
+        idle = 0
+        for count in range(600):
+            inputs = answers(random, waiting, now)
+            if count == 200:
+                inputs += [left("S1", identity=f"p{n}", room=f"r{n % 2}") for n in range(8)]
+            before, step = step, engine.step(inputs, now)
+            waiting = list(step.tasks)
+            if step.tasks or step.changes:
+                idle = 0
+            else:
+                idle += 1
+                assert idle < 3, f"busy loop at {now}: {before} {step}"
+            if step.wake is None:
+                break
+            assert step.wake >= now or waiting
+            now = max(now, step.wake) if not waiting else now
+
+
+def answers(random: Random, tasks: Iterable[Task], now: float) -> list[Input]:
+    """What might become of claimed actions: mostly success, sometimes each of the failures."""
+    inputs: list[Input] = []
+    for task in tasks:
+        if task.action is Action.LOOK:
+            inputs.append(Looked(SFU, task.room, task.claim, now, random.choice([(), (), None])))
+        else:
+            verdict = random.choice([Verdict.DONE] * 5 + list(Verdict))
+            inputs.append(reply_to(task, verdict, sent_at=now, retry_after=random.choice([None, 2.0]) if verdict is Verdict.LIMITED else None))
+    return inputs
+
+
+def test_what_is_finished_is_pruned_after_its_time() -> None:
+    """With its history and its room."""
+    engine = holding(row(delegation="D1"))
+    engine.step([left("S1", "ROOM_DELETED"), Withdraw("D1")], NOW)
+    assert engine.step((), NOW + POLICY.keep - 1).wake == NOW + POLICY.keep
+    assert len(stored(engine)) == 1
+    assert engine.step((), NOW + POLICY.keep).wake is None
+    assert stored(engine) == []
+    assert engine.step([Find("D1")], NOW + POLICY.keep).replies == [Found((), ())]
+    assert engine.store.atomically(lambda tx: tx.history([1])) == []
+    assert engine.store.census().rooms == {}
+
+
+def test_the_history_tells_what_happened() -> None:
+    """In order, with reasons and answers, and in the reply to whoever asks."""
+    engine = fresh()
+    step = engine.step([accept("D1"), joined()], NOW)
+    engine.step([reply_to(step.tasks[0])], NOW + 1)
+    step = engine.step([left("S1", "PARTICIPANT_REMOVED")], NOW + 2)
+    engine.step([replace(reply_to(step.tasks[0], Verdict.REFUSED), detail="403 M_FORBIDDEN")], NOW + 3)
+    (found,) = engine.step([Find("D1")], NOW + 4).replies
+    assert isinstance(found, Found)
+    assert [(note.at - NOW, note.what, note.detail) for note in found.history] == [
+        (0.0, "delegated", "D1"),
+        (0.0, "connected", ""),
+        (1.0, "verified", ""),
+        (2.0, "gone", "PARTICIPANT_REMOVED"),
+        (2.0, "ending", ""),
+        (3.0, "rejected", "403 M_FORBIDDEN"),
+    ]
+
+
+def test_new_rules_hold_from_the_next_step_on() -> None:
+    """reconfigure() changes policy, limits and the numbers of requests in flight."""
+    engine = fresh()
+    engine.reconfigure(replace(POLICY, lease=99.0), Limits(max_per_participant=0))
+    assert isinstance(engine.step([accept("D1")], NOW).replies[0], TooMany)
+
+
+def test_the_backlog_is_told_by_homeserver_and_lane() -> None:
+    """How many rows are due, and since when the first of them."""
+    engine = holding(row(identity="a", due=NOW - 30), row(identity="b", due=NOW - 3), row(identity="c"), row(Presence.GONE, identity="d"))
+    assert engine.backlog(NOW) == {(HOMESERVER, Lane.RESTART): (2, NOW - 30), (HOMESERVER, Lane.END): (1, NOW)}
+    assert engine.backlog(NOW - 40) == {}
+
+
+def test_an_engine_that_stops_claims_nothing_more() -> None:
+    """What is under way is still counted and taken in."""
+    engine = holding(row(identity="a", due=NOW), row(identity="b"))
+    (task,) = engine.step((), NOW).tasks
+    assert engine.in_flight == 1
+    engine.stopping = True
+    assert engine.step([left("S1", "ROOM_DELETED", identity="b")], NOW).tasks == []
+    assert engine.step([reply_to(task)], NOW).tasks == []
+    assert engine.in_flight == 0
+    assert [there.state for there in stored(engine)] == [State.LIVE, State.ENDING]
+
+
+# ── a store that fails ──
+
+
+class Failing:
+    """A connection whose next COMMIT fails, as on a full disk."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
+        self.armed = False
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if self.armed and sql == "COMMIT":
+            self.armed = False
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._connection.execute(sql, *parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> Failing:
+    store = engine.store
+    assert isinstance(store, SqliteStore)
+    connection = Failing(store._connection)
+    monkeypatch.setattr(store, "_connection", connection)
+    return connection
+
+
+def test_a_commit_that_fails_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step raises, and the same inputs again come to what they would have come to at first."""
+    engine, twin = fresh(random=Even()), fresh(random=Even())
+    connection = failing(monkeypatch, engine)
+    script: list[list[Input]] = [
+        [accept("D1"), accept("D2", identity="bob")],
+        [joined(), joined(identity="bob")],
+        [left("S1", "ROOM_DELETED")],
+        [Withdraw("D2"), accept("D3", identity="bob")],
+    ]
+    for n, inputs in enumerate(script):
+        before = stored(engine)
+        connection.armed = True
+        with pytest.raises(StoreUnavailable, match="disk is full"):
+            engine.step(inputs, NOW + n)
+        assert stored(engine) == before
+        assert_counts(engine)
+        mine, other = engine.step(inputs, NOW + n), twin.step(inputs, NOW + n)
+        assert (mine.replies, mine.tasks, mine.wake, mine.notes) == (other.replies, other.tasks, other.wake, other.notes)
+        assert stored(engine) == stored(twin)
+
+
+def test_an_answer_frees_its_place_once_though_it_could_not_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came back, whatever the database says; handed in again it counts for the row only."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(30)])
+    connection = failing(monkeypatch, engine)
+    first = engine.step((), NOW)
+    came_back = [reply_to(task, Verdict.UNCERTAIN) for task in first.tasks]
+    connection.armed = True
+    with pytest.raises(StoreUnavailable):
+        engine.step(came_back, NOW)
+    again = engine.step(came_back, NOW)
+    assert [reply for reply in again.replies if reply != Touched(1)] == []
+    assert len(again.tasks) == 4
+    assert engine.step((), NOW).tasks == []
+
+
+def test_what_could_not_be_claimed_is_claimed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed step has no request under way."""
+    engine = holding(row(due=NOW))
+    connection = failing(monkeypatch, engine)
+    connection.armed = True
+    with pytest.raises(StoreUnavailable):
+        engine.step((), NOW)
+    assert actions(engine.step((), NOW)) == [Action.RESTART]
+
+
+# ── anything ──
+
+
+def assert_counts(engine: Engine) -> None:
+    """The engine's counts equal a recount, and it sleeps past nothing that the database has planned."""
+    census = engine.store.census()
+    assert +engine.states == Counter(census.states)
+    for homeserver, due in census.schedule.items():
+        assert engine._due[homeserver] <= due
+    for sfu, due in census.rooms.items():
+        assert engine._rooms_due[sfu] <= due
+
+
+class Anything:
+    """A random course of things: whatever clients, SFU and homeserver may do, sensible or not."""
+
+    def __init__(self, seed: int):
+        self.random = Random(seed)
+        self.now = NOW
+        self.waiting: list[Task] = []
+        self.answered: list[Input] = []
+        self.count = 0
+
+    def input(self) -> Input:
+        random = self.random
+        identity, room = random.choice("abcd"), random.choice(["r1", "r2"])
+        sid = random.choice(["S1", "S2", "S3", ""])
+        delegation = f"D{random.randrange(max(1, self.count))}"
+        match random.randrange(12):
+            case 0 | 1:
+                self.count += 1
+                ids = random.sample([f"delay-{identity}-{n}" for n in range(4)], random.randint(1, 3))
+                delay = random.choice([30.0, 100.0, 3600.0])
+                alias = f"{identity}-hashed" if identity in "ab" else None
+                return accept(f"D{self.count}", *ids, identity=identity, room=room, homeserver=f"{identity > 'b'}.test", delay=delay, alias=alias)
+            case 2 | 3 | 4:
+                return joined(sid, random.choice([0, 1000, 2000]), identity=random.choice([identity, f"{identity}-hashed"]), room=room)
+            case 5 | 6:
+                reason = random.choice(["CLIENT_INITIATED", "ROOM_DELETED", "DUPLICATE_IDENTITY", "CONNECTION_TIMEOUT", "SERVER_SHUTDOWN"])
+                what: Callable[..., Seen] = random.choice([left, left, aborted])
+                return what(sid, reason, random.choice([0, 1000, 2000]), identity=identity, room=room)
+            case 7:
+                return RoomChanged(SFU, room, random.choice(list(RoomNews)), random.choice(["RM1", "RM2", ""]))
+            case 8:
+                choices: list[Input] = [Withdraw(delegation), Find(delegation), Refuse(delegation), joined("\ud800", identity=identity)]
+                return random.choice(choices)
+            case 9:
+                return Due(random.randint(1, 20))
+            case _:
+                return random.choice(self.answered) if self.answered else Find("none")
+
+    def inputs(self) -> list[Input]:
+        given: list[Input] = [self.input() for _ in range(self.random.choice([0, 0, 1, 2, 5]))]
+        for task in list(self.waiting):
+            if self.random.random() < 0.7:
+                self.waiting.remove(task)
+                given += self.answer(task)
+        self.random.shuffle(given)
+        return given
+
+    def answer(self, task: Task) -> Sequence[Input]:
+        if task.action is Action.LOOK:
+            shown = tuple(listed(f"S{self.random.randint(1, 3)}", self.random.choice(["ACTIVE", "JOINED"]), identity=who) for who in "abcd")
+            what = self.random.choice([None, (), shown[: self.random.randint(0, 4)]])
+            self.answered = [*self.answered[-20:], Looked(SFU, task.room, task.claim, self.now, what)]
+        else:
+            verdict = self.random.choice([Verdict.DONE] * 6 + list(Verdict))
+            self.answered = [*self.answered[-20:], reply_to(task, verdict, sent_at=self.now)]
+        return self.answered[-1:]
+
+    def pass_time(self, wake: float | None) -> None:
+        ahead = self.random.choice([0.0, 0.01, 0.5, 3.0, 20.0, -1.0])
+        self.now = max(self.now, wake) if ahead < 0 and wake is not None else self.now + max(0.0, ahead)
+        if self.random.random() < 0.01:
+            self.now += POLICY.keep
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_counts_schedule_and_rows_agree(seed: int) -> None:
+    """500 steps of anything: every reply fits its input, every row is consistent, nobody connected is ended, the counts are right."""
+    course = Anything(seed)
+    engine = fresh(random=Random(seed), most=8)
+    for _ in range(500):
+        inputs = course.inputs()
+        step = engine.step(inputs, course.now)
+        assert len(step.replies) == len(inputs)
+        for given_input, reply in zip(inputs, step.replies, strict=True):
+            assert fits(given_input, reply), (given_input, reply)
+        for change in step.changes:
+            if change.old is not None and change.old.state is State.DONE and change.new.state is not State.DONE:
+                assert not isinstance(change.given, (Seen, Looked, Answered, Due))
+        by_id = {there.id: there for there in stored(engine)}
+        for task in step.tasks:
+            if task.action is Action.LOOK:
+                continue
+            there = by_id[task.event]
+            assert (there.claimed, there.claim, action(there), there.lane is Lane.TIMER) == (True, task.claim, task.action, False)
+            assert task.action is not Action.SEND or there.presence is Presence.GONE
+        for there in by_id.values():
+            assert_consistent(there)
+        assert_counts(engine)
+        course.waiting += step.tasks
+        course.pass_time(step.wake)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_the_rows_of_one_participant_agree(seed: int) -> None:
+    """They get the same inputs, whichever of them are in a batch together."""
+    course = Anything(seed)
+    engine = fresh(random=Random(seed), most=8)
+    for _ in range(500):
+        step = engine.step(course.inputs(), course.now)
+        assert_agree(stored(engine))
+        course.waiting += step.tasks
+        course.pass_time(step.wake)
+
+
+def fits(given_input: Input, reply: Reply | Exception) -> bool:
+    if isinstance(reply, Exception):
+        return isinstance(reply, TooMany) or (isinstance(reply, UnicodeEncodeError) and isinstance(given_input, Seen))
+    kinds: dict[type, type] = {Find: Found, Withdraw: Withdrawn, Refuse: Withdrawn}
+    expected = kinds.get(type(given_input), Accepted if type(given_input).__name__ == "Accept" else Touched)
+    return isinstance(reply, expected)
+
+
+def assert_agree(rows: Iterable[DelayedEvent]) -> None:
+    """The rows of one participant that are in force say the same of where it is."""
+    said: dict[tuple[str, str, str], set[Presence]] = {}
+    for there in rows:
+        if there.state not in (State.DONE, State.SUPERSEDED):
+            said.setdefault(there.participant, set()).add(there.presence)
+    assert all(len(presences) == 1 for presences in said.values()), said
+
+
+def test_a_room_start_that_is_told_twice_is_no_reason_to_doubt() -> None:
+    """LiveKit repeats a webhook that was not answered: the same id is the same news."""
+    engine = holding(row())
+    engine.step([left("S9", "DUPLICATE_IDENTITY")], NOW)  # the room is known once somebody is to be looked for
+    engine.step([accept("D2", "other", identity="bob")], NOW)
+    engine.step([RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM1", "EV1")] * 2, NOW + 0.5)
+    room = engine.store.atomically(lambda tx: tx.room(SFU, ROOM))
+    assert room is not None
+    assert room.doubt_until == 0.0
+    engine.step([RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM1", "EV2")], NOW + 0.6)
+    room = engine.store.atomically(lambda tx: tx.room(SFU, ROOM))
+    assert room is not None
+    assert room.doubt_until > NOW
+
+
+def test_a_verified_delegation_can_always_be_replaced() -> None:
+    """The limit is about delegations that their homeserver has not confirmed, not about the one that is in force."""
+    engine = fresh(limits=Limits(max_per_participant=1))
+    (task,) = [task for task in engine.step([accept("D1", "first")], NOW).tasks if task.action is Action.RESTART]
+    engine.step([reply_to(task)], NOW + 0.1)
+    assert isinstance(engine.step([accept("D2", "second")], NOW + 0.2).replies[0], Accepted)

@@ -1,0 +1,650 @@
+"""The life of a delegated event: every row that can come about with every input, and each rule by its name."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sfu_delegate.delegation import lifecycle
+from sfu_delegate.delegation.lifecycle import EVENTS, Happening, action, advance, claim, delegate, story, supersede
+from sfu_delegate.delegation.model import (
+    Accept,
+    Action,
+    Answered,
+    DelayedEvent,
+    Due,
+    Lane,
+    Looked,
+    NewEvent,
+    OnEnd,
+    Outcome,
+    Presence,
+    Seen,
+    State,
+    Verdict,
+    Withdraw,
+)
+
+from tests.rows import (
+    DELAY,
+    NOW,
+    POLICY,
+    POSSIBLE,
+    aborted,
+    accept,
+    answered,
+    assert_consistent,
+    claimed,
+    joined,
+    left,
+    listed,
+    live,
+    look_failed,
+    looked,
+    row,
+)
+
+Given = Seen | Looked | Answered | Withdraw | Due | Accept
+
+
+def possible_rows() -> Iterator[DelayedEvent]:
+    """Every combination of state, presence, claimed, end_tried, verified, on_end that can come about."""
+    for state, presences in POSSIBLE.items():
+        for presence, end_tried, verified, on_end in itertools.product(presences, (False, True), (None, NOW - 60.0), OnEnd):
+            there = row(presence, state, end_tried=end_tried, verified_at=verified, on_end=on_end)
+            yield there
+            if there.lane in (Lane.END, Lane.RESTART):
+                yield claimed(there)
+            if state is State.LIVE and presence is not Presence.EXPECTED:
+                yield claimed(there, lane=Lane.END)  # it came back while the goodbye was under way
+            if presence is Presence.CONNECTED:
+                yield there._replace(sessions=(live("S0", 500), live("S1")))
+                yield there._replace(sessions=(live("", 0),))
+            if presence is Presence.AWAY and state is not State.DONE:
+                yield there._replace(sessions=(live("S1"),), reason="MISSING", look_at=NOW + 3)
+            if state is State.VANISHED:
+                yield there._replace(due=NOW)
+
+
+def every_input(there: DelayedEvent) -> Iterator[Given]:
+    """Every kind of input, of every known and unknown session, reason, verdict, action and claim."""
+    sids = [("S1", 1000), ("S0", 500), ("S2", 2000), ("S2", 0), ("", 0)]
+    for sid, at in sids:
+        yield joined(sid, at)
+        for reason in ("CLIENT_INITIATED", "PARTICIPANT_REMOVED", "CONNECTION_TIMEOUT", "DUPLICATE_IDENTITY", "SERVER_SHUTDOWN", "SOMETHING_NEW"):
+            yield left(sid, reason, at)
+            yield aborted(sid, reason, at)
+    for sent_at, doubtful in itertools.product((NOW - 500, NOW - 1, NOW, NOW + 500), (False, True)):
+        yield looked(sent_at=sent_at, doubtful=doubtful)
+        yield looked(listed("S8", identity="bob"), sent_at=sent_at, doubtful=doubtful)
+        for (sid, at), state in itertools.product(sids, ("ACTIVE", "JOINED", "DISCONNECTED")):
+            yield looked(listed(sid, state, at), sent_at=sent_at, doubtful=doubtful)
+        yield look_failed(sent_at)
+    for verdict, act, claim_, sent_at in itertools.product(
+        Verdict, (Action.SEND, Action.CANCEL, Action.RESTART), (there.claim, there.claim - 1, there.claim + 1), (NOW - 3000.0, NOW - 0.1)
+    ):
+        yield answered(there, act, verdict, claim=claim_, sent_at=sent_at)
+        if verdict is Verdict.LIMITED:
+            yield answered(there, act, verdict, claim=claim_, sent_at=sent_at, retry_after=7.0)
+    yield Withdraw(there.delegation)
+    yield Due(there.id)
+    yield accept("D2")
+
+
+def can_come(there: DelayedEvent, given_input: Given) -> bool:
+    """A claim is void as soon as the state changes what it was for, so an answer that fits it is about an action of this row."""
+    if not isinstance(given_input, Answered) or not there.claimed or given_input.claim != there.claim:
+        return True
+    if there.state is State.LIVE and there.lane is Lane.END:
+        return given_input.action is (Action.CANCEL if there.on_end is OnEnd.CANCEL else Action.SEND)
+    return given_input.action is action(there)
+
+
+ALL = [(before, given_input) for before in possible_rows() for given_input in every_input(before)]
+CASES = [(before, given_input) for before, given_input in ALL if can_come(before, given_input)]
+
+
+def test_nothing_raises() -> None:
+    """Whatever is put together, even what cannot come about."""
+    for before, given_input in ALL:
+        advance(before, given_input, NOW, POLICY, 0.5)
+
+
+def test_the_starting_rows_are_consistent() -> None:
+    """The table of this test is about rows that can come about."""
+    for there in possible_rows():
+        assert_consistent(there._replace(token=None))
+
+
+def test_every_row_stays_consistent_with_every_input() -> None:
+    """No input raises, and state, presence, lane, due, harm and outcome agree afterwards."""
+    for before, given_input in CASES:
+        after = advance(before, given_input, NOW, POLICY, 0.5)
+        try:
+            assert_consistent(after)
+        except AssertionError as error:
+            raise AssertionError(f"{before}\n+ {given_input}\n= {after}") from error
+
+
+def test_every_change_of_state_is_in_the_table() -> None:
+    """The state afterwards is one that the table allows from the state before."""
+    allowed = {old: {old} | {new for (state, _), new in EVENTS.items() if state is old} for old in State}
+    for before, given_input in CASES:
+        assert advance(before, given_input, NOW, POLICY, 0.5).state in allowed[before.state], (before, given_input)
+
+
+def test_the_table_is_complete() -> None:
+    """Every state is in it, every happening, and DONE is left only by a new delegation."""
+    assert {state for state, _ in EVENTS} == set(State)
+    assert {happening for _, happening in EVENTS} == set(Happening)
+    assert [key for key in EVENTS if key[0] is State.DONE] == [(State.DONE, Happening.DELEGATED)]
+    assert all(EVENTS[state, Happening.DELEGATED] is State.LIVE for state in State)
+    assert all(EVENTS[state, Happening.WITHDRAWN] is State.DONE for state in State if state is not State.DONE)
+
+
+ANSWERS = {
+    Happening.NOT_THERE: (Verdict.NOT_FOUND, Verdict.CONFLICT),
+    Happening.REFUSED: (Verdict.REFUSED,),
+    Happening.NOT_DONE: (Verdict.LIMITED, Verdict.FAILED, Verdict.UNCERTAIN),
+    Happening.ENDED: (Verdict.DONE,),
+}
+
+
+@pytest.mark.parametrize("state", [State.LIVE, State.ENDING, State.SUPERSEDED])
+@pytest.mark.parametrize("what", list(ANSWERS))
+def test_answers_lead_where_the_table_says(state: State, what: Happening) -> None:
+    """Each verdict on the action of a state, for a verified event of which no ending was tried."""
+    for verdict in ANSWERS[what]:
+        came_back = what is Happening.ENDED and state is State.LIVE
+        there = claimed(row(POSSIBLE[state][0], state), **({"lane": Lane.END} if came_back else {}))
+        act = Action.SEND if came_back else action(there)
+        assert advance(there, answered(there, act, verdict), NOW, POLICY, 0.5).state is EVENTS[state, what]
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_happenings_lead_where_the_table_says(state: State) -> None:
+    """Found to be gone, back, superseded and withdrawn, from every state in which it can happen."""
+    for presence in POSSIBLE[state]:
+        there = row(presence, state)
+        assert advance(there, Withdraw("D1"), NOW, POLICY, 0.5).state is EVENTS.get((state, Happening.WITHDRAWN), state)
+        assert supersede(there, NOW, POLICY, 0.5).state is EVENTS.get((state, Happening.SUPERSEDED), state)
+        if presence is Presence.GONE:
+            assert advance(there, joined("S2", 2000), NOW, POLICY, 0.5).state is EVENTS.get((state, Happening.BACK), state)
+        if presence is Presence.AWAY and state is not State.DONE:
+            gone = advance(there, looked(), NOW, POLICY, 0.5)
+            assert gone.presence is Presence.GONE
+            assert gone.state is EVENTS.get((state, Happening.GONE), state)
+
+
+def test_what_is_done_is_done() -> None:
+    """Nothing changes a finished event but a new delegation."""
+    for before, given_input in CASES:
+        if before.state is State.DONE:
+            assert advance(before, given_input, NOW, POLICY, 0.5) is before
+
+
+def test_an_answer_to_an_old_claim_changes_nothing() -> None:
+    """Nor does one to a claim that was never made, or an answer that nobody waits for."""
+    for before, given_input in CASES:
+        if isinstance(given_input, Answered) and (given_input.claim != before.claim or not before.claimed):
+            assert advance(before, given_input, NOW, POLICY, 0.5) is before
+
+
+def test_nothing_is_ended_without_a_departure() -> None:
+    """As long as the participant is expected, connected or away, the next action is no ending of a delegation in force."""
+    for before, given_input in CASES:
+        after = advance(before, given_input, NOW, POLICY, 0.5)
+        if after.presence is not Presence.GONE and not before.claimed:
+            assert after.lane is not Lane.END
+        if after.state is State.LIVE:
+            assert action(after) is Action.RESTART
+
+
+def test_the_countdown_is_never_overestimated() -> None:
+    """running_since never goes back, and never beyond the time when the restart request was sent."""
+    for before, given_input in CASES:
+        after = advance(before, given_input, NOW, POLICY, 0.5)
+        assert after.running_since >= before.running_since
+        if after.running_since != before.running_since:
+            assert isinstance(given_input, Answered)
+            assert (given_input.action, given_input.verdict) == (Action.RESTART, Verdict.DONE)
+            assert after.running_since <= given_input.sent_at
+
+
+def test_claims_only_count_up() -> None:
+    """No input but a claim changes the claim's number: an old answer can never fit again."""
+    for before, given_input in CASES:
+        assert advance(before, given_input, NOW, POLICY, 0.5).claim == before.claim
+
+
+def test_every_change_of_state_leaves_a_line_in_the_history() -> None:
+    """And a change that is none leaves none."""
+    for before, given_input in CASES:
+        after = advance(before, given_input, NOW, POLICY, 0.5)
+        lines = [note.what for note in story(before, after, given_input, NOW)]
+        if after.state is not before.state:
+            assert (after.outcome.value if after.state is State.DONE else after.state.value) in lines
+        if after is before:
+            assert lines == []
+
+
+# ── restarts ──
+
+
+def test_a_restart_is_planned_before_three_quarters_of_the_delay() -> None:
+    """And not before 65 %: between them, so that a call's members do not come at once."""
+    there = claimed(row())
+    for random in (0.0, 0.3, 0.99):
+        after = advance(there, answered(there, Action.RESTART, Verdict.DONE, sent_at=NOW - 0.1), NOW, POLICY, random)
+        assert after.due is not None
+        assert 0.65 * DELAY <= after.due - after.running_since <= 0.75 * DELAY
+        assert (after.running_since, after.harm, after.restarts) == (NOW - 0.1, NOW - 0.1 + DELAY, 2)
+
+
+def test_a_slow_answer_does_not_plan_a_restart_in_the_past() -> None:
+    """The request took longer than three quarters of a short delay: the next one is due now."""
+    there = claimed(row(delay=10.0))
+    assert advance(there, answered(there, Action.RESTART, Verdict.DONE, sent_at=NOW - 9), NOW, POLICY, 0.0).due == NOW
+
+
+def test_the_first_restart_verifies() -> None:
+    """The homeserver knows the event; a later one does not change when that was."""
+    there = claimed(row(verified_at=None))
+    once = advance(there, answered(there, Action.RESTART, Verdict.DONE), NOW, POLICY, 0.5)
+    assert once.verified_at == NOW
+    again = claimed(once)
+    assert advance(again, answered(again, Action.RESTART, Verdict.DONE), NOW + 9, POLICY, 0.5).verified_at == NOW
+
+
+def test_failures_are_retried_with_growing_pauses_and_jitter() -> None:
+    """1, 2, 4, … 60 s at most, between half of it and the whole."""
+    for random, share in ((0.0, 0.5), (1.0, 1.0)):
+        there, pauses = row(), []
+        for _ in range(8):
+            there = claimed(there)
+            there = advance(there, answered(there, Action.RESTART, Verdict.FAILED), NOW, POLICY, random)
+            assert there.due is not None
+            pauses.append(there.due - NOW)
+        assert pauses == [share * wait for wait in (1, 2, 4, 8, 16, 32, 60, 60)]
+
+
+def test_retries_go_on_after_our_deadline() -> None:
+    """The client may have restarted as well: the true deadline may be later than ours."""
+    there = claimed(row(running_since=NOW - 2 * DELAY))
+    after = advance(there, answered(there, Action.RESTART, Verdict.FAILED), NOW, POLICY, 0.5)
+    assert (after.state, after.lane) == (State.LIVE, Lane.RESTART)
+
+
+def test_the_time_that_a_server_names_is_waited() -> None:
+    """But not for ever."""
+    there = claimed(row())
+    after = advance(there, answered(there, Action.RESTART, Verdict.FAILED, retry_after=20.0), NOW, POLICY, 0.5)
+    assert after.due == NOW + 20.0
+    after = advance(there, answered(there, Action.RESTART, Verdict.FAILED, retry_after=86400.0), NOW, POLICY, 0.5)
+    assert after.due == NOW + POLICY.retry_most
+
+
+def test_a_limited_action_is_due_at_once() -> None:
+    """Whose turn it is when the homeserver lets us again is a matter of urgency, and no failure of this event."""
+    there = claimed(row())
+    after = advance(there, answered(there, Action.RESTART, Verdict.LIMITED, retry_after=20.0), NOW, POLICY, 0.5)
+    assert (after.due, after.attempts, after.claimed) == (NOW, 0, False)
+
+
+def test_a_final_error_on_a_restart_ends_it() -> None:
+    """M_FORBIDDEN stays M_FORBIDDEN."""
+    there = claimed(row())
+    assert advance(there, answered(there, Action.RESTART, Verdict.REFUSED), NOW, POLICY, 0.5).outcome is Outcome.REJECTED
+
+
+# ── 404 on a restart ──
+
+
+@pytest.mark.parametrize("verdict", [Verdict.NOT_FOUND, Verdict.CONFLICT])
+def test_an_event_that_the_homeserver_never_knew_is_unknown(verdict: Verdict) -> None:
+    """The client that just delegated it is told so."""
+    there = claimed(row(Presence.EXPECTED, verified_at=None))
+    assert advance(there, answered(there, Action.RESTART, verdict), NOW, POLICY, 0.5).outcome is Outcome.UNKNOWN
+
+
+def vanished(presence: Presence = Presence.CONNECTED) -> DelayedEvent:
+    there = claimed(row(presence))
+    return advance(there, answered(there, Action.RESTART, Verdict.NOT_FOUND), NOW, POLICY, 0.5)
+
+
+def test_a_404_on_a_restart_is_waited_out() -> None:
+    """Nearly always a client that just hung up or scheduled a new event: nothing is concluded for 30 s."""
+    there = vanished()
+    assert (there.state, there.due) == (State.VANISHED, NOW + 30.0)
+    assert advance(there, Due(1), NOW + 29.9, POLICY, 0.5) is there
+
+
+def test_an_event_is_lost_when_its_participant_is_connected_30_seconds_later() -> None:
+    """The one outcome that must not happen."""
+    assert advance(vanished(), Due(1), NOW + 30.0, POLICY, 0.5).outcome is Outcome.LOST
+
+
+def test_a_client_that_ended_its_event_and_then_left_has_ended_it() -> None:
+    """404 first, then left and gone: the normal end of a call, not a loss."""
+    gone = advance(vanished(), left("S1", "PARTICIPANT_REMOVED"), NOW + 3, POLICY, 0.5)
+    assert (gone.state, gone.outcome) == (State.DONE, Outcome.ALREADY_ENDED)
+    away = advance(vanished(), left("S1"), NOW + 3, POLICY, 0.5)
+    assert advance(away, looked(sent_at=NOW + 5), NOW + 5, POLICY, 0.5).outcome is Outcome.ALREADY_ENDED
+
+
+def test_a_vanished_event_of_somebody_away_waits_for_the_look() -> None:
+    """The look is about to decide whether that was a loss."""
+    away = advance(vanished(), left("S1", "SERVER_SHUTDOWN"), NOW + 29, POLICY, 0.5)
+    still = advance(away, Due(1), NOW + 30, POLICY, 0.5)
+    assert still.state is State.VANISHED
+    assert still.due is not None
+    assert still.due > NOW + 30
+    back = advance(still, joined("S2", 2000), NOW + 31, POLICY, 0.5)
+    assert advance(back, Due(1), still.due, POLICY, 0.5).outcome is Outcome.LOST
+
+
+def test_a_vanished_event_that_a_new_delegation_replaced_was_ended_by_its_client() -> None:
+    """It scheduled a new one: nothing was lost."""
+    assert supersede(vanished(), NOW + 3, POLICY, 0.5).outcome is Outcome.ALREADY_ENDED
+
+
+def test_a_vanished_event_of_somebody_never_seen_is_no_loss() -> None:
+    """Nobody was connected."""
+    assert advance(vanished(Presence.EXPECTED), Due(1), NOW + 30, POLICY, 0.5).outcome is Outcome.ALREADY_ENDED
+
+
+# ── the goodbye ──
+
+
+def gone_and_claimed(**changes: object) -> DelayedEvent:
+    there = row(**changes)  # type: ignore[arg-type]
+    return claim(advance(there, left("S1", "PARTICIPANT_REMOVED"), NOW, POLICY, 0.5), NOW, POLICY)
+
+
+@pytest.mark.parametrize(("on_end", "act", "outcome"), [(OnEnd.SEND, Action.SEND, Outcome.SENT), (OnEnd.CANCEL, Action.CANCEL, Outcome.CANCELLED)])
+def test_a_departure_is_sent_or_cancelled_as_the_client_asked(on_end: OnEnd, act: Action, outcome: Outcome) -> None:
+    """At once, and the answer ends it."""
+    there = gone_and_claimed(on_end=on_end)
+    assert (there.state, there.lane, there.harm, action(there)) == (State.ENDING, Lane.END, NOW, act)
+    assert advance(there, answered(there, act, Verdict.DONE), NOW, POLICY, 0.5).outcome is outcome
+
+
+def test_a_restart_under_way_does_not_hold_up_the_goodbye() -> None:
+    """Its claim is void: the send is due at once, and the restart's answer, when it comes, changes nothing."""
+    restarting = claimed(row())
+    gone = advance(restarting, left("S1", "PARTICIPANT_REMOVED"), NOW, POLICY, 0.5)
+    assert (gone.claimed, gone.due, gone.lane) == (False, NOW, Lane.END)
+    sending = claim(gone, NOW, POLICY)
+    late = answered(restarting, Action.RESTART, Verdict.DONE)
+    assert advance(gone, late, NOW, POLICY, 0.5) is gone
+    assert advance(sending, late, NOW, POLICY, 0.5) is sending
+
+
+def test_404_on_the_first_send_is_a_client_that_ended_it_itself() -> None:
+    """The normal end of a call."""
+    there = gone_and_claimed()
+    assert advance(there, answered(there, Action.SEND, Verdict.NOT_FOUND), NOW, POLICY, 0.5).outcome is Outcome.ALREADY_ENDED
+
+
+def test_404_on_a_send_after_the_deadline_is_ran_out() -> None:
+    """It fired by itself, or the client ended it: the two cannot be told apart."""
+    there = gone_and_claimed(running_since=NOW - DELAY - 1)
+    assert advance(there, answered(there, Action.SEND, Verdict.NOT_FOUND), NOW, POLICY, 0.5).outcome is Outcome.RAN_OUT
+
+
+@pytest.mark.parametrize("on_end", list(OnEnd))
+def test_404_after_an_attempt_that_may_have_got_through_is_ours(on_end: OnEnd) -> None:
+    """A timeout, then 404: the first attempt had arrived. Also after the deadline."""
+    there = gone_and_claimed(on_end=on_end, running_since=NOW - DELAY - 1)
+    unsure = claim(advance(there, answered(there, action(there), Verdict.UNCERTAIN), NOW, POLICY, 0.5), NOW + 1, POLICY)
+    after = advance(unsure, answered(unsure, action(unsure), Verdict.NOT_FOUND), NOW + 1, POLICY, 0.5)
+    assert after.outcome is (Outcome.SENT if on_end is OnEnd.SEND else Outcome.CANCELLED)
+
+
+def test_404_after_an_attempt_that_certainly_failed_is_not_ours() -> None:
+    """Could not connect, then 404: the client was faster."""
+    there = gone_and_claimed()
+    again = claim(advance(there, answered(there, Action.SEND, Verdict.FAILED), NOW, POLICY, 0.5), NOW + 1, POLICY)
+    assert advance(again, answered(again, Action.SEND, Verdict.NOT_FOUND), NOW + 1, POLICY, 0.5).outcome is Outcome.ALREADY_ENDED
+
+
+def test_404_after_a_lease_that_ran_out_is_ours() -> None:
+    """Nobody knows what became of the first attempt, so it counts as having got through."""
+    again = claim(gone_and_claimed(), NOW + 15, POLICY)
+    assert again.end_tried
+    assert advance(again, answered(again, Action.SEND, Verdict.NOT_FOUND), NOW + 15, POLICY, 0.5).outcome is Outcome.SENT
+
+
+def test_a_lease_of_a_restart_that_ran_out_is_no_ending() -> None:
+    """Only endings end."""
+    assert not claim(claimed(row()), NOW + 15, POLICY).end_tried
+
+
+def test_a_restart_that_failed_ambiguously_is_no_ending() -> None:
+    """A restart that timed out has not sent anything."""
+    there = claimed(row())
+    assert not advance(there, answered(there, Action.RESTART, Verdict.UNCERTAIN), NOW, POLICY, 0.5).end_tried
+
+
+def test_the_goodbye_is_retried_until_the_event_must_have_fired_by_itself() -> None:
+    """The time of departure plus the delay; then nothing is left to do."""
+    there = gone_and_claimed()
+    before = advance(there, answered(there, Action.SEND, Verdict.FAILED), NOW + DELAY - 1, POLICY, 0.5)
+    assert (before.state, before.lane) == (State.ENDING, Lane.END)
+    after = advance(there, answered(there, Action.SEND, Verdict.FAILED), NOW + DELAY, POLICY, 0.5)
+    assert after.outcome is Outcome.RAN_OUT
+
+
+def test_an_event_that_may_not_be_sent_is_rejected() -> None:
+    """403 M_FORBIDDEN: the user left the room, or has no power there any more."""
+    there = gone_and_claimed()
+    assert advance(there, answered(there, Action.SEND, Verdict.REFUSED), NOW, POLICY, 0.5).outcome is Outcome.REJECTED
+
+
+# ── back again ──
+
+
+def test_who_is_back_before_the_goodbye_was_tried_lives_on() -> None:
+    """Nothing has happened at the homeserver."""
+    gone = advance(row(), left("S1", "PARTICIPANT_REMOVED"), NOW, POLICY, 0.5)
+    back = advance(gone, joined("S2", 2000), NOW + 1, POLICY, 0.5)
+    assert (back.state, back.presence, back.lane, back.ended_at) == (State.LIVE, Presence.CONNECTED, Lane.RESTART, None)
+    assert back.due is not None
+    assert back.due > NOW + 1
+
+
+def test_who_is_back_after_an_uncertain_goodbye_is_restarted_at_once() -> None:
+    """The restart tells whether it got through."""
+    there = gone_and_claimed()
+    unsure = advance(there, answered(there, Action.SEND, Verdict.UNCERTAIN), NOW, POLICY, 0.5)
+    back = advance(unsure, joined("S2", 2000), NOW + 1, POLICY, 0.5)
+    assert (back.state, back.due, back.end_tried) == (State.LIVE, NOW + 1, True)
+    restarting = claim(back, NOW + 1, POLICY)
+    assert advance(restarting, answered(restarting, Action.RESTART, Verdict.NOT_FOUND), NOW + 1, POLICY, 0.5).outcome is Outcome.SENT
+    fine = advance(restarting, answered(restarting, Action.RESTART, Verdict.DONE), NOW + 1, POLICY, 0.5)
+    assert (fine.state, fine.end_tried) == (State.LIVE, False)
+
+
+def test_a_goodbye_under_way_when_its_participant_comes_back_cannot_be_called_back() -> None:
+    """Its answer is waited for: no second request races it."""
+    back = advance(gone_and_claimed(), joined("S2", 2000), NOW + 0.1, POLICY, 0.5)
+    assert (back.state, back.claimed, back.due) == (State.LIVE, True, NOW + POLICY.lease)
+    assert advance(back, answered(back, Action.SEND, Verdict.DONE), NOW + 0.2, POLICY, 0.5).outcome is Outcome.SENT
+    for verdict, tried in ((Verdict.FAILED, False), (Verdict.LIMITED, False), (Verdict.UNCERTAIN, True)):
+        after = advance(back, answered(back, Action.SEND, verdict), NOW + 0.2, POLICY, 0.5)
+        assert (after.state, after.due, after.claimed, after.end_tried) == (State.LIVE, NOW + 0.2, False, tried)
+
+
+def test_an_earlier_uncertain_goodbye_is_not_forgotten_when_its_participant_comes_back() -> None:
+    """First attempt uncertain, second under way at the return and certainly failed: the first may still have got through."""
+    there = gone_and_claimed()
+    unsure = claim(advance(there, answered(there, Action.SEND, Verdict.UNCERTAIN), NOW, POLICY, 0.5), NOW + 1, POLICY)
+    back = advance(unsure, joined("S2", 2000), NOW + 1, POLICY, 0.5)
+    assert advance(back, answered(back, Action.SEND, Verdict.FAILED), NOW + 2, POLICY, 0.5).end_tried
+
+
+def test_somebody_who_leaves_again_while_the_goodbye_is_under_way_is_said_goodbye() -> None:
+    """Gone, back, gone: the second goodbye does not wait for the first one's answer, and 404 then means that the first got through."""
+    back = advance(gone_and_claimed(), joined("S2", 2000), NOW + 0.1, POLICY, 0.5)
+    gone = claim(advance(back, left("S2", "PARTICIPANT_REMOVED", 2000), NOW + 0.2, POLICY, 0.5), NOW + 0.2, POLICY)
+    assert (gone.state, gone.claim) == (State.ENDING, back.claim + 1)
+    assert advance(gone, answered(gone, Action.SEND, Verdict.NOT_FOUND), NOW + 0.3, POLICY, 0.5).outcome is Outcome.SENT
+
+
+# ── delegations that replace another ──
+
+
+def new_row(like: DelayedEvent | None, before: DelayedEvent | None = None, accepted: Accept | None = None) -> DelayedEvent:
+    asked = accepted or accept("D2")
+    return delegate(before, before.id if before else 2, asked, asked.events[0], like, NOW, POLICY)
+
+
+def test_a_fresh_delegation_is_restarted_at_once() -> None:
+    """Its countdown is at an unknown point, and may be about to run out."""
+    made = new_row(None)
+    assert_consistent(made)
+    assert (made.presence, made.state, made.lane, made.due, made.harm) == (Presence.EXPECTED, State.LIVE, Lane.RESTART, NOW, NOW)
+    assert made.look_at == NOW + 1.0
+    assert made.verified_at is None
+
+
+def test_a_new_delegation_inherits_that_its_participant_is_connected() -> None:
+    """No joined will come for somebody who is in the call already."""
+    made = new_row(row())
+    assert_consistent(made)
+    assert (made.presence, made.sessions, made.look_at) == (Presence.CONNECTED, row().sessions, None)
+
+
+@pytest.mark.parametrize("presence", [Presence.EXPECTED, Presence.AWAY, Presence.GONE])
+def test_who_delegates_is_about_to_come_back(presence: Presence) -> None:
+    """AWAY or GONE with a new delegation is EXPECTED: what goes on does not end, and what was being ended lives on."""
+    there = advance(row(presence), accept("D2"), NOW, POLICY, 0.5)
+    assert (there.presence, there.state, there.attempt_at) == (Presence.EXPECTED, State.LIVE, NOW)
+    assert_consistent(new_row(there))
+    early = advance(there, looked(sent_at=NOW + 3), NOW + 3, POLICY, 0.5)
+    assert (early.presence, early.state) == (Presence.EXPECTED, State.LIVE)
+
+
+def test_a_superseded_event_is_cancelled_whoever_comes_and_goes() -> None:
+    """Left alone it would remove the new membership; sent, too."""
+    for presence in Presence:
+        there = supersede(row(presence), NOW, POLICY, 0.5)
+        assert (there.state, there.due, action(there)) == (State.SUPERSEDED, NOW, Action.CANCEL)
+        for given_input in (left("S1", "PARTICIPANT_REMOVED"), joined("S2", 2000)):
+            assert action(advance(there, given_input, NOW, POLICY, 0.5)) is Action.CANCEL
+
+
+@pytest.mark.parametrize("verdict", [Verdict.DONE, Verdict.NOT_FOUND, Verdict.CONFLICT, Verdict.REFUSED])
+def test_every_definite_answer_to_the_cancellation_of_a_superseded_event_is_the_end_of_it(verdict: Verdict) -> None:
+    """It was replaced, however it ended."""
+    there = claim(supersede(row(), NOW, POLICY, 0.5), NOW, POLICY)
+    assert advance(there, answered(there, Action.CANCEL, verdict), NOW, POLICY, 0.5).outcome is Outcome.REPLACED
+
+
+def test_a_live_event_that_is_handed_over_again_goes_on() -> None:
+    """Its countdown, its claims, its verification and what is to be done at the end stay."""
+    before = claimed(row())
+    asked = accept("D2", "delay-1", on_end=OnEnd.CANCEL)
+    after = new_row(before, before, asked)
+    assert after == before._replace(delegation="D2", accepted_at=NOW)
+
+
+@pytest.mark.parametrize("state", [State.ENDING, State.SUPERSEDED, State.VANISHED, State.DONE])
+def test_an_event_that_had_been_given_up_can_be_handed_over_again(state: State) -> None:
+    """It begins anew under its old number; old answers do not fit."""
+    before = row(POSSIBLE[state][0], state)
+    after = new_row(None if state is State.DONE else advance(before, accept("D2"), NOW, POLICY, 0.5), before, accept("D2", "delay-1"))
+    assert_consistent(after)
+    assert (after.id, after.state, after.claim, after.outcome, after.verified_at) == (before.id, State.LIVE, before.claim, Outcome.OPEN, None)
+
+
+@pytest.mark.parametrize("state", [State.ENDING, State.SUPERSEDED])
+def test_an_ending_under_way_when_the_event_is_handed_over_again_is_remembered(state: State) -> None:
+    """A 404 on the restart then means that the ending got through, not that the homeserver never knew it."""
+    before = claimed(row(POSSIBLE[state][0], state))
+    after = new_row(advance(before, accept("D2"), NOW, POLICY, 0.5), before, accept("D2", "delay-1"))
+    assert after.end_tried
+
+
+def test_a_delegation_is_never_born_gone() -> None:
+    """Whichever row the presence is inherited from: who delegates is about to connect."""
+    for state, presences in POSSIBLE.items():
+        for presence in presences:
+            assert_consistent(new_row(row(presence, state)))
+
+
+def test_a_withdrawn_event_is_left_alone() -> None:
+    """From every state but DONE, whatever is under way."""
+    for before in possible_rows():
+        if before.state is not State.DONE:
+            after = advance(before, Withdraw("D1"), NOW, POLICY, 0.5)
+            assert (after.state, after.outcome) == (State.DONE, Outcome.WITHDRAWN)
+
+
+def test_a_withdrawn_event_can_be_delegated_again() -> None:
+    """As if for the first time."""
+    withdrawn = advance(row(), Withdraw("D1"), NOW, POLICY, 0.5)
+    after = new_row(withdrawn, withdrawn, accept("D2", "delay-1"))
+    assert_consistent(after)
+    assert (after.state, after.presence, after.outcome) == (State.LIVE, Presence.EXPECTED, Outcome.OPEN)
+
+
+def test_the_history_tells_the_course_of_a_call() -> None:
+    """Delegated, connected, away, gone, ending, sent; restarts leave no line each."""
+    there = new_row(None)
+    lines = [note.what for note in story(None, there, accept("D2"), NOW)]
+
+    def give(given_input: Given, now: float) -> None:
+        nonlocal there
+        after = advance(there, given_input, now, POLICY, 0.5)
+        lines.extend(note.what for note in story(there, after, given_input, now))
+        there = after
+
+    for n in range(3):
+        there = claim(there, NOW, POLICY)
+        give(answered(there, Action.RESTART, Verdict.DONE), NOW + n)
+    give(joined(), NOW + 4)
+    give(left(), NOW + 5)
+    give(looked(sent_at=NOW + 7), NOW + 7)
+    there = claim(there, NOW + 7, POLICY)
+    give(answered(there, Action.SEND, Verdict.FAILED), NOW + 8)
+    there = claim(there, NOW + 9, POLICY)
+    give(answered(there, Action.SEND, Verdict.DONE), NOW + 9)
+    assert lines == ["delegated", "verified", "connected", "away", "gone", "ending", "send_failed", "sent"]
+
+
+def test_the_history_has_no_secrets() -> None:
+    """No line has a delay_id in it."""
+    for before, given_input in CASES[::7]:
+        for note in story(before, advance(before, given_input, NOW, POLICY, 0.5), given_input, NOW):
+            assert before.delay_id not in f"{note.what} {note.detail}"
+
+
+# ── any history ──
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_any_history_keeps_the_row_consistent(data: st.DataObject) -> None:
+    """Random inputs, claims, supersessions and new delegations one after another, with time passing."""
+    there, now = new_row(None), NOW
+    for _ in range(data.draw(st.integers(1, 25))):
+        now += data.draw(st.sampled_from([0.0, 0.1, 2.0, 16.0, 100.0, 4000.0]))
+        what = data.draw(st.integers(0, 9))
+        before = there
+        if what == 0 and there.lane in (Lane.END, Lane.RESTART):
+            there = claim(there, now, POLICY)
+        elif what == 1:
+            there = supersede(there, now, POLICY, 0.3)
+        elif what == 2 and there.state in (State.DONE, State.LIVE):
+            there = delegate(there, there.id, accept("D3", there.delay_id), NewEvent(there.delay_id, DELAY, OnEnd.SEND), there, now, POLICY)
+        else:
+            shifted = data.draw(st.sampled_from(list(every_input(there)))) if what > 3 else answered(there, action(there), Verdict.DONE, sent_at=now)
+            if isinstance(shifted, Looked):
+                shifted = looked(*(shifted.participants or ()), sent_at=now) if shifted.participants is not None else look_failed(now)
+            if not can_come(there, shifted):
+                continue
+            there = lifecycle.advance(there, shifted, now, POLICY, data.draw(st.sampled_from([0.0, 0.5, 0.99])))
+        assert_consistent(there)
+        assert before.state is not State.DONE or there is before or there.state is State.LIVE

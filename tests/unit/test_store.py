@@ -1,0 +1,580 @@
+"""The embedded database on a file: schema, locks, recovery, queries, failures, and what a kill leaves behind."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sfu_delegate.delegation.model import DelayedEvent, Find, Lane, Note, OnEnd, Outcome, Presence, Room, Session, State
+from sfu_delegate.delegation.replies import Found
+from sfu_delegate.engine import Engine, Limits
+from sfu_delegate.store import sqlite
+from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, StoreUnavailable, Transaction
+from sfu_delegate.store.rows import FIELDS, changed
+from sfu_delegate.store.schema import metadata
+from sfu_delegate.store.sqlite import SqliteStore
+from sqlalchemy import create_engine
+
+from tests.rows import HOMESERVER, NOW, POLICY, ROOM, SFU, accept, assert_consistent, claimed, joined, row
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def opened(path: Path | str = ":memory:") -> Iterator[SqliteStore]:
+    store = SqliteStore(path)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def insert(store: SqliteStore, *rows: DelayedEvent) -> list[DelayedEvent]:
+    """Rows with ids of their own."""
+    numbered = [there._replace(id=n, delay_id=f"delay-{n}") for n, there in enumerate(rows, 1)]
+
+    def work(tx: Transaction) -> None:
+        for there in numbered:
+            tx.insert(there)
+
+    store.atomically(work)
+    return numbered
+
+
+def stored(store: SqliteStore) -> list[DelayedEvent]:
+    ids = [id for (id,) in store._connection.execute("SELECT id FROM delayed_event ORDER BY id")]
+    return store.atomically(lambda tx: [there for id in ids if (there := tx.get(id)) is not None])
+
+
+def engine_on(store: SqliteStore) -> Engine:
+    return Engine(store, POLICY, Limits(), Random(0))
+
+
+# ── schema ──
+
+
+def test_the_migrations_make_the_schema_of_this_version(tmp_path: Path) -> None:
+    """Alembic finds nothing to change between the migrated database and the tables of the program."""
+    path = tmp_path / "delegate.db"
+    with opened(path):
+        pass
+    database = create_engine(f"sqlite:///{path}")
+    try:
+        with database.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"version_table": "schema_version", "compare_type": True})
+            assert compare_metadata(context, metadata) == []
+    finally:
+        database.dispose()
+
+
+def test_the_schema_in_memory_is_the_migrated_one(tmp_path: Path) -> None:
+    """Tables, columns, keys and indexes, to the letter of SQLite's own description, conditions of indexes included."""
+
+    def schema(store: SqliteStore) -> dict[str, Any]:
+        run = store._connection.execute
+        tables = [name for (name,) in run("SELECT name FROM sqlite_master WHERE type = 'table'") if name != "schema_version"]
+        found: dict[str, Any] = {
+            name: (run(f"PRAGMA table_info({name})").fetchall(), run(f"PRAGMA table_list({name})").fetchall()) for name in tables
+        }
+        for name, text in run("SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL AND tbl_name <> 'schema_version'"):
+            found[name] = " ".join(text.split())
+        return found
+
+    with opened(tmp_path / "delegate.db") as migrated, opened() as in_memory:
+        assert schema(migrated) == schema(in_memory)
+
+
+def test_a_second_start_finds_everything_as_it_was(tmp_path: Path) -> None:
+    """Rows, rooms, history, the clock's mark, and the numbers of new rows."""
+    path = tmp_path / "delegate.db"
+    room = Room(SFU, ROOM, "RM1", "EV1", 1.0, 2.0, 3.0, NOW, 4, 5, False)
+    with opened(path) as store:
+        rows = insert(store, row(), row(Presence.GONE))
+        store.atomically(lambda tx: tx.save_room(room))
+        store.atomically(lambda tx: tx.note([Note(2, NOW, "gone", "why")]))
+        store.save_clock_mark("one")
+        store.save_clock_mark("two")
+        census = store.census()
+    with opened(path) as store:
+        assert stored(store) == rows
+        assert store.atomically(lambda tx: (tx.room(SFU, ROOM), tx.history([1, 2]))) == (room, [Note(2, NOW, "gone", "why")])
+        assert store.clock_mark() == "two"
+        assert store.census() == census
+        assert store.atomically(lambda tx: tx.new_id()) == 3
+
+
+def test_durable_settings_are_in_force(tmp_path: Path) -> None:
+    """Write-ahead log, synced at every commit, and checkpointed by this connection alone."""
+    with opened(tmp_path / "delegate.db") as store:
+        values = [store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "wal_autocheckpoint")]
+        assert values == ["wal", 2, 0]
+
+
+def test_a_database_of_a_newer_version_is_refused_and_not_touched(tmp_path: Path) -> None:
+    """The error says what to do, and the file is the same to the byte."""
+    path = tmp_path / "delegate.db"
+    with opened(path) as store:
+        insert(store, row())
+        store._connection.execute("UPDATE schema_version SET version_num = '9999'")
+    before = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(DatabaseTooNew, match=r"9999.*newer") as error:
+            SqliteStore(path)
+        assert str(path) in str(error.value)
+    assert path.read_bytes() == before
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT version_num FROM schema_version").fetchone() == ("9999",)
+
+
+# ── who may open it ──
+
+OPENER = """
+import sys
+from sfu_delegate.store.base import DatabaseInUse
+from sfu_delegate.store.sqlite import SqliteStore
+try:
+    SqliteStore(sys.argv[1]).close()
+except DatabaseInUse as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+def run_opener(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", OPENER, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    """As long as the first has it open, and no longer."""
+    path = tmp_path / "delegate.db"
+    with opened(path):
+        second = run_opener(path)
+        assert second.returncode == 3, second.stderr
+        assert "in use by another process" in second.stdout
+        with pytest.raises(DatabaseInUse):
+            SqliteStore(path)
+    assert run_opener(path).returncode == 0
+
+
+def test_a_failed_open_lets_go_of_the_lock(tmp_path: Path) -> None:
+    """The next attempt fails for its own reason."""
+    path = tmp_path / "delegate.db"
+    path.write_text("this is no database, but some text that is long enough to look like something" * 20)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="no SQLite database"):
+            SqliteStore(path)
+
+
+def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    """With the remedy."""
+    with pytest.raises(StoreUnavailable, match="must exist and be writable") as error:
+        SqliteStore(tmp_path / "nowhere" / "delegate.db")
+    assert "nowhere" in str(error.value)
+
+
+# ── recovery ──
+
+
+def test_what_a_dead_process_had_claimed_is_due_at_once() -> None:
+    """Restarts are simply due; of endings nobody knows whether they got through; rooms are looked at anew."""
+    with opened() as store:
+        rows = insert(
+            store,
+            claimed(row()),
+            claimed(row(Presence.GONE)),
+            claimed(row(state=State.SUPERSEDED)),
+            row(due=NOW + 50),
+            row(state=State.VANISHED),
+            claimed(row(end_tried=True)),
+        )
+        claimed_room = Room(SFU, ROOM, "", "", 0.0, 0.0, NOW, NOW + 15, 0, 3, True)
+        store.atomically(lambda tx: tx.save_room(claimed_room))
+        assert store.recover(NOW + 1, clock_unsure=False) == 4
+        after = stored(store)
+        assert [(there.due, there.claimed, there.end_tried) for there in after[:3]] == [
+            (NOW + 1, False, False),
+            (NOW + 1, False, True),
+            (NOW + 1, False, True),
+        ]
+        assert after[3:5] == rows[3:5]
+        assert (after[5].claimed, after[5].end_tried) == (False, True)
+        assert [there.claim for there in after] == [there.claim for there in rows]
+        assert store.atomically(lambda tx: tx.room(SFU, ROOM)) == claimed_room._replace(due=NOW + 1, claimed=False)
+        assert store.recover(NOW + 1, clock_unsure=False) == 0
+
+
+def test_when_the_clock_was_set_every_countdown_is_unknown() -> None:
+    """All live events are restarted soon, whether the clock went forward or back, and no time lies in the future."""
+    for now in (NOW - 10**6, NOW + 10**6):
+        with opened() as store:
+            insert(store, row(), row(due=NOW + 50), row(Presence.AWAY), row(Presence.GONE), row(Presence.EXPECTED, State.SUPERSEDED))
+            store.recover(now, clock_unsure=True)
+            for there in stored(store):
+                assert there.due == now
+                assert there.running_since <= now
+                assert there.presence_since <= now
+                assert there.harm is not None
+                assert there.harm <= now + there.delay
+                assert there.look_at is None or there.look_at <= now
+                if there.state is State.LIVE:
+                    assert_consistent(there)
+
+
+def test_when_the_clock_was_set_a_vanished_event_is_still_waited_for() -> None:
+    """A 404 on a restart is nearly always a client that just hung up: it is not called lost without the wait."""
+    with opened() as store:
+        insert(store, row(state=State.VANISHED))
+        store.recover(NOW + 1, clock_unsure=True)
+        engine_on(store).step((), NOW + 1)
+        assert stored(store)[0].state is State.VANISHED
+
+
+def test_what_is_finished_is_kept_no_longer_when_the_clock_was_set() -> None:
+    """It is pruned at its time, or at the most its keeping time from now."""
+    with opened() as store:
+        insert(store, row(state=State.DONE, finished_at=NOW, due=NOW + POLICY.keep))
+        store.recover(NOW - 10**6, clock_unsure=True)
+        (there,) = stored(store)
+        assert there.due == NOW - 10**6 + POLICY.keep
+        assert there.state is State.DONE
+
+
+def test_after_a_start_everything_that_was_under_way_is_claimed_again(tmp_path: Path) -> None:
+    """The engine on a reopened database takes up what its predecessor left."""
+    path = tmp_path / "delegate.db"
+    with opened(path) as store:
+        first = engine_on(store).step([accept("D1"), joined()], NOW).tasks
+        assert len(first) == 1
+    with opened(path) as store:
+        assert store.recover(NOW + 2, clock_unsure=False) == 1
+        again = engine_on(store).step((), NOW + 2).tasks
+        assert [(task.event, task.action) for task in again] == [(task.event, task.action) for task in first]
+        assert again[0].claim == first[0].claim + 1
+
+
+# ── round trips ──
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+TIME = st.floats(0, 2e10) | st.integers(0, 2 * 10**10).map(float)
+MAYBE_TIME = st.none() | TIME
+COUNT = st.integers(0, 2**62)
+SESSIONS = st.lists(
+    st.builds(
+        Session,
+        st.text(st.characters(codec="utf-8", exclude_characters=" "), max_size=8),
+        st.integers(0, 2**62),
+        st.booleans(),
+        st.integers(0, 2 * 10**12).map(lambda ms: ms / 1000),
+    ),
+    max_size=4,
+).map(tuple)
+
+ROWS = st.builds(
+    DelayedEvent,
+    id=st.just(1),
+    delegation=TEXT,
+    sfu=TEXT,
+    room=TEXT,
+    identity=TEXT,
+    alias=st.none() | TEXT,
+    homeserver=TEXT,
+    user=st.none() | TEXT,
+    delay_id=TEXT,
+    delay=TIME,
+    on_end=st.sampled_from(OnEnd),
+    token=st.none() | st.binary(max_size=9),
+    accepted_at=TIME,
+    verified_at=MAYBE_TIME,
+    presence=st.sampled_from(Presence),
+    presence_since=TIME,
+    sessions=SESSIONS,
+    reason=TEXT,
+    attempt_at=TIME,
+    look_at=MAYBE_TIME,
+    state=st.sampled_from(State),
+    running_since=TIME,
+    restarts=COUNT,
+    attempts=COUNT,
+    end_tried=st.booleans(),
+    outcome=st.sampled_from(Outcome),
+    ended_at=MAYBE_TIME,
+    finished_at=MAYBE_TIME,
+    lane=st.none() | st.sampled_from(Lane),
+    due=MAYBE_TIME,
+    harm=MAYBE_TIME,
+    claim=COUNT,
+    claimed=st.booleans(),
+)
+
+
+@settings(max_examples=150)
+@given(ROWS, ROWS)
+def test_every_field_survives_insert_and_update(first: DelayedEvent, second: DelayedEvent) -> None:
+    """What comes out is what went in, with the very types; and only what differs is written."""
+    with opened() as store:
+        store.atomically(lambda tx: tx.insert(first))
+        assert stored(store) == [first]
+        store.atomically(lambda tx: tx.update(first, second))
+        (found,) = stored(store)
+        assert found == second
+        assert [type(value) for value in found] == [type(value) for value in second]
+        assert {FIELDS[i] for i in changed(first, second)} == {name for name in FIELDS if getattr(first, name) != getattr(second, name)}
+
+
+@settings(max_examples=50)
+@given(
+    st.builds(Room, TEXT, TEXT, TEXT, TEXT, TIME, TIME, TIME, MAYBE_TIME, COUNT, COUNT, st.booleans()),
+    st.builds(Room, TEXT, TEXT, TEXT, TEXT, TIME, TIME, TIME, MAYBE_TIME, COUNT, COUNT, st.booleans()),
+)
+def test_every_field_of_a_room_survives(first: Room, second: Room) -> None:
+    """Added, and replaced."""
+    second = second._replace(sfu=first.sfu, name=first.name)
+    with opened() as store:
+        store.atomically(lambda tx: tx.save_room(first))
+        assert store.atomically(lambda tx: tx.room(first.sfu, first.name)) == first
+        store.atomically(lambda tx: tx.save_room(second))
+        assert store.atomically(lambda tx: tx.room(first.sfu, first.name)) == second
+        store.atomically(lambda tx: tx.delete_room(first.sfu, first.name))
+        assert store.atomically(lambda tx: tx.room(first.sfu, first.name)) is None
+
+
+# ── queries ──
+
+
+def test_a_participant_is_found_by_either_identity() -> None:
+    """Each row once, in the order of the ids; finished ones only when they are asked for."""
+    with opened() as store:
+        insert(store, row(identity="a", alias="b"), row(identity="b", alias="a"), row(identity="a", alias="a"), row(state=State.DONE, identity="a"))
+        insert_more = row(identity="c")._replace(id=9, delay_id="delay-9")
+        store.atomically(lambda tx: tx.insert(insert_more))
+
+        def ids(identity: str, *, finished: bool) -> list[int]:
+            return store.atomically(lambda tx: [there.id for there in tx.of_participant(SFU, ROOM, identity, finished=finished)])
+
+        assert ids("a", finished=False) == [1, 2, 3]
+        assert ids("a", finished=True) == [1, 2, 3, 4]
+        assert ids("b", finished=True) == [1, 2]
+        assert ids("nobody", finished=True) == []
+
+
+def test_what_is_due_comes_most_urgent_first_and_not_more_than_asked_for() -> None:
+    """Of one homeserver and one lane."""
+    with opened() as store:
+        rows = [row(Presence.GONE, harm=NOW - n, due=NOW - 1) for n in (3, 1, 5, 2, 4)]
+        insert(store, *rows, row(Presence.GONE, harm=NOW - 9, due=NOW + 1), row(Presence.GONE, homeserver="other.test"), row(due=NOW))
+        found = store.atomically(lambda tx: tx.todo(HOMESERVER, Lane.END, 3, NOW))
+        assert {there.id for there in found} == {3, 5, 1}
+        assert store.atomically(lambda tx: tx.next_due(HOMESERVER)) == NOW - 1
+        assert store.atomically(lambda tx: tx.next_due("nobody.test")) is None
+
+
+def test_deleting_a_row_deletes_its_history() -> None:
+    """And nobody else's."""
+    with opened() as store:
+        insert(store, row(), row())
+        store.atomically(lambda tx: tx.note([Note(1, NOW, "a", ""), Note(2, NOW, "b", "")]))
+        store.atomically(lambda tx: tx.delete(1))
+        assert store.atomically(lambda tx: tx.history([1, 2])) == [Note(2, NOW, "b", "")]
+
+
+HOT = {
+    "_OF_IDENTITY": "uq_delayed_event_participant (sfu=? AND room=? AND identity=?)",
+    "_OF_ALIAS": "ix_delayed_event_alias (sfu=? AND room=? AND alias=?)",
+    "_OF_ROOM": "uq_delayed_event_participant (sfu=? AND room=?)",
+    "_OF_DELEGATION": "ix_delayed_event_delegation (delegation=?)",
+    "_GET": "INTEGER PRIMARY KEY (rowid=?)",
+    "_TODO": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due<?)",
+    "_TODO_AFTER": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due<?)",
+    "_NEXT_DUE": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due>?)",
+    "_DELETE": "INTEGER PRIMARY KEY (rowid=?)",
+    "_DELETE_HISTORY": "ix_history_event (event=?)",
+    "_HISTORY": "ix_history_event (event=?)",
+    "_ROOM": "PRIMARY KEY (sfu=? AND name=?)",
+    "_ROOMS_DUE": "ix_room_schedule (sfu=? AND due<?)",
+    "_NEXT_ROOM_DUE": "ix_room_schedule (sfu=? AND due>?)",
+    "_DELETE_ROOM": "PRIMARY KEY (sfu=? AND name=?)",
+}
+
+
+def plan(store: SqliteStore, sql: str) -> list[str]:
+    parameters = [None] * sql.count("?")
+    return [detail for *_, detail in store._connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
+
+
+@pytest.mark.parametrize("name", list(HOT))
+def test_every_hot_statement_uses_its_index(name: str) -> None:
+    """And none scans a table, however many rows there are."""
+    with opened() as store:
+        steps = plan(store, getattr(sqlite, name))
+        assert any(HOT[name] in step for step in steps), steps
+        assert not any(step.startswith("SCAN") for step in steps), steps
+
+
+def test_updates_find_their_row_by_its_id() -> None:
+    """Whatever columns they write."""
+    with opened() as store:
+        for columns in ((1,), (FIELDS.index("due"), FIELDS.index("claim")), tuple(range(1, len(FIELDS)))):
+            assert all("INTEGER PRIMARY KEY (rowid=?)" in step for step in plan(store, store.update_statement(columns)))
+
+
+def test_an_update_names_only_what_differs() -> None:
+    """A column that is not named costs no index maintenance."""
+    with opened() as store:
+        sql = store.update_statement(changed(row(), row()._replace(attempts=3)))
+        assert "due" not in sql
+        assert "attempts" in sql
+
+
+# ── failures ──
+
+
+def test_a_full_disk_keeps_nothing_and_goes_on_when_there_is_space(tmp_path: Path) -> None:
+    """Nothing of the step is kept, the error has the remedy, and no restart is needed."""
+    with opened(tmp_path / "delegate.db") as store:
+        engine = engine_on(store)
+        engine.step([accept("D0", identity="p0")], NOW)
+        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+        store._connection.execute(f"PRAGMA max_page_count = {pages}")
+        many = [accept(f"D{n}", identity=f"p{n}") for n in range(1, 200)]
+        with pytest.raises(StoreUnavailable, match="disk is full: free some space"):
+            engine.step(many, NOW)
+        assert len(stored(store)) == 1
+        store._connection.execute(f"PRAGMA max_page_count = {pages * 100}")
+        assert not any(isinstance(reply, Exception) for reply in engine.step(many, NOW).replies)
+        assert len(stored(store)) == 200
+
+
+def test_a_read_only_database_is_said_to_be_so(tmp_path: Path) -> None:
+    """With the remedy; and it goes on when it may be written again."""
+    with opened(tmp_path / "delegate.db") as store:
+        engine = engine_on(store)
+        store._connection.execute("PRAGMA query_only = 1")
+        with pytest.raises(StoreUnavailable, match="check the owner and the file system"):
+            engine.step([accept("D1")], NOW)
+        store._connection.execute("PRAGMA query_only = 0")
+        engine.step([accept("D1")], NOW)
+        assert len(stored(store)) == 1
+
+
+def test_work_that_raises_is_undone(tmp_path: Path) -> None:
+    """The error comes through as it is, and the numbers of new rows are not used up."""
+    with opened(tmp_path / "delegate.db") as store:
+
+        def work(tx: Any) -> None:
+            tx.insert(row(id=tx.new_id()))
+            raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"):
+            store.atomically(work)
+        assert stored(store) == []
+        assert store.atomically(lambda tx: tx.new_id()) == 1
+
+
+def test_errors_do_not_quote_what_is_stored(tmp_path: Path) -> None:
+    """Neither a delay_id nor a token gets into the text for the operator."""
+    with opened(tmp_path / "delegate.db") as store:
+        secret = row(delay_id="very-secret-delay-id", token=b"very-secret-token")
+        store._connection.execute("PRAGMA query_only = 1")
+        with pytest.raises(StoreUnavailable) as error:
+            store.atomically(lambda tx: tx.insert(secret))
+        assert "secret" not in f"{error.value!r} {error.value.__cause__!r}"
+
+
+def test_the_write_ahead_log_is_emptied_when_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By idle() when it has grown, and under load only above its limit."""
+    with opened(tmp_path / "delegate.db") as store:
+        insert(store, *[row(identity=f"p{n}") for n in range(500)])
+        grown = store.wal_size()
+        assert grown > 0
+        store.idle()
+        store.checkpoint_if_large()
+        assert store.wal_size() == grown
+        monkeypatch.setattr(sqlite, "CHECKPOINT_IDLE_ABOVE", grown - 1)
+        store.checkpoint_if_large()
+        assert store.wal_size() == grown
+        store.idle()
+        assert store.wal_size() == 0
+        assert len(stored(store)) == 500
+
+
+# ── a kill ──
+
+WORKER = """
+import sys
+from random import Random
+from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.engine import Engine, Limits
+from sfu_delegate.store.sqlite import SqliteStore
+from tests.rows import NOW, accept, joined, left
+store = SqliteStore(sys.argv[1])
+store.recover(NOW, clock_unsure=False)
+engine = Engine(store, Policy(), Limits(), Random(0))
+prefix, n = sys.argv[2], 0
+while True:
+    names = [f"{prefix}-{n}-{i}" for i in range(3)]
+    inputs = [accept(name, identity=name, room=f"r{n}") for name in names]
+    inputs += [joined(identity=name, room=f"r{n}") for name in names]
+    inputs += [left("S1", "ROOM_DELETED", identity=names[0], room=f"r{n}")]
+    engine.step(inputs, NOW + n)
+    print(*names, flush=True)
+    n += 1
+"""
+
+
+def kill_one(path: Path, prefix: str, acknowledgements: int) -> list[str]:
+    """Run the worker until it has acknowledged so many steps, kill it, and return every delegation that it acknowledged."""
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(path), prefix], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    try:
+        lines = [worker.stdout.readline() for _ in range(acknowledgements)]
+        os.kill(worker.pid, signal.SIGKILL)
+        rest = worker.stdout.read()
+        lines += [line for line in rest.splitlines(keepends=True) if line.endswith("\n")]
+    finally:
+        worker.kill()
+        worker.wait(60)
+        worker.stdout.close()
+    assert all(lines)
+    return [name for line in lines for name in line.split()]
+
+
+def assert_kept(path: Path, names: list[str]) -> None:
+    """Everything acknowledged is there, with what was heard of it, and the database is whole."""
+    with opened(path) as store:
+        engine = engine_on(store)
+        for name, reply in zip(names, engine.step([Find(name) for name in names], NOW).replies, strict=True):
+            assert isinstance(reply, Found)
+            (there,) = reply.rows
+            assert there.presence is (Presence.GONE if name.endswith("-0") else Presence.CONNECTED)
+            assert "delegated" in {note.what for note in reply.history}
+        assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def kill_rounds(path: Path, rounds: int, seed: int) -> None:
+    random = Random(seed)
+    names: list[str] = []
+    for n in range(rounds):
+        names += kill_one(path, f"run{n}", random.randint(3, 40))
+        assert_kept(path, names)
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
+    """Three times killed in the middle of its work, on one database."""
+    kill_rounds(tmp_path / "delegate.db", 3, 1)
+
+
+@pytest.mark.slow
+def test_what_was_acknowledged_survives_many_kills(tmp_path: Path) -> None:
+    """Thirty times."""
+    kill_rounds(tmp_path / "delegate.db", 30, 2)
