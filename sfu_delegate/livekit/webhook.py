@@ -164,7 +164,7 @@ def to_input(sfu: str, webhook: Webhook) -> Seen | RoomChanged | None:
         return None
     news = _ROOM_EVENTS.get(webhook.event)
     if news is not None and webhook.room:
-        return RoomChanged(sfu, webhook.room, news, webhook.room_sid)
+        return RoomChanged(sfu, webhook.room, news, webhook.room_sid, webhook.id)
     return None
 
 

@@ -1,0 +1,1 @@
+"""HTTP: the delegation API, the webhooks, health and metrics. It checks what comes in, hands it to the inbox, and words what comes out."""

@@ -1,0 +1,54 @@
+"""Health and metrics, on the admin listener.
+
+`/health/live`: the process answers. `/health/ready`: it can take delegations and webhooks, which needs the database; a homeserver or an SFU that
+is down shows in the detail only, since taking the daemon out of service would help nobody.
+"""
+
+import asyncio
+from typing import Any, Final
+
+from aiohttp import web
+from prometheus_client.exposition import choose_encoder
+
+from sfu_delegate.api.errors import json_response
+from sfu_delegate.api.services import AdminServices, Phase, Readiness
+
+READY_TIMEOUT: Final = 5.0  # seconds; whoever asks gives up soon, too
+_OK: Final = "ok"
+
+
+class Health:
+    """Answers the operator's questions."""
+
+    def __init__(self, services: AdminServices) -> None:
+        self._services = services
+
+    async def live(self, _: web.Request) -> web.Response:
+        """The process lives."""
+        return json_response({"status": _OK})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        """200 when delegations and webhooks can be taken, else 503; with the detail."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):
+                readiness = await self._services.readiness()
+        except TimeoutError:
+            readiness = Readiness(Phase.RUNNING, database=f"it does not answer within {READY_TIMEOUT:.0f} seconds")
+        ready = readiness.phase is Phase.RUNNING and not readiness.database
+        return json_response(_detail(readiness, ready), status=200 if ready else 503)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """All metrics, as Prometheus reads them."""
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self._services.registry), headers={"Content-Type": content_type})
+
+
+def _detail(readiness: Readiness, ready: bool) -> dict[str, Any]:
+    down = any(readiness.homeservers.values()) or any(readiness.sfus.values())
+    return {
+        "status": "unavailable" if not ready else "degraded" if down else _OK,
+        "phase": readiness.phase.value,
+        "database": readiness.database or _OK,
+        "homeservers": {name: problem or _OK for name, problem in readiness.homeservers.items()},
+        "sfus": {name: problem or _OK for name, problem in readiness.sfus.items()},
+    }

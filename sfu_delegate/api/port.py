@@ -1,0 +1,48 @@
+"""What the HTTP side needs of the daemon: a place to put inputs, and a way to see what becomes of a fresh delegation."""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from sfu_delegate.delegation.model import DelayedEvent, Input
+from sfu_delegate.delegation.replies import Reply
+
+
+class Overloaded(Exception):
+    """More inputs wait than may, or the daemon is stopping. `retry_after` in seconds."""
+
+    def __init__(self, sentence: str, retry_after: float):
+        super().__init__(sentence)
+        self.retry_after = retry_after
+
+
+class Unavailable(Exception):
+    """Nothing can be kept now: the database does not work. The text is for operators, not for clients. `retry_after` in seconds."""
+
+    def __init__(self, sentence: str, retry_after: float):
+        super().__init__(sentence)
+        self.retry_after = retry_after
+
+
+class Watch(Protocol):
+    """The delayed events of one delegation, as they change while the watch is open."""
+
+    rows: dict[int, DelayedEvent]
+
+    async def until_decided(self, events: set[int], timeout: float) -> bool:  # noqa: ASYNC109
+        """Wait until each of these rows was verified or has ended, or one has ended without; at most `timeout` seconds. True when that came."""
+
+
+class Port(Protocol):
+    """The daemon, as the HTTP side sees it."""
+
+    async def put(self, given: Input) -> Reply:
+        """Hand an input in, and get its reply once it is durable.
+
+        Raises Overloaded or Unavailable (nothing happened), or what the rules raise for this input (`replies.TooMany`).
+        """
+
+    def watch(self, delegation: str) -> AbstractContextManager[Watch]:
+        """Watch a delegation, by the id that it is going to have."""
+
+    def now(self) -> float:
+        """Unix seconds, by the daemon's clock."""

@@ -1,0 +1,92 @@
+"""What the HTTP side is given by whoever starts it. Holds no logic, and keeps nothing between requests."""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+from structlog.stdlib import BoundLogger
+
+from sfu_delegate.api.port import Port
+from sfu_delegate.livekit.keys import SfuKey
+from sfu_delegate.matrix.discovery import Homeserver, Homeservers
+from sfu_delegate.matrix.management import Scope
+from sfu_delegate.sealing import Sealer
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The part of the configuration that the HTTP side needs; durations in seconds, sizes in bytes."""
+
+    max_body: int = 64 * 1024
+    max_webhook_body: int = 1024 * 1024
+    min_delay: float = 30.0
+    max_delay: float = 7 * 86400.0
+    max_events: int = 8  # in one delegation
+    verify_timeout: float = 2.0  # how long a client waits for its homeserver's answer; nothing else ever waits for one
+    allow_scoped_tokens: bool = True
+    request_timeout: float = 10.0  # for a question to a homeserver
+    restart_at: float = 0.75  # of the delay: the latest normal time of a restart
+    cors_origins: tuple[str, ...] = ("*",)
+
+
+class Hooks(Protocol):
+    """How the metrics hear of webhooks. All labels come from the configuration or from fixed lists."""
+
+    def on_webhook(self, sfu: str, event: str, result: str) -> None:
+        """A webhook was answered. `sfu` and `event` are "unknown" where its signature did not prove them."""
+
+    def on_acknowledged(self, seconds: float) -> None:
+        """From the arrival of a webhook that mattered until it was durable and its answer ready."""
+
+
+class TokenCheck(Protocol):
+    """Finds out what a client's token can do."""
+
+    async def is_scoped(self, homeserver: Homeserver, token: str, timeout: float) -> Scope:  # noqa: ASYNC109
+        """Is it really a scoped token?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the public listener works with. `settings` and `stopping` are asked anew for every request."""
+
+    port: Port
+    keys: Mapping[str, SfuKey]
+    homeservers: Homeservers
+    management: TokenCheck
+    sealer: Sealer
+    settings: Callable[[], Settings]
+    hooks: Hooks
+    log: BoundLogger
+    stopping: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.time  # the wall clock, in Unix seconds, by which tokens expire
+
+
+class Phase(StrEnum):
+    """Where the daemon is in its life."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What `/health/ready` tells. Problems are plain sentences for the operator; "" where all is well."""
+
+    phase: Phase
+    database: str = ""
+    homeservers: Mapping[str, str] = field(default_factory=dict)  # by name
+    sfus: Mapping[str, str] = field(default_factory=dict)  # by name
+
+
+@dataclass(frozen=True, slots=True)
+class AdminServices:
+    """What the admin listener works with."""
+
+    readiness: Callable[[], Awaitable[Readiness]]
+    registry: CollectorRegistry
+    log: BoundLogger

@@ -1,0 +1,281 @@
+"""A daemon without a daemon: the real engine on a database in memory, stepped at once, with a homeserver and an SFU that answer by a script."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+import structlog
+from aiohttp.test_utils import TestClient, TestServer
+from livekit.api import VideoGrants
+from sfu_delegate.api.app import Services, Settings, public_app
+from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Listed, Looked, Note, Task, Verdict
+from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.delegation.replies import Reply
+from sfu_delegate.engine import Change, Engine, Limits
+from sfu_delegate.livekit import tokens
+from sfu_delegate.livekit.keys import KeyRing, SfuKey
+from sfu_delegate.matrix.discovery import Homeserver, HomeserverRule, Homeservers
+from sfu_delegate.matrix.egress import Egress
+from sfu_delegate.matrix.http import HttpFailed
+from sfu_delegate.matrix.management import Scope
+from sfu_delegate.sealing import Sealer, new_key
+from sfu_delegate.store.sqlite import SqliteStore
+
+NOW = 1_760_000_000.0
+KEY = SfuKey("main", "APIkey", "a-secret-of-forty-characters-or-so-000000")
+SERVER = "example.org"
+
+Script = Callable[[Task], tuple[Verdict, str] | None]
+"""What the homeserver says to an action: a verdict and a detail, or None for no answer at all."""
+
+
+def agrees(_: Task) -> tuple[Verdict, str] | None:
+    """A homeserver that does everything."""
+    return Verdict.DONE, "200"
+
+
+def silent(_: Task) -> tuple[Verdict, str] | None:
+    """A homeserver that never answers."""
+    return None
+
+
+def only_restarts(verdict: Verdict, detail: str, *delay_ids: str) -> Script:
+    """A homeserver that answers so to restarts of these events, and does everything else."""
+
+    def script(task: Task) -> tuple[Verdict, str] | None:
+        return (verdict, detail) if task.action is Action.RESTART and task.delay_id in delay_ids else agrees(task)
+
+    return script
+
+
+class EngineWatch:
+    """See `port.Watch`."""
+
+    def __init__(self, delegation: str) -> None:
+        self.delegation = delegation
+        self.rows: dict[int, DelayedEvent] = {}
+        self.changed = asyncio.Condition()
+
+    def tell(self, change: Change) -> None:
+        if change.new.delegation == self.delegation or change.new.id in self.rows:
+            self.rows[change.new.id] = change.new
+
+    async def until_decided(self, events: set[int], timeout: float) -> bool:  # noqa: ASYNC109
+        def decided() -> bool:
+            known = [self.rows[event] for event in events if event in self.rows]
+            ended = any(row.finished_at is not None and row.verified_at is None for row in known)
+            return ended or (len(known) == len(events) and all(row.verified_at or row.finished_at for row in known))
+
+        try:
+            async with asyncio.timeout(timeout), self.changed:
+                return await self.changed.wait_for(decided)
+        except TimeoutError:
+            return False
+
+
+class EnginePort:
+    """See `port.Port`. The actions that an input sets off are carried out right after its reply, with the clock standing still."""
+
+    def __init__(self, script: Script = agrees, now: float = NOW, limits: Limits = Limits()) -> None:  # noqa: B008
+        self.script = script
+        self.at = now
+        self.store = SqliteStore(":memory:")
+        self.engine = Engine(self.store, Policy(), limits, Random(1))
+        self.listed: tuple[Listed, ...] = ()
+        self.error: Exception | None = None  # what `put` raises instead of doing anything
+        self.given: list[Input] = []
+        self.tasks: list[Task] = []
+        self._watches: list[EngineWatch] = []
+        self._background: set[asyncio.Task[None]] = set()
+
+    def now(self) -> float:
+        return self.at
+
+    async def put(self, given: Input) -> Reply:
+        if self.error is not None:
+            raise self.error
+        self.given.append(given)
+        reply, tasks = self._step([given])
+        if tasks:
+            task = asyncio.get_running_loop().create_task(self._act(tasks))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+        await self._tell()
+        if isinstance(reply[0], Exception):
+            raise reply[0]
+        return reply[0]
+
+    @contextmanager
+    def watch(self, delegation: str) -> Iterator[EngineWatch]:
+        watch = EngineWatch(delegation)
+        self._watches.append(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.remove(watch)
+
+    @property
+    def watched(self) -> int:
+        """How many watches are open."""
+        return len(self._watches)
+
+    async def settled(self) -> None:
+        """Everything that was set off has been done."""
+        while self._background:
+            await asyncio.gather(*self._background)
+
+    def rows(self) -> list[DelayedEvent]:
+        """All rows there are, by id."""
+        return self.store.atomically(lambda tx: [row for id in range(1, self.store.last_id + 1) if (row := tx.get(id)) is not None])
+
+    def history(self) -> list[Note]:
+        """The whole history."""
+        ids = [row.id for row in self.rows()]
+        return self.store.atomically(lambda tx: tx.history(ids))
+
+    def close(self) -> None:
+        self.store.close()
+
+    def _step(self, inputs: list[Input]) -> tuple[list[Reply | Exception], list[Task]]:
+        step = self.engine.step(inputs, self.at)
+        self.tasks += step.tasks
+        for change in step.changes:
+            for watch in self._watches:
+                watch.tell(change)
+        return step.replies, step.tasks
+
+    async def _act(self, tasks: list[Task]) -> None:
+        while tasks:
+            answers = [answer for task in tasks if (answer := self._answer(task)) is not None]
+            _, tasks = self._step(answers) if answers else ([], [])
+            await self._tell()
+
+    async def _tell(self) -> None:
+        for watch in list(self._watches):
+            async with watch.changed:
+                watch.changed.notify_all()
+
+    def _answer(self, task: Task) -> Input | None:
+        if task.action is Action.LOOK:
+            return Looked(task.sfu, task.room, task.claim, self.at, self.listed)
+        said = self.script(task)
+        if said is None:
+            return None
+        return Answered(task.homeserver, task.event, task.claim, task.action, self.at, said[0], detail=said[1])
+
+
+class NoNetwork:
+    """An HTTP client that reaches nobody."""
+
+    async def get(self, *_: object, **__: object) -> Any:
+        raise HttpFailed(True, "connection refused at 10.0.0.1")
+
+    post = get
+
+    async def aclose(self) -> None:
+        pass
+
+
+@dataclass
+class Scopes:
+    """What is found out about tokens."""
+
+    scope: Scope = Scope.SCOPED
+    asked: list[str] = field(default_factory=list)
+
+    async def is_scoped(self, homeserver: Homeserver, token: str, timeout: float) -> Scope:  # noqa: ASYNC109
+        self.asked.append(token)
+        return self.scope
+
+
+@dataclass
+class Told:
+    """What the hooks were told."""
+
+    webhooks: list[tuple[str, str, str]] = field(default_factory=list)
+    acknowledged: list[float] = field(default_factory=list)
+
+    def on_webhook(self, sfu: str, event: str, result: str) -> None:
+        self.webhooks.append((sfu, event, result))
+
+    def on_acknowledged(self, seconds: float) -> None:
+        self.acknowledged.append(seconds)
+
+
+class Bench:
+    """The public application on the real engine, and handles on everything around it."""
+
+    def __init__(self, script: Script = agrees, *, limits: Limits = Limits(), settings: Settings = Settings(), **given: Any) -> None:  # noqa: B008
+        self.port = EnginePort(script, limits=limits)
+        self.settings = settings
+        self.stopping = False
+        self.scopes = Scopes()
+        self.told = Told()
+        self.keys = KeyRing([KEY])
+        self.sealer = Sealer([new_key()])
+        network = NoNetwork()
+        rules = [
+            HomeserverRule(SERVER, "https://matrix.example.org"),
+            HomeserverRule("*.example.net", "https://many.example.net"),
+            HomeserverRule("unreachable.org"),
+        ]
+        self.homeservers = Homeservers(rules, Egress(network, network), lambda: self.port.at)
+        self.services = Services(
+            port=self.port,
+            keys=self.keys,
+            homeservers=self.homeservers,
+            management=self.scopes,
+            sealer=self.sealer,
+            settings=lambda: self.settings,
+            hooks=self.told,
+            log=structlog.stdlib.get_logger("test"),
+            stopping=lambda: self.stopping,
+            clock=self.port.now,
+            **given,
+        )
+
+    def configure(self, **settings: Any) -> None:
+        """As a reload would."""
+        self.settings = replace(self.settings, **settings)
+
+    def access_token(self, identity: str = "alice", room: str = "room", *, key: SfuKey = KEY, ttl: float = 3600.0, join: bool = True) -> str:
+        """The token that a participant joins with."""
+        return tokens.mint(key, VideoGrants(room_join=join, room=room), self.port.at, ttl, identity)
+
+    def bearer(self, identity: str = "alice", room: str = "room") -> dict[str, str]:
+        """The header with it."""
+        return {"Authorization": f"Bearer {self.access_token(identity, room)}"}
+
+    def accepted(self) -> list[Accept]:
+        """What clients delegated, as it was handed in."""
+        return [given for given in self.port.given if isinstance(given, Accept)]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for an effect."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def serving(bench: Bench) -> AsyncIterator["TestClient[Any, Any]"]:
+    """A client of the application, which listens on loopback. Handlers are cancelled when their client hangs up."""
+    async with TestClient(TestServer(public_app(bench.services))) as client:
+        try:
+            yield client
+        finally:
+            await bench.port.settled()
+            bench.port.close()
+
+
+def delayed(delay_id: str = "syd_abcdefghijklmnopqrst", delay_ms: Any = 3_600_000, **more: Any) -> dict[str, Any]:
+    """A delayed event as a client hands it over."""
+    return {"delay_id": delay_id, "delay_ms": delay_ms, **more}
+
+
+def delegation(*events: dict[str, Any], homeserver: str = SERVER, **more: Any) -> dict[str, Any]:
+    """The body of `POST /v1/delegations`."""
+    return {"homeserver": homeserver, "delayed_events": list(events or (delayed(),)), **more}

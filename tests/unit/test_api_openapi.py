@@ -1,0 +1,125 @@
+"""`docs/openapi.yaml` is well-formed, complete, and true where a test without requests can tell."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import web
+from openapi_schema_validator import OAS31Validator
+from openapi_spec_validator import validate
+from prometheus_client import CollectorRegistry
+from sfu_delegate import config
+from sfu_delegate.api.app import AdminServices, Phase, Readiness, Settings, admin_app, public_app
+from sfu_delegate.api.services import Services
+from sfu_delegate.delegation.model import OnEnd, Outcome, Presence, State
+
+from tests.engine_port import Bench
+
+DESCRIPTION: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text(encoding="utf-8"))
+SCHEMAS = DESCRIPTION["components"]["schemas"]
+
+
+def test_it_is_openapi() -> None:
+    """By the official schema of OpenAPI 3.1."""
+    validate(DESCRIPTION)
+
+
+def routes(app: web.Application) -> set[tuple[str, str]]:
+    return {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None}
+
+
+def test_every_path_is_described_and_every_described_path_is_there() -> None:
+    """No more and no less than the two applications have."""
+
+    async def ready() -> Readiness:
+        return Readiness(Phase.RUNNING)
+
+    services: Services = Bench().services
+    there = routes(public_app(services)) | routes(admin_app(AdminServices(ready, CollectorRegistry(), services.log)))
+    described = {
+        (method.upper(), path) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post", "delete", "head")
+    }
+    assert there == described
+
+
+def media() -> Iterator[tuple[str, Any, Any]]:
+    """Every schema with each of its examples, by where they are."""
+
+    def walk(node: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+        if isinstance(node, dict):
+            if "schema" in node and "examples" in node:
+                for name, example in node["examples"].items():
+                    yield f"{where}/{name}", node["schema"], resolved(example)["value"]
+            for key, value in node.items():
+                yield from walk(value, f"{where}/{key}")
+        elif isinstance(node, list):
+            for item in node:
+                yield from walk(item, where)
+
+    yield from walk(DESCRIPTION["paths"], "")
+    yield from walk(DESCRIPTION["components"]["responses"], "")
+
+
+def resolved(node: Any) -> Any:
+    while "$ref" in node:
+        target: Any = DESCRIPTION
+        for part in node["$ref"].removeprefix("#/").split("/"):
+            target = target[part]
+        node = target
+    return node
+
+
+EXAMPLES = list(media())
+
+
+@pytest.mark.parametrize(("where", "schema", "example"), EXAMPLES, ids=[where for where, _, _ in EXAMPLES])
+def test_the_examples_are_valid(where: str, schema: Any, example: Any) -> None:
+    """Each example is what its schema asks for."""
+    OAS31Validator({**schema, "components": DESCRIPTION["components"]}).validate(example)
+
+
+def test_every_answer_with_a_body_has_an_example() -> None:
+    """Client developers read examples first."""
+    for path, item in DESCRIPTION["paths"].items():
+        for method, operation in item.items():
+            for status, response in operation.get("responses", {}).items() if isinstance(operation, dict) else ():
+                contents = resolved(response).get("content", {})
+                assert not contents or any(content.get("examples") for content in contents.values()), (path, method, status)
+
+
+def test_the_words_are_those_of_the_rules() -> None:
+    """States, outcomes and presences are complete."""
+    event = SCHEMAS["DelayedEvent"]["properties"]
+    assert set(event["state"]["enum"]) == {state.value for state in State}
+    assert set(event["outcome"]["enum"]) == {outcome.value or None for outcome in Outcome}
+    assert set(event["on_disconnect"]["enum"]) == {end.value for end in OnEnd}
+    assert set(SCHEMAS["Participant"]["properties"]["presence"]["enum"]) == {presence.value for presence in Presence}
+
+
+def test_the_limits_are_the_configurations_defaults() -> None:
+    """What the description says of ranges, what the API has as defaults, and the configuration agree."""
+    settings, delegations, limits = Settings(), config.Delegations(), config.Limits()
+    assert settings == Settings(
+        max_body=limits.body,
+        max_webhook_body=limits.webhook_body,
+        min_delay=delegations.min_delay,
+        max_delay=delegations.max_delay,
+        max_events=delegations.max_events,
+        verify_timeout=delegations.verify_timeout,
+        allow_scoped_tokens=delegations.allow_scoped_tokens,
+        request_timeout=config.Timeouts().request,
+        restart_at=config.Restart().at,
+        cors_origins=config.Cors().origins,
+    )
+    delay = SCHEMAS["DelayedEventRequest"]["properties"]["delay_ms"]
+    assert (delay["minimum"], delay["maximum"]) == (settings.min_delay * 1000, settings.max_delay * 1000)
+    assert SCHEMAS["DelegationRequest"]["properties"]["delayed_events"]["maxItems"] == settings.max_events
+
+
+def test_it_names_no_place_of_ours() -> None:
+    """Only hosts that nobody owns."""
+    text = (Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://([^/\s\"]+)", text)) == {"delegate.example.org", "127.0.0.1:8081"}
