@@ -284,7 +284,7 @@ class Admin(Section):
     """The listener for operators."""
 
     host: Host = Field("127.0.0.1", description="Address to listen on. There is no password: never make it reachable from outside.")
-    port: Port = Field(9090, description="Port to listen on.")
+    port: Port = Field(8081, description="Port to listen on.")
 
 
 class Encryption(Section):
@@ -338,9 +338,6 @@ class Homeserver(Section):
     as_token_file: Path | None = Field(None, description="The same in a file.", examples=["/etc/sfu-delegate/as-token"])
     ca_file: Path | None = Field(
         None, description="Certificates (PEM) to trust for it, in place of the system's.", examples=["/etc/ssl/private-ca.pem"]
-    )
-    rate_limited: bool | None = Field(
-        None, description="Does it limit our requests? Not set: yes, unless there is an application service, and corrected by what it answers."
     )
     in_flight: Count = Field(16, ge=1, le=1000, description="How many requests may be open there at the same time.")
     allow_private_addresses: bool = Field(
@@ -1309,9 +1306,6 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         if homeserver.allow_private_addresses and "*" in homeserver.name and url is None:
             problem = "any homeserver that matches can make the daemon send requests into your own network"
             yield Problem(f"{at}.allow_private_addresses", "true", problem, "name the homeserver, or give its url")
-        if homeserver.rate_limited is False and homeserver.as_token is None:
-            problem = "without an application service Synapse limits us by default; departures could wait in a queue that was thought not to exist"
-            yield Problem(f"{at}.rate_limited", "false", problem, "leave it unset, unless rc_delayed_event_mgmt was raised there")
 
     for reason, rule in config.departures.items():
         at = f"departures.{reason}"
@@ -1347,7 +1341,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-_FIXED: Final = ("listen", "admin", "database", "encryption", "log.format")
+_FIXED: Final = ("listen", "admin", "database", "encryption", "log.format", "timeouts.connect")
 
 
 def reloadable_changes(old: Config, new: Config) -> tuple[bool, list[str]]:

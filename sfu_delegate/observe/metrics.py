@@ -47,7 +47,7 @@ class Metrics:
     """
 
     def __init__(self, label: Callable[[str], str], registry: CollectorRegistry | None = None) -> None:
-        disable_created_metrics()  # a second series for each, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asks for
         self.registry = CollectorRegistry() if registry is None else registry
         self.label = label
         at = self.registry

@@ -109,11 +109,11 @@ def test_json_is_for_programs(write: Write) -> None:
 
 def test_show_prints_what_is_in_force_without_secrets(write: Write) -> None:
     """--show writes the effective configuration, the environment included, as YAML on standard output."""
-    result = run("check-config", "-c", write(GOOD), "--show", environ={"SFU_DELEGATE_LISTEN__PORT": "8081"})
+    result = run("check-config", "-c", write(GOOD), "--show", environ={"SFU_DELEGATE_LISTEN__PORT": "8082"})
     assert result.exit_code == 0
     assert SECRET not in result.output
     shown = yaml.safe_load(result.stdout)
-    assert shown["listen"]["port"] == 8081
+    assert shown["listen"]["port"] == 8082
     assert shown["sfus"]["main"]["keys"] == {"APIone": "(hidden)"}
     assert shown["timeouts"]["connect"] == "5s"
 
@@ -169,8 +169,8 @@ def test_serve_hands_over_the_configuration(write: Write, monkeypatch: pytest.Mo
 
     stand_in(monkeypatch, "sfu_delegate.daemon.serve", daemon)
     path = write(GOOD)
-    assert run("serve", "-c", path, environ={"SFU_DELEGATE_LISTEN__PORT": "8081"}).exit_code == 3
-    assert [(config.listen.port, file) for config, file in seen] == [(8081, Path(path))]
+    assert run("serve", "-c", path, environ={"SFU_DELEGATE_LISTEN__PORT": "8082"}).exit_code == 3
+    assert [(config.listen.port, file) for config, file in seen] == [(8082, Path(path))]
 
 
 def test_serve_does_not_start_with_a_bad_configuration(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,145 @@
+"""Carries out what the engine claimed: requests to homeservers, and looks at SFUs. Whatever happens, the result comes back as an input."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from sfu_delegate.delegation.model import Action, Answered, Looked, Task, Verdict
+from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable
+from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeservers
+from sfu_delegate.matrix.management import Answer, ManagementClient
+from sfu_delegate.observe.logs import get_logger
+from sfu_delegate.sealing import CannotUnseal, Sealer
+
+LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
+
+log = get_logger(__name__)
+
+
+class Observer(Protocol):
+    """Who counts what happens."""
+
+    def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
+        """A request to a homeserver came to an end."""
+
+    def look(self, sfu: str, outcome: str, seconds: float) -> None:
+        """A look at an SFU came to an end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sfu:
+    """How one SFU is asked. `timeout` in seconds."""
+
+    address: SfuAddress
+    timeout: float
+
+
+@dataclass(slots=True)
+class Reach:
+    """Everything that actions need; replaced as a whole when the configuration is read again."""
+
+    homeservers: Homeservers
+    client: ManagementClient
+    room_service: RoomService
+    sealer: Sealer
+    sfus: dict[str, Sfu]
+    timeout: float  # seconds for a request to a homeserver
+
+
+class Actions:
+    """Each claimed action is one asyncio task, and the engine's paces bound their number."""
+
+    def __init__(self, reach: Reach, clock: Callable[[], float], hand_in: Callable[[Answered | Looked], None], observer: Observer):
+        self.reach = reach
+        self._clock = clock
+        self._hand_in = hand_in
+        self._observer = observer
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.troubles: dict[tuple[str, str], str] = {}  # ("homeserver" | "sfu", name) → what is wrong with it now
+
+    def carry_out(self, task: Task) -> None:
+        """Begin with an action."""
+        job = asyncio.create_task(self._look(task) if task.action is Action.LOOK else self._manage(task))
+        self._tasks.add(job)
+        job.add_done_callback(self._tasks.discard)
+
+    async def finish(self, within: float) -> int:
+        """Wait for what is in flight, `within` seconds; returns how many had to be abandoned."""
+        pending: set[asyncio.Task[None]] = set(self._tasks)
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=within)
+        for job in pending:
+            job.cancel()
+        if pending:
+            await asyncio.wait(pending)
+        return len(pending)
+
+    async def _manage(self, task: Task) -> None:
+        sent_at = self._clock()
+        try:
+            answer = await self._request(task, min(self.reach.timeout, task.lease_ends - sent_at - LEASE_MARGIN))
+        except Exception as error:
+            log.exception("action_failed", delegation=task.delegation, action=task.action.value)
+            answer = Answer(Verdict.UNCERTAIN, None, "", None, f"a defect of the daemon: {type(error).__name__}")
+        self._observer.action(task.homeserver, task.action, answer.verdict.value, self._clock() - sent_at)
+        healthy = answer.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN)
+        self._condition("homeserver", task.homeserver, None if healthy else answer.detail)
+        if not healthy:
+            log.debug("action_not_done", delegation=task.delegation, action=task.action.value, homeserver=task.homeserver, detail=answer.detail)
+        self._hand_in(
+            Answered(
+                homeserver=task.homeserver,
+                event=task.event,
+                claim=task.claim,
+                action=task.action,
+                sent_at=sent_at,
+                verdict=answer.verdict,
+                retry_after=answer.retry_after,
+                detail=answer.detail,
+            )
+        )
+
+    async def _request(self, task: Task, timeout: float) -> Answer:  # noqa: ASYNC109
+        begun = asyncio.get_running_loop().time()
+        try:
+            token = None if task.token is None else self.reach.sealer.unseal(task.token)
+            homeserver = await asyncio.wait_for(self.reach.homeservers.resolve(task.homeserver), timeout)
+        except CannotUnseal as error:
+            return Answer(Verdict.FAILED, None, "", None, str(error))
+        except DiscoveryFailed as error:
+            return Answer(Verdict.FAILED, None, "", None, str(error))
+        except TimeoutError:
+            return Answer(Verdict.FAILED, None, "", None, "the discovery of its URL took too long")
+        left = max(0.5, timeout - (asyncio.get_running_loop().time() - begun))
+        return await self.reach.client.act(homeserver, task.action, task.delay_id, token=token, user=task.user, timeout=left)
+
+    async def _look(self, task: Task) -> None:
+        sent_at = self._clock()
+        participants, trouble = None, ""
+        sfu = self.reach.sfus.get(task.sfu)
+        try:
+            if sfu is None:
+                trouble = "it is not configured any more"
+            else:
+                participants = await self.reach.room_service.look(sfu.address, task.room, sfu.timeout)
+        except SfuUnavailable as error:
+            trouble = str(error)
+        except Exception as error:
+            log.exception("look_failed", sfu=task.sfu)
+            trouble = f"a defect of the daemon: {type(error).__name__}"
+        self._observer.look(task.sfu, "failed" if participants is None else "done", self._clock() - sent_at)
+        self._condition("sfu", task.sfu, None if participants is not None else trouble)
+        self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, participants, trouble))
+
+    def _condition(self, kind: str, name: str, trouble: str | None) -> None:
+        """One line for each change of a homeserver's or an SFU's condition, not for each try."""
+        before = self.troubles.get((kind, name))
+        if trouble is None:
+            if before is not None:
+                del self.troubles[kind, name]
+                log.info(f"{kind}_works_again", **{kind: name})
+        else:
+            if before is None:
+                log.warning(f"{kind}_failed", **{kind: name}, problem=trouble)
+            self.troubles[kind, name] = trouble

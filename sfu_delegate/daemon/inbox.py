@@ -1,0 +1,267 @@
+"""The whole bridge between the event loop and the engine.
+
+While one transaction runs in the engine's thread, inputs gather; the next takes all of them. It must never touch the engine from the loop.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Protocol, TypeVar
+
+from sfu_delegate.api.port import Overloaded, Unavailable
+from sfu_delegate.delegation.model import Answered, DelayedEvent, Input, Lane, Looked, Task
+from sfu_delegate.delegation.replies import Reply
+from sfu_delegate.engine import Engine, Step
+from sfu_delegate.observe.logs import get_logger
+from sfu_delegate.store.base import StoreUnavailable
+
+T = TypeVar("T")
+
+BATCH = 512  # inputs in one transaction at the most, so that nobody waits for long
+FULL_RETRY_AFTER = 1.0  # seconds
+BROKEN_RETRY_AFTER = 2.0
+BROKEN_PAUSE = 0.5  # before the next try when the database does not work
+IDLE_AFTER = 1.0  # without work, before housekeeping
+SURVEY_EVERY = 5.0  # how often the backlog is counted
+LONGEST_SLEEP = 30.0
+
+log = get_logger(__name__)
+
+
+class Observer(Protocol):
+    """Who counts what happens."""
+
+    def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
+        """A transaction was committed, `seconds` after it had begun."""
+
+    def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
+        """The backlog was counted."""
+
+    def store(self, *, works: bool) -> None:
+        """The database works, or does not."""
+
+
+class DelegationWatch:
+    """See `api.port.Watch`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.rows: dict[int, DelayedEvent] = {}
+        self._loop = loop
+        self._changed = asyncio.Event()
+
+    def saw(self, row: DelayedEvent) -> None:
+        """A row of the delegation changed."""
+        self.rows[row.id] = row
+        self._changed.set()
+
+    async def until_decided(self, events: set[int], timeout: float) -> bool:  # noqa: ASYNC109
+        """See `api.port.Watch`."""
+        deadline = self._loop.time() + timeout
+        while True:
+            rows = [self.rows[id] for id in events if id in self.rows]
+            failed = any(row.verified_at is None and row.finished_at is not None for row in rows)
+            if failed or sum(row.verified_at is not None for row in rows) == len(events):
+                return True
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                return False
+
+
+class Inbox:
+    """Takes inputs from everywhere, hands them to the engine in batches, and its actions to `carry_out`. See `api.port.Port`."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float], carry_out: Callable[[Task], None], observer: Observer, most: int):
+        self.most = most
+        self.trouble: str | None = None  # why the database does not work
+        self._engine = engine
+        self._clock = clock
+        self._carry_out = carry_out
+        self._observer = observer
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._waiting: list[tuple[Input, asyncio.Future[Reply] | None]] = []
+        self._news = asyncio.Event()
+        self._watches: dict[str, list[DelegationWatch]] = {}
+        self._stopping = False
+        self._flushed = False
+        self._surveyed = 0.0
+
+    # ── for those who hand in ──
+
+    def now(self) -> float:
+        """See `api.port.Port`."""
+        return self._clock()
+
+    async def put(self, given: Input) -> Reply:
+        """See `api.port.Port`."""
+        if self._stopping:
+            raise Overloaded("The daemon is stopping.", FULL_RETRY_AFTER)
+        if len(self._waiting) >= self.most:
+            raise Overloaded("Too many requests wait for the database.", FULL_RETRY_AFTER)
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._waiting.append((given, future))
+        self._news.set()
+        return await future
+
+    def hand_in(self, given: Answered | Looked) -> None:
+        """What became of an action. Never refused, and handed in again until it can be kept."""
+        self._waiting.append((given, None))
+        self._news.set()
+
+    @contextmanager
+    def watch(self, delegation: str) -> Iterator[DelegationWatch]:
+        """See `api.port.Port`."""
+        watch = DelegationWatch(self._loop)
+        watches = self._watches.setdefault(delegation, [])
+        watches.append(watch)
+        try:
+            yield watch
+        finally:
+            watches.remove(watch)
+            if not watches:
+                self._watches.pop(delegation, None)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run something in the engine's thread, between two steps."""
+        return await self._loop.run_in_executor(self._thread, work)
+
+    # ── the loop ──
+
+    async def run(self) -> None:
+        """Step until `stop` was called and everything that had been handed in is kept."""
+        wake: float | None = self._clock()
+        while True:
+            await self._something_to_do(wake)
+            if self._stopping and self._flushed and not self._waiting:
+                return
+            batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            wake = await self._step(batch)
+
+    async def _something_to_do(self, wake: float | None) -> None:
+        if self._waiting or self._stopping:
+            if self._stopping and not self._waiting and not self._flushed:
+                await self._sleep(LONGEST_SLEEP)
+            return
+        self._news.clear()
+        pause = LONGEST_SLEEP if wake is None else min(max(0.0, wake - self._clock()), LONGEST_SLEEP)
+        if pause > IDLE_AFTER:
+            if await self._sleep(IDLE_AFTER):
+                return
+            await self._housekeeping()
+            pause -= IDLE_AFTER
+        if not self._waiting:
+            await self._sleep(pause)
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Until there is news, `seconds` at most; was there?"""
+        if seconds <= 0:
+            return self._news.is_set()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        self._news.clear()
+        return True
+
+    async def _housekeeping(self) -> None:
+        try:
+            await self.in_thread(self._engine.store.idle)
+            await self._survey()
+        except StoreUnavailable as error:
+            self._broken(error)
+
+    async def _survey(self) -> None:
+        now = self._clock()
+        self._surveyed = now
+        self._observer.backlog(await self.in_thread(lambda: self._engine.backlog(now)), now)
+
+    async def _step(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]]) -> float | None:
+        begun = perf_counter()
+        now = self._clock()
+        inputs = [given for given, _ in batch]
+        try:
+            step = await self.in_thread(lambda: self._engine.step(inputs, now))
+            self._works()
+        except StoreUnavailable as error:
+            self._refuse(batch, Unavailable(str(error), BROKEN_RETRY_AFTER))
+            self._broken(error)
+            await asyncio.sleep(BROKEN_PAUSE)
+            return self._clock()
+        except Exception as error:
+            # A defect of ours must not stop the daemon: whoever waits gets it, and what nobody waits for is tried again by its lease.
+            log.exception("step_failed", inputs=len(inputs))
+            for _, future in batch:
+                if future is not None and not future.done():
+                    future.set_exception(error)
+            await asyncio.sleep(BROKEN_PAUSE)
+            return self._clock()
+        self._deliver(batch, step)
+        self._observer.step(step, len(inputs), perf_counter() - begun, now)
+        if now - self._surveyed >= SURVEY_EVERY:
+            try:
+                await self.in_thread(self._engine.store.checkpoint_if_large)
+                await self._survey()
+            except StoreUnavailable as error:
+                self._broken(error)
+        return step.wake
+
+    def _deliver(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]], step: Step) -> None:
+        for task in step.tasks:
+            self._carry_out(task)
+        for (given, future), reply in zip(batch, step.replies, strict=True):
+            if future is None:
+                if isinstance(reply, Exception):
+                    log.error("input_failed", input=type(given).__name__, error=type(reply).__name__)
+            elif not future.done():  # whoever asked may have hung up
+                if isinstance(reply, Exception):
+                    future.set_exception(reply)
+                else:
+                    future.set_result(reply)
+        if self._watches:
+            for change in step.changes:
+                for watch in self._watches.get(change.new.delegation, ()):
+                    watch.saw(change.new)
+
+    def _refuse(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]], why: Unavailable) -> None:
+        again: list[tuple[Input, asyncio.Future[Reply] | None]] = []
+        for given, future in batch:
+            if future is None:
+                again.append((given, None))
+            elif not future.done():
+                future.set_exception(why)
+        self._waiting[:0] = again
+
+    def _broken(self, error: StoreUnavailable) -> None:
+        if self.trouble is None:
+            log.error("database_failed", problem=str(error))
+        self.trouble = str(error)
+        self._observer.store(works=False)
+
+    def _works(self) -> None:
+        if self.trouble is not None:
+            log.info("database_works_again")
+            self.trouble = None
+        self._observer.store(works=True)
+
+    # ── the end ──
+
+    def stop(self) -> None:
+        """Take nothing more from outside, and claim nothing more."""
+        self._stopping = True
+        self._engine.stopping = True
+        self._news.set()
+
+    def flush(self) -> None:
+        """No more results will be handed in: `run` ends when what waits is kept."""
+        self._flushed = True
+        self._news.set()
+
+    def close(self) -> None:
+        """Close the engine's thread, after the last step."""
+        self._thread.shutdown(wait=True)

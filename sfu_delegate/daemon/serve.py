@@ -1,0 +1,341 @@
+"""Start and stop of the daemon, and what connects its parts."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from sfu_delegate import __version__
+from sfu_delegate.api.app import AdminServices, Phase, Readiness, Services, Settings, admin_app, public_app
+from sfu_delegate.config import Config, ConfigInvalid, load, warnings
+from sfu_delegate.config import reloadable_changes as changes_of
+from sfu_delegate.daemon.actions import Actions, Reach, Sfu
+from sfu_delegate.daemon.clock import Clock
+from sfu_delegate.daemon.inbox import Inbox
+from sfu_delegate.delegation.model import Action, Lane, Task
+from sfu_delegate.engine import Engine, Limits, Step
+from sfu_delegate.livekit.keys import KeyRing, SfuKey
+from sfu_delegate.livekit.room_service import RoomService, SfuAddress
+from sfu_delegate.matrix.discovery import HomeserverRule, Homeservers
+from sfu_delegate.matrix.egress import Egress
+from sfu_delegate.matrix.management import ManagementClient
+from sfu_delegate.observe import logs
+from sfu_delegate.observe.metrics import Metrics
+from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
+from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, StoreUnavailable
+from sfu_delegate.store.sqlite import SqliteStore
+
+log = logs.get_logger(__name__)
+
+
+class CannotStart(Exception):
+    """The daemon cannot start; the text is a sentence for the operator, with the remedy."""
+
+
+class _Observer:
+    """Tells the metrics and the log what happened."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.committed(inputs, seconds)
+        delegations = {}
+        for change in step.changes:
+            self._metrics.change(change.old, change.new, now)
+            delegations[change.new.id] = change.new
+        for note in step.notes:
+            row = delegations.get(note.event)
+            if row is not None:
+                log.info("delegation", delegation=row.delegation, what=note.what, detail=note.detail, row=row.id, homeserver=row.homeserver)
+
+    def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.backlog(counted, now)
+
+    def store(self, *, works: bool) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.store(works=works)
+
+    def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
+        """See `actions.Observer`."""
+        self._metrics.action(homeserver, action, outcome, seconds)
+
+    def look(self, sfu: str, outcome: str, seconds: float) -> None:
+        """See `actions.Observer`."""
+        self._metrics.look(sfu, outcome, seconds)
+
+
+class Daemon:
+    """One running daemon. `reread` gives the configuration anew, for SIGHUP."""
+
+    def __init__(self, config: Config, reread: Callable[[], Config] | None = None) -> None:
+        self.config = config
+        self._reread = reread
+        self._settings = _settings(config)
+        self._runners: list[web.AppRunner] = []
+        self._phase = Phase.STARTING
+        self.public_port = 0
+        self.admin_port = 0
+
+    async def start(self) -> None:
+        """Open the database, bind the listeners, and go. Raises CannotStart."""
+        config = self.config
+        try:
+            keys = config.encryption_keys() or load_or_create(config.key_file)
+            self._sealer = Sealer(keys)
+            self._store = await asyncio.to_thread(SqliteStore, config.database_path)
+        except (DatabaseInUse, DatabaseTooNew, StoreUnavailable, KeyFileRefused) as error:
+            raise CannotStart(str(error)) from error
+        try:
+            await self._wire(config)
+        except BaseException:
+            self._store.close()
+            raise
+        try:
+            await self._listen(config)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _wire(self, config: Config) -> None:
+        clock = self.clock = Clock()
+        agrees = clock.agrees_with(self._store.clock_mark())
+        if not agrees:
+            log.warning("clock_was_set", consequence="all delayed events are restarted soon, since their countdowns are not known")
+        recovered = self._store.recover(clock(), clock_unsure=not agrees)
+        self._store.save_clock_mark(clock.mark)
+
+        self._egress = Egress.open(connect_timeout=config.timeouts.connect)
+        self.homeservers = Homeservers(_rules(config), self._egress, clock)
+        self.client = ManagementClient(self._egress, clock)
+        self._room_service = RoomService()
+        self.metrics = Metrics(self._label)
+        self.metrics.known(homeserver.name for homeserver in config.homeservers)
+        observer = _Observer(self.metrics)
+        self.keys = KeyRing(_keys(config))
+        random = Random()  # noqa: S311 — for jitter
+        self.engine = Engine(self._store, config.policy(), _limits(config), random, in_flight=self._in_flight, looks_in_flight=self._looks_in_flight)
+        self.metrics.watch_states(lambda: self.engine.states)
+        reach = Reach(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
+        self.inbox = Inbox(self.engine, clock, self._carry_out, observer, config.limits.inbox)
+        self.actions = Actions(reach, clock, self.inbox.hand_in, observer)
+        self.loop_task = asyncio.create_task(self.inbox.run())
+        log.info("started", version=__version__, database=str(config.database_path), delegated=sum(self.engine.states.values()), taken_up=recovered)
+
+    async def _listen(self, config: Config) -> None:
+        services = Services(
+            port=self.inbox,
+            keys=self.keys,
+            homeservers=self.homeservers,
+            management=self.client,
+            sealer=self._sealer,
+            settings=lambda: self._settings,
+            hooks=self.metrics,
+            log=log,
+            stopping=lambda: self._phase is Phase.STOPPING,
+        )
+        admin = AdminServices(readiness=self._readiness, registry=self.metrics.registry, log=log)
+        self.public_port = await self._bind(public_app(services), config.listen.host, config.listen.port, "listen")
+        self.admin_port = await self._bind(admin_app(admin), config.admin.host, config.admin.port, "admin")
+        self._phase = Phase.RUNNING
+        log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=f"{config.admin.host}:{self.admin_port}")
+
+    async def _bind(self, app: web.Application, host: str, port: int, key: str) -> int:
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=self.config.timeouts.shutdown)
+        await runner.setup()
+        self._runners.append(runner)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.bind((host, port))
+        except OSError as error:
+            sock.close()
+            raise CannotStart(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Another program may use it; change `{key}.host` or `{key}.port`."
+            ) from error
+        await web.SockSite(runner, sock, backlog=1024).start()
+        return int(sock.getsockname()[1])
+
+    # ── while it runs ──
+
+    def _carry_out(self, task: Task) -> None:
+        self.actions.carry_out(task)
+
+    async def _readiness(self) -> Readiness:
+        """Whether the database really takes a write now, and who is in trouble."""
+        trouble = ""
+        try:
+            await self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark))
+        except StoreUnavailable as error:
+            trouble = str(error)
+        troubles = self.actions.troubles
+        homeservers = {homeserver.name: "" for homeserver in self.config.homeservers if "*" not in homeserver.name}
+        homeservers |= {name: problem for (kind, name), problem in troubles.items() if kind == "homeserver"}
+        sfus = {name: troubles.get(("sfu", name), "") for name in self.config.sfus}
+        return Readiness(self._phase, trouble, homeservers, sfus)
+
+    def _label(self, homeserver: str) -> str:
+        rule = self.homeservers.rule_for(homeserver)
+        return "(not configured)" if rule is None else rule.pattern
+
+    def _in_flight(self, homeserver: str) -> int:
+        rule = self.homeservers.rule_for(homeserver)
+        return 1 if rule is None else rule.max_in_flight
+
+    def _looks_in_flight(self, sfu: str) -> int:
+        return self.config.sfus[sfu].in_flight if sfu in self.config.sfus else 1
+
+    def reload(self) -> None:
+        """Take over what can be changed while running; a bad file leaves everything as it was."""
+        try:
+            if self._reread is None:
+                return
+            new = self._reread()
+            _, needs_restart = changes_of(self.config, new)
+            rules, keys = _rules(new), _keys(new)
+            self.homeservers.replace_rules(rules)
+            self.keys.replace(keys)
+        except ConfigInvalid as error:
+            for problem in error.problems:
+                log.error("config_problem", problem=str(problem))
+            log.error("config_not_reloaded", consequence="the configuration that was read before stays in force")
+            self.metrics.reloads.labels("refused").inc()
+            return
+        except ValueError as error:
+            log.error("config_not_reloaded", problem=str(error), consequence="the configuration that was read before stays in force")
+            self.metrics.reloads.labels("refused").inc()
+            return
+        # What cannot be changed keeps its old value, also for the next reload to compare with.
+        old = self.config
+        kept = {key: getattr(old, key) for key in ("listen", "admin", "database", "encryption")}
+        kept["log"] = new.log.model_copy(update={"format": old.log.format})
+        kept["timeouts"] = new.timeouts.model_copy(update={"connect": old.timeouts.connect})
+        self.config = new.model_copy(update=kept)
+        self._settings = _settings(self.config)
+        self.actions.reach.sfus = _sfus(self.config)
+        self.actions.reach.timeout = self.config.timeouts.request
+        self.inbox.most = self.config.limits.inbox
+        self.metrics.known(homeserver.name for homeserver in self.config.homeservers)
+        policy, limits = self.config.policy(), _limits(self.config)
+        self._reconfiguring = asyncio.ensure_future(self.inbox.in_thread(lambda: self.engine.reconfigure(policy, limits)))
+        self.metrics.reloads.labels("done").inc()
+        logs.set_level("info")  # so that this line is seen whatever the level was, and will be
+        log.info("config_reloaded", needs_restart=needs_restart)
+        logs.set_level(self.config.log.level)
+
+    async def stop(self) -> None:
+        """Accept nothing more, finish what is in flight within `timeouts.shutdown`, and close the database."""
+        within = self.config.timeouts.shutdown
+        self._phase = Phase.STOPPING
+        log.info("stopping", in_flight=self.engine.in_flight)
+        self.inbox.stop()
+        abandoned = await self.actions.finish(within)
+        self.inbox.flush()
+        done, _ = await asyncio.wait({self.loop_task}, timeout=within + 1.0)
+        if not done:
+            log.warning("not_everything_kept", reason=self.inbox.trouble or "the database takes too long")
+            self.loop_task.cancel()
+        for runner in self._runners:
+            await runner.cleanup()
+        await self.homeservers.aclose()
+        await self.client.aclose()
+        await self._egress.aclose()
+        await self._room_service.close()
+        self.inbox.close()
+        self._store.close()
+        log.info("stopped", abandoned=abandoned)
+
+
+# ── from the configuration to what each part takes ──
+
+
+def _rules(config: Config) -> list[HomeserverRule]:
+    return [
+        HomeserverRule(
+            pattern=homeserver.name,
+            url=homeserver.url,
+            as_token=homeserver.as_token.get_secret_value() if homeserver.as_token else None,
+            ca_file=str(homeserver.ca_file) if homeserver.ca_file else None,
+            allow_private=homeserver.allow_private_addresses,
+            max_in_flight=homeserver.in_flight,
+        )
+        for homeserver in config.homeservers
+    ]
+
+
+def _keys(config: Config) -> list[SfuKey]:
+    return [SfuKey(name, key, secret.get_secret_value()) for name, sfu in config.sfus.items() for key, secret in sfu.keys.items()]
+
+
+def _sfus(config: Config) -> dict[str, Sfu]:
+    sfus = {}
+    for name, sfu in config.sfus.items():
+        key = sfu.api_key or next(iter(sfu.keys))
+        sfus[name] = Sfu(SfuAddress(name, sfu.url, key, sfu.keys[key].get_secret_value()), sfu.request_timeout)
+    return sfus
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(config.delegations.max_per_participant, config.delegations.max_per_homeserver)
+
+
+def _settings(config: Config) -> Settings:
+    return Settings(
+        max_body=config.limits.body,
+        max_webhook_body=config.limits.webhook_body,
+        min_delay=config.delegations.min_delay,
+        max_delay=config.delegations.max_delay,
+        max_events=config.delegations.max_events,
+        verify_timeout=config.delegations.verify_timeout,
+        allow_scoped_tokens=config.delegations.allow_scoped_tokens,
+        request_timeout=config.timeouts.request,
+        restart_at=config.restart.at,
+        cors_origins=config.cors.origins,
+    )
+
+
+# ── the process ──
+
+
+async def _serve(config: Config, path: Path) -> int:
+    daemon = Daemon(config, lambda: load(path, os.environ))
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    try:
+        await daemon.start()
+    except CannotStart as error:
+        log.error("cannot_start", problem=str(error))
+        return 1
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({stopped, daemon.loop_task}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    broken = daemon.loop_task.done()
+    if broken:
+        log.critical("engine_ended", error=repr(daemon.loop_task.exception()), consequence="the process ends, to be started again")
+    await daemon.stop()
+    return 1 if broken else 0
+
+
+def run(config: Config, path: Path) -> int:
+    """Serve until SIGTERM or SIGINT; the process's exit code."""
+    logs.configure(level=config.log.level, format=config.log.format)
+    structlog.contextvars.clear_contextvars()
+    for risk in warnings(config):
+        log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, path))
