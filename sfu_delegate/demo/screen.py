@@ -1,0 +1,160 @@
+"""What people see: three columns that move on a terminal, plain lines elsewhere, and the summary."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.layout import Layout
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sfu_delegate.demo.story import Outcome
+
+PLAIN_WIDTH = 130
+KEPT_LINES = 200
+REFRESHES = 8  # a second
+
+
+class Column(Enum):
+    """Whose words a line is: the plain label, and the colour."""
+
+    STAGE = ("", "bold")
+    SFU = ("SFU", "cyan")
+    DAEMON = ("daemon", "magenta")
+    ROOM = ("room", "green")
+
+
+class Screen:
+    """Use as a context manager. `homeserver` is whose word about the room is shown, `sfu` the same for the SFU."""
+
+    def __init__(self, *, plain: bool, sfu: str = "the SFU", homeserver: str = "the homeserver") -> None:
+        terminal = sys.stdout.isatty()
+        self.console = Console(highlight=False, soft_wrap=not terminal, width=None if terminal else PLAIN_WIDTH)
+        self.titles = {Column.SFU: f"What {sfu} sees", Column.DAEMON: "What the daemon does", Column.ROOM: f"The call, as {homeserver} tells it"}
+        self.length: float | None = None  # seconds of the whole
+        self._began: float | None = None
+        self._lines: dict[Column, deque[Text]] = {column: deque(maxlen=KEPT_LINES) for column in Column}
+        self._members: dict[str, tuple[bool | None, str]] = {}
+        self._live: Live | None = None
+        if terminal and not plain:  # last: it asks for its first picture at once
+            self._live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=REFRESHES, screen=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; from here on there are only lines. May be called again."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def begin(self, length: float) -> None:
+        """The clock of the story starts now."""
+        self._began, self.length = time.monotonic(), length
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since `begin`."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+    def say(self, column: Column, text: str, style: str = "") -> None:
+        """One line."""
+        label, colour = column.value
+        stamp = "" if self._began is None else f"{self.elapsed:5.1f} s  "
+        if self._live is None:
+            line = Text(stamp, style="dim")
+            line.append(f"{label:<7}" if label else "── ", style=colour)
+            line.append(text, style=style)
+            self.console.print(line)
+        else:
+            # One line each: wrapped ones would push the newest out of the picture.
+            line = Text(stamp, style="dim", no_wrap=True, overflow="ellipsis")
+            line.append(text, style=style)
+            self._lines[column].append(line)
+
+    def members(self, rows: Mapping[str, tuple[bool | None, str]]) -> None:
+        """Who is in the call (None: has never been), with a word about each."""
+        for name, (in_call, word) in rows.items():
+            if in_call is not None and self._members.get(name, (None, ""))[0] is not in_call and self._live is None:
+                text = f"{name} is in the call" if in_call else f"{name} has left the call{f' ({word})' if word else ''}"
+                self.say(Column.ROOM, text)
+        self._members = dict(rows)
+
+    def summary(self, outcomes: Sequence[Outcome], now: float, wrong: Sequence[str], lost: float) -> None:
+        """The table at the end, and the verdict. Closes the live picture first."""
+        self.close()
+        self.console.print()
+        self.console.print(_table(outcomes, now))
+        self.console.print(f"Events lost while their participant was connected, by the daemon's own count: {lost:g}")
+        for sentence in wrong:
+            self.console.print(Text(f"missing: {sentence}", style="bold red"))
+        good = "Everything is as it must be: who left has left the room's call, and who stayed is still in it."
+        verdict = Text(good, style="bold green") if not wrong else Text("Not everything is as it must be.", style="bold red")
+        self.console.print(verdict)
+
+    def _picture(self) -> RenderableType:
+        layout = Layout()
+        layout.split_column(Layout(self._stage(), name="stage", size=4), Layout(name="columns"))
+        layout["columns"].split_row(*(Layout(self._column(column), ratio=ratio) for column, ratio in _RATIOS.items()))
+        return layout
+
+    def _stage(self) -> RenderableType:
+        lines = self._lines[Column.STAGE]
+        clock = "starting" if self._began is None or self.length is None else f"{self.elapsed:.0f} of {self.length:.0f} s"
+        latest = Group(*([*lines][-2:]))
+        return Panel(latest, title=f"sfu-delegate · {clock} · Ctrl-C ends it", title_align="left", border_style="bold")
+
+    def _column(self, column: Column) -> RenderableType:
+        title, colour = self.titles[column], column.value[1]
+        if column is Column.ROOM:
+            return Panel(self._member_table(), title=title, border_style=colour)
+        # The newest lines are what matters; what does not fit is above.
+        room = max(3, self.console.height - 7)
+        return Panel(Group(*[*self._lines[column]][-room:]), title=title, border_style=colour)
+
+    def _member_table(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        for name, (in_call, word) in self._members.items():
+            mark = {True: Text("● in the call", style="bold green"), False: Text("○ left", style="red"), None: Text("· not yet", style="dim")}[
+                in_call
+            ]
+            table.add_row(Text(name, style="bold"), mark, Text(word, style="dim"))
+        return table
+
+
+_MARKS: dict[bool | None, tuple[str, str]] = {True: ("● in the call", "bold green"), False: ("○ left", "red"), None: ("· not yet", "dim")}
+_RATIOS = {Column.SFU: 3, Column.DAEMON: 4, Column.ROOM: 4}
+
+
+def _table(outcomes: Sequence[Outcome], now: float) -> Table:
+    caption = "In the room: is the leave event there? Delay: from the SFU's word to the leave event. Restarts: after the first, which is the check."
+    table = Table(title="What became of everybody", title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    for heading in ("Who", "How it ended", "The SFU's word", "In the room", "Delay", "Member", "Restarts"):
+        table.add_column(heading, overflow="fold")
+    for one in outcomes:
+        table.add_row(*(Text(cell) for cell in _cells(one, now)))
+    return table
+
+
+def _cells(one: Outcome, now: float) -> tuple[str, ...]:
+    how = one.person.how if one.acted or one.person.act is None else "still in the call at the end"
+    if not one.person.leaves or one.left_at is None:
+        due, restarts = one.restarts_due(now), max(0, one.restarts - 1)
+        word = "has not noticed yet" if one.person.leaves and one.acted else one.reason or "–"
+        member = "yes" if one.in_call and one.announced_once else "NO"
+        return one.person.name, how, word, "–", "–", member, f"{restarts} (due: {due})" if due else str(restarts)
+    found = "NO" if one.leave_at is None else "yes"
+    after = "–" if one.delay is None else f"{max(0.0, one.delay):.1f} s"
+    return one.person.name, how, one.reason, found, after, "YES" if one.in_call else "no", str(max(0, one.restarts - 1))

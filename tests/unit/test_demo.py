@@ -1,0 +1,51 @@
+"""The demonstration's beginning, its lines, and what it says where Synapse is missing."""
+
+import pytest
+from sfu_delegate import demo
+from sfu_delegate.demo.screen import Column, Screen
+from sfu_delegate.demo.story import CAST, Outcome
+
+
+def outcome(number: int, *, in_call: bool) -> Outcome:
+    person = CAST[number]
+    return Outcome(person, True, 100.0, None if in_call else 110.0, "" if in_call else "SIGNAL_CLOSE", None, in_call, in_call, 2, True, "", in_call)
+
+
+def test_without_synapse_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A clear sentence, the remedy, exit code 1, and no traceback."""
+    monkeypatch.setattr("sfu_delegate.demo.synapse.installed", lambda: False)
+    assert demo.run(synapse=True, seconds=None, plain=True) == 1
+    said = capsys.readouterr().err
+    assert "matrix-synapse is not installed" in said
+    assert "sfu-delegate demo --no-synapse" in said
+
+
+def test_plain_lines_name_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal, every line begins with its time and its speaker, and brackets in it mean themselves."""
+    with Screen(plain=True) as screen:
+        screen.begin(50)
+        screen.say(Column.SFU, "anna [joined]")
+    assert capsys.readouterr().out.split() == ["0.0", "s", "SFU", "anna", "[joined]"]
+
+
+def test_only_changes_of_the_room_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody who is still in the call makes no new line; somebody who has left makes one."""
+    with Screen(plain=True) as screen:
+        screen.members({"anna": (None, "")})
+        screen.members({"anna": (True, "")})
+        screen.members({"anna": (True, "restarted 1 times")})
+        screen.members({"anna": (False, "2.0 s after the SFU's word")})
+    lines = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["anna is in the call", "anna has left the call (2.0 s after the SFU's word)"]
+
+
+def test_the_summary_shows_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everybody has a row, every fault a line, and the verdict is plain."""
+    with Screen(plain=True) as screen:
+        screen.summary([outcome(0, in_call=True), outcome(2, in_call=False)], 130.0, ["ben: the leave event is not in the room"], 0)
+    out = capsys.readouterr().out
+    rows = {cells[1]: cells for line in out.splitlines() if line.startswith("│") and (cells := [cell.strip() for cell in line.split("│")])}
+    assert (rows["anna"][6], rows["anna"][7]) == ("yes", "1 (due: 1)")
+    assert (rows["ben"][4], rows["ben"][5]) == ("NO", "–")
+    assert "missing: ben: the leave event is not in the room" in out
+    assert "Not everything is as it must be." in out
