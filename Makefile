@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check lint types layers format unit bench lock clean
+.PHONY: help install demo test test-all check lint types layers format unit bench docs lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,11 @@ unit: $(VENV)/.test ## the tests only (ARGS="-k webhook" chooses)
 
 bench: $(VENV)/.test ## the engine benchmark: µs per input by batch size and number of rows
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+docs: $(VENV)/.test ## write what is generated: the example configuration, the references, the diagram
+	$(BIN)/sfu-delegate example-config > config/sfu-delegate.yaml
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sfu_delegate.delegation.diagram
 
 format: $(VENV)/.test ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -476,7 +476,7 @@ class Engine:
             raise TooMany(
                 "delegations.max_per_participant",
                 most,
-                f"This participant has {most} delegations already that the homeserver has not confirmed yet. Withdraw one of them, or try again later.",
+                f"This participant has {most} delegations already that its homeserver has not confirmed yet. Withdraw one, or try again later.",
             )
         most = self.limits.max_per_homeserver
         if self._open[accept.homeserver] + work.opened[accept.homeserver] + len(accept.events) > most:
