@@ -1,0 +1,262 @@
+"""Plain data against the model: all that is wrong with single values, then what is wrong between keys, each with what to do.
+
+It must never stop at the first mistake, and never show a value of a key that may hold a secret, or that is unknown.
+"""
+
+import base64
+import binascii
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from typing import Any, Final, Literal, cast, get_args, get_origin
+
+import yaml
+from pydantic import BeforeValidator, ValidationError
+from pydantic_core import ErrorDetails
+
+from sfu_delegate.config.model import Config, all_keys, type_at
+from sfu_delegate.config.problems import HIDDEN, NOT_SET, KeyPath, Problem, dotted, kind_of, place_of, related
+from sfu_delegate.config.values import DURATION_REMEDY, SIZE_REMEDY, format_duration, format_size, read_duration, read_size
+from sfu_delegate.delegation.policy import DEPARTURES
+
+
+def validate(data: dict[str, Any], problems: list[Problem], where: Mapping[KeyPath, str]) -> tuple[Config | None, list[KeyPath]]:
+    """The configuration without what is wrong in it, and the paths of what was left out, so that the rest can be checked as well."""
+    pruned: list[KeyPath] = []
+    for _round in range(8):
+        try:
+            return Config.model_validate(data), pruned
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+        for detail in details:
+            path = tuple(part for part in detail["loc"] if part != "[key]")
+            if not any(related(path, other) for other in pruned):
+                problems.append(_explain(detail, path, where))
+        for detail in details:
+            path = tuple(part for part in detail["loc"] if part != "[key]")
+            cut = path[:-1] if detail["type"] == "missing" or any(p == path for p in pruned) else path
+            data = _without(data, cut)
+            pruned.append(cut)
+    return None, pruned
+
+
+def _without(data: Any, path: KeyPath) -> Any:
+    if not path:
+        return {}
+    first, rest = path[0], path[1:]
+    if isinstance(data, dict) and first in data:
+        if not rest:
+            return {key: value for key, value in data.items() if key != first}
+        return {**data, first: _without(data[first], rest)}
+    if isinstance(data, list) and isinstance(first, int) and first < len(data):
+        if rest and isinstance(data[first], dict):
+            return [*data[:first], _without(data[first], rest), *data[first + 1 :]]
+        if isinstance(data[first], dict) or any(isinstance(item, dict) for item in data):
+            # The others keep their numbers, by which problems name them.
+            return [*data[:first], {"name": f"left-out-{first}.invalid"}, *data[first + 1 :]]
+        return []
+    return {} if isinstance(data, dict) and not data else None
+
+
+def _explain(detail: ErrorDetails, path: KeyPath, where: Mapping[KeyPath, str]) -> Problem:
+    kind, found = detail["type"], type_at(path)
+    context = detail.get("ctx", {})
+    value, remedy = _shown(path, detail.get("input")), _expected(path)
+    match kind:
+        case "missing":
+            value, problem = NOT_SET, "is required"
+        case "extra_forbidden":
+            value, problem, remedy = HIDDEN, "is not a key that exists here", _did_you_mean(path)
+        case "sfu_delegate":
+            problem, remedy = str(context.get("problem")), str(context.get("remedy")) or remedy
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+            bound = next((f"{words[name]} {_bound(path, context[name])}" for name in words if name in context), "in its range")
+            problem = f"must be {bound}"
+        case "enum" | "literal_error":
+            problem = "is not one of the words for this"
+        case _ if found.kind in ("section", "map"):
+            problem = "must be keys with values"
+        case _ if found.kind == "list":
+            problem = "must be a list"
+        case _:
+            problem = {"int": "must be a whole number", "float": "must be a number", "bool": "must be true or false", "path": "must be a path"}.get(
+                kind.partition("_")[0], "must be a text" if kind.startswith("string") else "is not a valid value"
+            )
+    return Problem(dotted(path), value, problem, remedy, place_of(path, where))
+
+
+def _shown(path: KeyPath, value: object) -> str:
+    """A value as a problem may show it: only of keys that are known to hold no secret."""
+    found = type_at(path)
+    if found.secret or found.kind == "unknown":
+        return HIDDEN
+    if found.kind != "scalar" or not isinstance(value, str | int | float):
+        return kind_of(value)
+    text = value if isinstance(value, str) else yaml.safe_dump(value).partition("\n")[0]
+    text = re.sub(r"//[^/@]*@", f"//{HIDDEN}@", text)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return (text if len(text) <= 100 else text[:99] + "…") or '""'
+
+
+def _bound(path: KeyPath, bound: object) -> str:
+    match _unit_of(path):
+        case "duration":
+            return format_duration(float(cast(float, bound)))
+        case "size":
+            return format_size(int(cast(int, bound)))
+        case _:
+            return f"{bound}"
+
+
+def _unit_of(path: KeyPath) -> Literal["duration", "size", ""]:
+    found = type_at(path)
+    metadata: Iterable[object] = found.field.metadata if found.field else ()
+    functions = {m.func for m in metadata if isinstance(m, BeforeValidator)}
+    return "duration" if read_duration in functions else "size" if read_size in functions else ""
+
+
+def _expected(path: KeyPath) -> str:
+    """What may stand at a key, for somebody who wrote something else."""
+    found = type_at(path)
+    match found.kind:
+        case "section":
+            names = ", ".join(found.type.model_fields)
+            return f"write its keys below it, indented: {names}"
+        case "map":
+            return "write a name and its value a line, indented below it"
+        case "list":
+            return "write its items below it, each with a dash, or [one, two]"
+        case "unknown":
+            return "see the output of example-config"
+    match _unit_of(path):
+        case "duration":
+            return DURATION_REMEDY
+        case "size":
+            return SIZE_REMEDY
+    if found.secret:
+        return "put the secret here, in quotes, or into the environment or a file"
+    if found.type is bool:
+        return "write true or false"
+    if isinstance(found.type, type) and issubclass(found.type, StrEnum):
+        return f"write one of: {', '.join(found.type)}"
+    if get_origin(found.type) is Literal:
+        return f"write one of: {', '.join(get_args(found.type))}"
+    if found.field and found.field.examples:
+        return f"such as {found.field.examples[0]}"
+    if found.field and not found.field.is_required() and isinstance(found.field.default, str | int | float):
+        return f"the default is {found.field.default}"
+    return "see the output of example-config"
+
+
+def _did_you_mean(path: KeyPath) -> str:
+    name, parent = str(path[-1]), type_at(path[:-1])
+    names = list(parent.type.model_fields) if parent.kind == "section" else []
+    if close := difflib.get_close_matches(name.lower().replace("-", "_"), names, 1, 0.6):
+        return f"did you mean {close[0]}?"
+    if elsewhere := [".".join(keys) for keys in all_keys() if keys[-1] == name]:
+        return f"there is {' and '.join(elsewhere)}: put it there"
+    return f"remove it; the keys here are {', '.join(names)}" if names else "remove it"
+
+
+_SFU_NAME: Final = re.compile(r"[a-z](?:[a-z0-9-]|_(?!_)){0,62}", re.ASCII)
+
+
+def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...]]]:
+    """What is wrong between keys, each with the keys that it depends on."""
+
+    def one(path: KeyPath, value: str, problem: str, remedy: str, *also: KeyPath) -> tuple[Problem, tuple[KeyPath, ...]]:
+        return Problem(dotted(path), value, problem, remedy), (path, *also)
+
+    if not config.sfus:
+        yield one(("sfus",), NOT_SET, "is required: without an SFU there is nobody to watch", "name one, with its url and its keys")
+    if not config.homeservers:
+        yield one(("homeservers",), NOT_SET, "is required: without a homeserver nobody may delegate", "name one: `- name: example.org`")
+
+    encryption = config.encryption
+    keys: KeyPath = ("encryption", "keys")
+    for number, fernet in enumerate(encryption.keys):
+        if not _is_fernet_key(fernet.get_secret_value()):
+            command = "python3 -c 'import base64, os; print(base64.urlsafe_b64encode(os.urandom(32)).decode())'"
+            yield one((*keys, number), HIDDEN, "is not a Fernet key (32 bytes in base64url)", f"make one: {command}", ("encryption", "keys_file"))
+
+    owners: dict[str, str] = {}
+    for name, sfu in config.sfus.items():
+        at: KeyPath = ("sfus", name)
+        if not _SFU_NAME.fullmatch(name):
+            remedy = "use lower-case letters, digits, - and _, a letter first, 63 at most"
+            yield one(at, "", "is not a name for an SFU", remedy)
+        if not sfu.keys:
+            yield one((*at, "keys"), NOT_SET, "is required", "give `keys` as in LiveKit's configuration, or its `key_file`", (*at, "key_file"))
+        if sfu.api_key is not None and sfu.keys and sfu.api_key not in sfu.keys:
+            yield one((*at, "api_key"), sfu.api_key, "is not among this SFU's keys", f"one of: {', '.join(sfu.keys)}", (*at, "keys"))
+        for key in sfu.keys:
+            if key in owners:
+                remedy = "give each SFU a key of its own: it tells which SFU a webhook comes from"
+                yield one((*at, "keys", key), HIDDEN, f"is also a key of {owners[key]}", remedy, ("sfus", owners[key], "keys"))
+            owners.setdefault(key, name)
+        if sfu.request_timeout >= config.actions.lease:
+            yield one(
+                (*at, "request_timeout"),
+                format_duration(sfu.request_timeout),
+                f"must be less than actions.lease ({format_duration(config.actions.lease)})",
+                "shorten it, or lengthen the lease",
+                ("actions", "lease"),
+            )
+
+    names: dict[str, int] = {}
+    for number, homeserver in enumerate(config.homeservers):
+        at = ("homeservers", number)
+        if homeserver.name in names:
+            first = names[homeserver.name]
+            yield one((*at, "name"), homeserver.name, f"is there twice, first as homeservers[{first}]", "keep one", ("homeservers", first))
+        names.setdefault(homeserver.name, number)
+        if "*" in homeserver.name and homeserver.url is None and (homeserver.as_token or homeserver.as_token_file):
+            yield one(
+                (*at, "as_token"),
+                HIDDEN,
+                "would be sent to whatever server the discovery leads to, as name is a pattern",
+                "give the url, or name the one homeserver",
+                (*at, "name"),
+                (*at, "url"),
+                (*at, "as_token_file"),
+            )
+
+    for reason in config.departures:
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}|\d{1,6}", reason, re.ASCII):
+            yield one(("departures", reason), "", "is not the name of a disconnect reason", f"one of: {', '.join(DEPARTURES)}")
+
+    for low, high in (
+        (("delegations", "min_delay"), ("delegations", "max_delay")),
+        (("actions", "retry_first"), ("actions", "retry_most")),
+        (("presence", "look_again"), ("presence", "look_again_most")),
+        (("timeouts", "connect"), ("timeouts", "request")),
+    ):
+        least, most = (getattr(getattr(config, section), key) for section, key in (low, high))
+        if least > most:
+            yield one(low, format_duration(least), f"must be at most {dotted(high)} ({format_duration(most)})", "swap or change them", high)
+    if config.timeouts.request >= config.actions.lease:
+        yield one(
+            ("timeouts", "request"),
+            format_duration(config.timeouts.request),
+            f"must be less than actions.lease ({format_duration(config.actions.lease)}), or an action could be done twice",
+            "shorten it, or lengthen the lease",
+            ("actions", "lease"),
+        )
+    if config.restart.spread >= config.restart.at:
+        problem = f"must be less than restart.at ({config.restart.at})"
+        yield one(("restart", "spread"), str(config.restart.spread), problem, "0.1 is usual", ("restart", "at"))
+    if list(config.presence.first_looks) != sorted(config.presence.first_looks):
+        yield one(("presence", "first_looks"), "", "must be in ascending order", "such as [1s, 3s, 8s, 20s, 45s]")
+    same = (config.listen.host, config.listen.port) == (config.admin.host, config.admin.port)
+    if same and config.listen.port:
+        value = f"{config.admin.host}:{config.admin.port}"
+        yield one(("admin", "port"), value, "is the address of listen, too", "give each its own port", ("listen",), ("admin",))
+
+
+def _is_fernet_key(key: str) -> bool:
+    try:
+        return len(base64.b64decode(key.encode("ascii"), altchars=b"-_", validate=True)) == 32
+    except (binascii.Error, ValueError):
+        return False

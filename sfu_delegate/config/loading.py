@@ -1,0 +1,363 @@
+"""From a YAML file, the environment laid over it and the files that hold secrets to a checked Config, or to all problems at once.
+
+It must never read the process's environment by itself, and never quote what a file or a variable holds where that may be a secret.
+"""
+
+import difflib
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, cast
+
+import yaml
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
+
+from sfu_delegate.config.checking import contradictions, validate
+from sfu_delegate.config.model import Config, Homeserver, Sfu, type_at
+from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, KeyPath, Problem, dotted, kind_of, located, place_of, related, unique
+
+PREFIX: Final = "SFU_DELEGATE_"
+_MOST_FILE_BYTES: Final = 4 * 1024 * 1024
+
+
+def load(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Read and check a file, with the environment laid over it. Raises ConfigInvalid with all problems."""
+    text, problems = _read_text(path, "", "the configuration file")
+    if text is None:
+        raise ConfigInvalid(problems)
+    parsed = _parse(text)
+    if parsed.data is _NOTHING:
+        raise ConfigInvalid(parsed.problems)
+    config = from_mapping(parsed.data, environ, lines=parsed.lines, before=parsed.problems)
+    inline = [f"sfus.{name}.keys" for name, sfu in config.sfus.items() if sfu.keys and sfu.key_file is None]
+    inline += [f"homeservers[{i}].as_token" for i, h in enumerate(config.homeservers) if h.as_token and h.as_token_file is None]
+    inline += ["encryption.keys"] if config.encryption.keys and config.encryption.keys_file is None else []
+    if inline and _world_readable(path):
+        config._risks += (
+            Problem("", str(path), f"holds secrets ({', '.join(inline)}) and every user of this machine may read it", f"chmod o= {path}"),
+        )
+    return config
+
+
+def from_mapping(
+    data: object,
+    environ: Mapping[str, str] = MappingProxyType({}),
+    *,
+    lines: Mapping[KeyPath, int] = MappingProxyType({}),
+    before: Sequence[Problem] = (),
+) -> Config:
+    """Check plain data, with the environment laid over it. Raises ConfigInvalid with all problems, those from `before` included.
+
+    `lines` gives the line of each key in the file, for the problems.
+    """
+    problems = list(before)
+    where: dict[KeyPath, str] = {path: f"line {line}" for path, line in lines.items()}
+    try:
+        plain = _plain(data, (), frozenset(), problems, where)
+    except RecursionError:
+        raise ConfigInvalid([*problems, Problem("", "", "is nested too deeply", "write it as in the example-config")]) from None
+    if plain is None:
+        plain = {}
+    if not isinstance(plain, dict):
+        raise ConfigInvalid([*problems, Problem("", kind_of(plain), "must be keys with values", "begin with the output of example-config")])
+    plain, risks = _overlay(plain, environ, problems, where)
+    config, pruned = validate(plain, problems, where)
+    if config is not None:
+        config = _read_secrets(config, problems, risks, pruned, where)
+        for problem, involved in contradictions(config):
+            if not any(related(one, other) for one in involved for other in pruned):
+                problems.append(located(problem, involved[0], where))
+    if problems or config is None:
+        raise ConfigInvalid(unique(problems))
+    config._risks = tuple(risks)
+    return config
+
+
+def _read_text(path: Path, key: str, what: str) -> tuple[str | None, list[Problem]]:
+    remedy = "check the path, and that the daemon's user may read it"
+    if not key:
+        remedy += "; `sfu-delegate example-config` prints a file to begin with"
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_FILE_BYTES + 1)
+        if len(content) > _MOST_FILE_BYTES:
+            return None, [Problem(key, str(path), f"{what} is larger than 4 MiB", "check the path")]
+        return content.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        return None, [Problem(key, str(path), f"{what} is not UTF-8 text", "check that it is the right file, and save it as UTF-8")]
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not a path"
+        return None, [Problem(key, str(path), f"{what} cannot be read: {reason}", remedy)]
+
+
+def _world_readable(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:
+        return False
+
+
+class _Nothing:
+    """The file could not be parsed."""
+
+
+_NOTHING: Final = _Nothing()
+
+
+class _Parsed(NamedTuple):
+    data: object
+    lines: dict[KeyPath, int]
+    problems: list[Problem]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: a secret or a name that looks like one stays a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse(text: str, key: str = "") -> _Parsed:
+    lines: dict[KeyPath, int] = {}
+    problems: list[Problem] = []
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return _Parsed(None, {}, [])
+            _index(node, (), lines, problems, frozenset())
+            return _Parsed(loader.construct_document(node), lines, problems)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        # PyYAML quotes what it stumbled over, which may be part of a secret.
+        said = re.sub(r"(['\"])(?![<\[{,:?\]}>-])[^'\"]{2,}\1", HIDDEN, error.problem or "it cannot be read")
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = Problem(key, "", f"is not YAML: {said}", "check the indentation, quotes and colons there", where)
+    except RecursionError:
+        problem = Problem(key, "", "is nested too deeply", "write it as in the example-config")
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
+        # What PyYAML raises for characters that are not allowed, and for values that contradict their tag (`!!int x`).
+        problem = Problem(key, "", "is not YAML that can be read", "remove control characters and tags (words that begin with !)")
+    return _Parsed(_NOTHING, lines, [*problems, problem])
+
+
+def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], above: frozenset[int]) -> None:
+    """Note the line of each key, and report keys that are there twice, of which YAML silently takes the last."""
+    if id(node) in above:
+        return
+    above |= {id(node)}
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for name, value in node.value:
+            if not isinstance(name, yaml.ScalarNode) or name.value == "<<":
+                continue
+            line = name.start_mark.line + 1
+            inner = (*path, name.value)
+            if name.value in seen:
+                problems.append(Problem(dotted(inner), "", f"is there twice, first in line {seen[name.value]}", "keep one of them", f"line {line}"))
+            seen.setdefault(name.value, line)
+            lines[inner] = line
+            _index(value, inner, lines, problems, above)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            lines[(*path, number)] = value.start_mark.line + 1
+            _index(value, (*path, number), lines, problems, above)
+
+
+def _plain(data: object, path: KeyPath, above: frozenset[int], problems: list[Problem], where: Mapping[KeyPath, str]) -> Any:
+    """The same data, made of dict with text keys, list and scalars only."""
+    if isinstance(data, Mapping | list | tuple | set | frozenset):
+        if id(data) in above:
+            problems.append(Problem(dotted(path), "", "contains itself", "write it without the alias (*)", place_of(path, where)))
+            return None
+        above |= {id(data)}
+    if isinstance(data, Mapping):
+        result: dict[str, Any] = {}
+        for key, value in data.items():
+            if isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool)):
+                result[str(key)] = _plain(value, (*path, str(key)), above, problems, where)
+            else:
+                problems.append(
+                    Problem(dotted(path), "", f"has a key that is not a text, but {kind_of(key)}", "put the key into quotes", place_of(path, where))
+                )
+        return result
+    if isinstance(data, list | tuple):
+        return [_plain(value, (*path, number), above, problems, where) for number, value in enumerate(data)]
+    return data
+
+
+class _Environment(EnvSettingsSource):
+    """What one variable says, as nested data. Names are matched in any case, except for API keys, which have one."""
+
+    def __init__(self, name: str, value: str) -> None:
+        self._only = {re.sub(r"(?i)^(.+?)(__keys__.+)?$", lambda m: m[1].lower() + "__keys__" + m[2][8:] if m[2] else m[1].lower(), name): value}
+        super().__init__(
+            # Only the model's fields are asked for: it need not be one that reads the environment whenever it is made.
+            cast("type[BaseSettings]", Config),
+            case_sensitive=False,
+            env_prefix=PREFIX,
+            env_nested_delimiter="__",
+        )
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return self._only
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002
+        parsed = _parse(str(value))
+        if parsed.data is _NOTHING:
+            raise ValueError("not YAML")
+        odd: list[Problem] = []
+        plain = _plain(parsed.data, (), frozenset(), odd, {})
+        if odd:
+            raise ValueError("not plain data")
+        return plain
+
+
+# Kubernetes puts these into every container of a namespace with a service named sfu-delegate.
+_KUBERNETES: Final = re.compile(r"SFU_DELEGATE_(?:SERVICE_.*|PORT(?:_\d+_(?:TCP|UDP).*)?)")
+_NOT_KEYS: Final = frozenset({"SFU_DELEGATE_CONFIG"})
+
+
+def _overlay(
+    data: dict[str, Any], environ: Mapping[str, str], problems: list[Problem], where: dict[KeyPath, str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    risks: list[Problem] = []
+    for name in sorted(environ, key=lambda n: (n.count("__"), n)):  # whole sections first, then what is in them
+        if not name.upper().startswith(PREFIX) or name.upper() in _NOT_KEYS or _KUBERNETES.fullmatch(name):
+            continue
+        try:
+            said = _Environment(name, environ[name])()
+        except (SettingsError, ValueError):
+            remedy = "give a YAML or JSON value, such as {key: value} or [one, two]"
+            problems.append(Problem(_env_key(name), HIDDEN, "is not YAML that can be read", remedy, name))
+            continue
+        if not said:
+            first = name[len(PREFIX) :].lower().split("__", maxsplit=1)[0]
+            close = difflib.get_close_matches(first, Config.model_fields, 1)
+            meant = f"did you mean {PREFIX}{close[0].upper()}…? " if close else ""
+            risks.append(Problem(name, "", "is no key of the configuration, and was ignored", f"{meant}sections are followed by two underscores"))
+            continue
+        plain = _nothing_is_null(_plain(said, (), frozenset(), problems, {}))
+        _mark(plain, (), name, where)
+        data = _merge(data, plain, (), name, problems)
+    return data, risks
+
+
+def _nothing_is_null(data: Any) -> Any:
+    """An environment variable is always a text; "null" takes a key away, as in the file."""
+    if isinstance(data, dict):
+        return {key: _nothing_is_null(value) for key, value in data.items()}
+    return None if data == "null" else data
+
+
+def _env_key(name: str) -> str:
+    return name[len(PREFIX) :].lower().replace("__", ".")
+
+
+def _mark(data: object, path: KeyPath, name: str, where: dict[KeyPath, str]) -> None:
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            _mark(value, (*path, int(key) if _is_index(path, key) else key), name, where)
+    elif path:
+        where[path] = name
+
+
+def _is_index(path: KeyPath, key: str) -> bool:
+    return bool(path) and key.isdecimal() and key.isascii() and type_at(path).kind == "list"
+
+
+def _merge(base: Any, over: Any, path: KeyPath, name: str, problems: list[Problem]) -> Any:
+    """`over` laid over `base`: keys one by one, lists by their numbers."""
+    if not isinstance(over, dict):
+        return over
+    if type_at(path).kind == "list":
+        items = list(base) if isinstance(base, list) else []
+        for key, value in over.items():
+            if not key.isdecimal() or not key.isascii() or len(key) > 6 or int(key) > len(items):
+                remedy = f"use a number from 0 to {len(items)}: a list's items are numbered from 0, and a new one comes next"
+                problems.append(Problem(dotted(path), "", "is a list, and this is not the number of one of its items", remedy, name))
+                continue
+            number = int(key)
+            items[number : number + 1] = [_merge(items[number] if number < len(items) else None, value, (*path, number), name, problems)]
+        return items
+    if not isinstance(base, dict):
+        base = {}
+    return {**base, **{key: _merge(base.get(key), value, (*path, key), name, problems) for key, value in over.items()}}
+
+
+def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem], pruned: list[KeyPath], where: Mapping[KeyPath, str]) -> Config:
+    """The same configuration with the content of its secret files. What cannot be read is a problem, and counts as pruned."""
+
+    def read(path: Path, key: KeyPath, what: str) -> str | None:
+        text, wrong = _read_text(path, dotted(key), what)
+        problems.extend(located(problem, key, where) for problem in wrong)
+        if text is None:
+            pruned.append(key[:-1])
+        elif _world_readable(path):
+            risks.append(Problem(dotted(key), str(path), "every user of this machine may read this secret", f"chmod o= {path}"))
+        return text
+
+    def empty(key: KeyPath, path: Path, what: str, remedy: str) -> None:
+        problems.append(Problem(dotted(key), str(path), what, remedy, place_of(key, where)))
+        pruned.append(key[:-1])
+
+    def both(inline: KeyPath, file: str) -> None:
+        remedy = f"keep one of the two; {inline[-1]}: null in the file, or in the environment, takes it away"
+        problems.append(Problem(dotted(inline), HIDDEN, f"is given here, and {file} as well", remedy, place_of(inline, where)))
+
+    encryption = config.encryption
+    if encryption.keys_file is not None and encryption.keys:
+        both(("encryption", "keys"), "keys_file")
+    elif encryption.keys_file is not None:
+        at: KeyPath = ("encryption", "keys_file")
+        path = encryption.keys_file
+        if (text := read(path, at, "the key file")) is not None:
+            found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            encryption = encryption.model_copy(update={"keys": tuple(SecretStr(key) for key in found)})
+            if not found:
+                empty(at, path, "holds no key", "write one Fernet key a line")
+
+    sfus: dict[str, Sfu] = {}
+    for name, sfu in config.sfus.items():
+        sfus[name], at = sfu, ("sfus", name, "key_file")
+        if sfu.key_file is None:
+            continue
+        if sfu.keys:
+            both(("sfus", name, "keys"), "key_file")
+            continue
+        if (text := read(sfu.key_file, at, "the key file")) is not None:
+            parsed = _parse(text).data
+            pairs = parsed if isinstance(parsed, dict) else {}
+            if pairs and all(isinstance(k, str) and k and isinstance(s, str) and s.strip() for k, s in pairs.items()):
+                sfus[name] = sfu.model_copy(update={"keys": {key: SecretStr(secret.strip()) for key, secret in pairs.items()}})
+            else:
+                empty(at, sfu.key_file, "is not a key file of LiveKit's", "write one `key: secret` a line, with a space behind the colon")
+
+    homeservers: list[Homeserver] = []
+    for number, homeserver in enumerate(config.homeservers):
+        homeservers.append(homeserver)
+        at = ("homeservers", number, "as_token_file")
+        if homeserver.as_token_file is not None and homeserver.as_token is not None:
+            both(("homeservers", number, "as_token"), "as_token_file")
+        elif homeserver.as_token_file is not None:
+            text = read(homeserver.as_token_file, at, "the token's file")
+            if text is not None and text.strip():
+                homeservers[-1] = homeserver.model_copy(update={"as_token": SecretStr(text.strip())})
+            elif text is not None:
+                empty(at, homeserver.as_token_file, "is empty", "put the token into it")
+        if homeserver.ca_file is not None:
+            at = ("homeservers", number, "ca_file")
+            _, wrong = _read_text(homeserver.ca_file, dotted(at), "the certificate file")
+            problems.extend(located(problem, at, where) for problem in wrong)
+
+    return config.model_copy(update={"encryption": encryption, "sfus": sfus, "homeservers": tuple(homeservers)})

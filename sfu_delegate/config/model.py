@@ -1,0 +1,420 @@
+"""The sections of the file and their defaults, and what the model says of a key.
+
+The descriptions are also the comments of `config/sfu-delegate.yaml`, which `example` writes: change them here. Nothing here may read a file or the
+environment, and a secret must never be shown in a repr.
+"""
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic.fields import FieldInfo
+
+from sfu_delegate.config.problems import KeyPath, Problem
+from sfu_delegate.config.values import (
+    Count,
+    DatabaseUrl,
+    Duration,
+    Fraction,
+    HomeserverName,
+    HomeserverUrl,
+    Host,
+    Origin,
+    Port,
+    Secret,
+    SfuUrl,
+    Size,
+)
+from sfu_delegate.delegation.policy import DEPARTURES, OTHER, Departure, Policy, Unasked
+
+EXAMPLE_SECRET: Final = "put-the-secret-of-this-key-here-"  # noqa: S105 (it is no secret, and a warning says so)
+
+
+class Level(StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+_POLICY: Final = Policy()
+
+
+class Section(BaseModel):
+    """Part of the file. A key without a value (YAML's null) counts as not given, so that a section may be all comments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_given(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        return data
+
+
+class Listen(Section):
+    """The public listener."""
+
+    host: Host = Field("127.0.0.1", description="Address to listen on. It speaks plain HTTP, so keep it behind your reverse proxy.")
+    port: Port = Field(8080, description="Port to listen on.")
+
+
+class Admin(Section):
+    """The listener for operators."""
+
+    host: Host = Field("127.0.0.1", description="Address to listen on. There is no password: never make it reachable from outside.")
+    port: Port = Field(8081, description="Port to listen on.")
+
+
+class Encryption(Section):
+    """Keys for what is secret in the database."""
+
+    keys: tuple[Secret, ...] = Field(
+        (),
+        description="Fernet keys (32 bytes in base64url): the first encrypts, all decrypt. To change the key, put a new one in front.",
+    )
+    keys_file: Path | None = Field(None, description="The same in a file, one key a line.", examples=["/etc/sfu-delegate/encryption-keys"])
+
+
+class Sfu(Section):
+    """One LiveKit server, or one cluster of them."""
+
+    url: SfuUrl = Field(
+        description="The SFU's URL, as clients use it and as it is handed to them, to the letter.", examples=["wss://sfu.example.org"]
+    )
+    keys: dict[str, Secret] = Field(
+        {},
+        description="API keys and their secrets: the `keys:` of LiveKit's own configuration. They prove webhooks and participants' tokens. "
+        "No two SFUs may share a key: it tells which SFU a webhook comes from.",
+        examples=[{"APIexample": EXAMPLE_SECRET}],
+    )
+    key_file: Path | None = Field(
+        None, description="LiveKit's own `key_file`, in place of `keys`: YAML with one `key: secret` a line.", examples=["/etc/livekit/keys.yaml"]
+    )
+    api_key: str | None = Field(None, description="Which of the keys asks the SFU who is in a room. Not set: the first one.", examples=["APIexample"])
+    request_timeout: Duration = Field(5.0, gt=0, le=60, description="How long the SFU may take to answer.")
+    in_flight: Count = Field(4, ge=1, le=1000, description="How many questions to this SFU may be open at the same time.")
+
+
+class Homeserver(Section):
+    """One homeserver, or a pattern of them, whose users may delegate."""
+
+    name: HomeserverName = Field(
+        description="Server name (what stands behind the colon of @user:example.org), a pattern such as '*.example.org', or '*' for all. "
+        "The most exact entry counts.",
+        examples=["example.org"],
+    )
+    url: HomeserverUrl | None = Field(
+        None,
+        description="Client-server URL. Not set: found by https://<name>/.well-known/matrix/client, as clients do.",
+        examples=["https://matrix.example.org"],
+    )
+    as_token: Secret | None = Field(
+        None,
+        description="Token of an application service that is registered there with `rate_limited: false`. Without it, Synapse allows the "
+        "daemon only 1 action a second for all its users together.",
+    )
+    as_token_file: Path | None = Field(None, description="The same in a file.", examples=["/etc/sfu-delegate/as-token"])
+    ca_file: Path | None = Field(
+        None, description="Certificates (PEM) to trust for it, in place of the system's.", examples=["/etc/ssl/private-ca.pem"]
+    )
+    in_flight: Count = Field(16, ge=1, le=1000, description="How many requests may be open there at the same time.")
+    allow_private_addresses: bool = Field(
+        False,
+        description="May discovery lead to a private or loopback address? A URL that is written here is always reached.",
+    )
+
+
+class DepartureRule(Section):
+    """How a departure with one reason is checked."""
+
+    look_after: Duration = Field(le=3600, description="Time until the SFU is asked whether the participant is back; 0s: believed at once.")
+    unasked: Unasked = Field(description="What counts while the SFU cannot be asked: gone, connected, or after (gone, after `unasked_after`).")
+    unasked_after: Duration = Field(Departure(0, Unasked.GONE).unasked_after, le=86400, description="For `unasked: after`.")
+
+    def departure(self) -> Departure:
+        """The same in the words of the rules."""
+        return Departure(self.look_after, self.unasked, self.unasked_after)
+
+
+def _departures(data: Any) -> Any:
+    """What is given for a reason is laid over its default, and reasons that are not given keep theirs."""
+    if not isinstance(data, Mapping):
+        return data
+    given: dict[Any, Any] = {key.upper() if isinstance(key, str) else key: value for key, value in data.items()}
+    rules: dict[Any, Any] = {reason: _rule(DEPARTURES[reason]) for reason in DEPARTURES}
+    for reason, value in given.items():
+        if isinstance(value, Mapping):
+            default = DEPARTURES.get(reason, DEPARTURES[OTHER])
+            rules[reason] = {**_rule(default), **{k: v for k, v in value.items() if v is not None}}
+        elif value is not None:
+            rules[reason] = value
+    return rules
+
+
+def _rule(departure: Departure) -> dict[str, Any]:
+    return {"look_after": departure.look_after, "unasked": departure.unasked, "unasked_after": departure.unasked_after}
+
+
+class Presence(Section):
+    """When is a participant gone?"""
+
+    join_timeout: Duration = Field(
+        _POLICY.join_timeout,
+        gt=0,
+        description="How long a participant that delegated may take to appear in the call, counted from its last sign of life.",
+    )
+    first_looks: tuple[Duration, ...] = Field(
+        _POLICY.first_looks, description="When to look for a participant that delegated, unless a webhook has announced it."
+    )
+    unseen_departure: Duration = Field(
+        _POLICY.unseen_departure, description="The least wait for a look when a participant leaves that was never seen under this delegation."
+    )
+    joining_limit: Duration = Field(
+        _POLICY.joining_limit, gt=0, description="How long somebody may be seen joining, but not joined, before that counts as absent."
+    )
+    look_again: Duration = Field(_POLICY.look_again, gt=0, description="Between looks that could not decide; doubled with each look that fails.")
+    look_again_most: Duration = Field(_POLICY.look_again_most, gt=0, description="… up to this.")
+    look_gap: Duration = Field(_POLICY.look_gap, description="The least time between two looks at one room.")
+    settled: Duration = Field(_POLICY.settled, description="A look says nothing about what had changed less than this before it was sent.")
+    doubt: Duration = Field(
+        _POLICY.doubt,
+        description="For an SFU of several nodes: how long absences prove nothing after one of its nodes was away, since its lists are then wrong.",
+    )
+    doubt_after: Duration = Field(
+        _POLICY.doubt_after,
+        description="An old session that ends this long after the newer one joined shows that a node was away.",
+    )
+
+
+class Restart(Section):
+    """When delayed events are restarted."""
+
+    at: Fraction = Field(_POLICY.restart_at, gt=0, lt=1, description="The latest normal time of a restart, as a fraction of the event's delay.")
+    spread: Fraction = Field(
+        _POLICY.restart_spread,
+        ge=0,
+        lt=1,
+        description="Restarts come earlier by up to this fraction of the delay, so that the members of a call do not come at once.",
+    )
+
+
+class Actions(Section):
+    """How failed requests to homeservers are repeated."""
+
+    retry_first: Duration = Field(
+        _POLICY.retry_first, gt=0, description="Wait after the first failure; doubled with each further one, with some randomness."
+    )
+    retry_most: Duration = Field(_POLICY.retry_most, gt=0, description="… up to this.")
+    vanished_wait: Duration = Field(
+        _POLICY.vanished_wait,
+        gt=0,
+        description="When a homeserver no longer knows the event of somebody connected: how long until that counts as lost. Mostly the client "
+        "has just hung up, or delegates anew.",
+    )
+    lease: Duration = Field(
+        _POLICY.lease,
+        gt=0,
+        le=600,
+        description="An action whose outcome is unknown for this long is taken up again. Must be longer than any request may take.",
+    )
+
+
+class Delegations(Section):
+    """What clients may delegate."""
+
+    min_delay: Duration = Field(
+        30.0, gt=0, description="Shortest delay of an event. Each event costs a restart every 3/4 of its delay, from a rate that all share."
+    )
+    max_delay: Duration = Field(7 * 86400.0, gt=0, description="Longest delay of an event.")
+    max_events: Count = Field(8, ge=1, le=1000, description="Delayed events in one delegation.")
+    max_per_participant: Count = Field(4, ge=1, le=1000, description="Delegations of one participant whose events have not ended yet.")
+    max_per_homeserver: Count = Field(100_000, ge=1, description="Delegations of one homeserver's users.")
+    verify_timeout: Duration = Field(
+        2.0, ge=0, le=60, description="How long a client waits for the homeserver to confirm its event; later it is told `verified: false`."
+    )
+    allow_scoped_tokens: bool = Field(
+        True, description="Accept tokens that allow nothing but managing delayed events? Full access tokens are always refused."
+    )
+
+
+class Limits(Section):
+    """Limits of requests."""
+
+    body: Size = Field(64 << 10, ge=1024, le=64 << 20, description="Largest body of a request to the API.")
+    webhook_body: Size = Field(1 << 20, ge=16 << 10, le=256 << 20, description="Largest body of a webhook.")
+    inbox: Count = Field(
+        20_000, ge=100, le=10_000_000, description="Requests and webhooks that may wait for the database. Beyond that, 503: LiveKit tries again."
+    )
+
+
+class Timeouts(Section):
+    """Timeouts of requests to homeservers, and of the shutdown."""
+
+    connect: Duration = Field(5.0, gt=0, le=60, description="To connect to a homeserver.")
+    request: Duration = Field(10.0, gt=0, le=300, description="For a whole request to a homeserver, from connecting to the answer's end.")
+    shutdown: Duration = Field(10.0, ge=0, le=300, description="How long a shutdown waits for requests in flight.")
+
+
+class History(Section):
+    """What remains of delegations that are over."""
+
+    keep: Duration = Field(_POLICY.keep, description="How long finished delegations and their history are kept.")
+
+
+class Log(Section):
+    """The log."""
+
+    level: Level = Field(Level.INFO, description="debug, info, warning or error.")
+    format: Literal["auto", "json", "console"] = Field("auto", description="json, console, or auto: console on a terminal, json elsewhere.")
+
+
+class Cors(Section):
+    """Browsers' access."""
+
+    origins: tuple[Origin, ...] = Field(
+        ("*",),
+        description="Web pages that may use the API, by origin. Clients are hosted anywhere, and nothing here depends on cookies: '*' is safe.",
+    )
+
+
+def _defaults(departures: Mapping[str, Departure]) -> dict[str, DepartureRule]:
+    return {reason: DepartureRule(**_rule(departure)) for reason, departure in departures.items()}
+
+
+class Config(Section):
+    """The whole file, with the environment laid over it. Made by `load` or `from_mapping`, which check more than single values."""
+
+    listen: Listen = Field(
+        Listen(), description="Public listener: the delegation API, and LiveKit's webhooks (POST /webhooks/livekit).", validate_default=False
+    )
+    admin: Admin = Field(Admin(), description="Listener for operators: /metrics, /health/live, /health/ready.")
+    database: DatabaseUrl = Field(
+        "sqlite:///sfu-delegate.db",
+        description="Where delegations are kept: sqlite:///relative.db or sqlite:////absolute/path.db. Everything that was acknowledged is in "
+        "there, so put it on a disk that lasts.",
+    )
+    encryption: Encryption = Field(
+        Encryption(),
+        description="Encrypts clients' tokens in the database, and signs the tokens by which clients manage their delegations. Without any key "
+        "here, one is made at the first start and kept beside the database, in <database>.key.",
+    )
+    sfus: dict[str, Sfu] = Field({}, description="The LiveKit servers, by a name of your choice, which appears in metrics and logs. Required.")
+    homeservers: tuple[Homeserver, ...] = Field((), description="The homeservers whose users may delegate. Required.")
+    departures: Annotated[dict[str, DepartureRule], BeforeValidator(_departures)] = Field(
+        _defaults(DEPARTURES),
+        description="What to do when a participant left, by LiveKit's reason. A departure is a claim to be checked: after `look_after` the SFU "
+        "is asked whether the participant is back (0s: it is believed at once, and not asked). `unasked` says what counts while the SFU cannot "
+        "be asked: `gone`, `connected`, or `after`: gone when `unasked_after` has passed. Shorter times end memberships sooner, and let people "
+        "who only reconnect vanish from the call. MISSING is somebody whom the SFU no longer lists without having said why; ROOM_MISSING the "
+        "same of a whole room, as after a restart of the SFU; OTHER stands for every reason that is not named here.",
+    )
+    presence: Presence = Field(Presence(), description="How the SFU is watched.")
+    restart: Restart = Field(Restart(), description="When a connected participant's delayed events are restarted.")
+    actions: Actions = Field(Actions(), description="How requests to homeservers are repeated.")
+    delegations: Delegations = Field(Delegations(), description="What clients may delegate.")
+    limits: Limits = Field(Limits(), description="Limits of incoming requests.")
+    timeouts: Timeouts = Field(Timeouts(), description="Timeouts.")
+    history: History = Field(History(), description="What remains of delegations that are over.")
+    log: Log = Field(Log(), description="The log, written to standard error.")
+    cors: Cors = Field(Cors(), description="Which web pages may use the API from a browser.")
+
+    _risks: tuple[Problem, ...] = PrivateAttr(())
+
+    @property
+    def database_path(self) -> Path:
+        """The embedded database's file; a relative one is seen from the working directory."""
+        return Path(self.database.removeprefix("sqlite:///"))
+
+    @property
+    def key_file(self) -> Path:
+        """Where the daemon keeps its own encryption key when the configuration has none."""
+        path = self.database_path
+        return path.with_name(path.name + ".key")
+
+    def encryption_keys(self) -> tuple[str, ...]:
+        """The configured Fernet keys, the encrypting one first; empty where the daemon is to keep its own in `key_file`."""
+        return tuple(key.get_secret_value() for key in self.encryption.keys)
+
+    def policy(self) -> Policy:
+        """The part that the rules work with."""
+        return Policy(
+            departures=MappingProxyType({reason: rule.departure() for reason, rule in self.departures.items()}),
+            join_timeout=self.presence.join_timeout,
+            first_looks=self.presence.first_looks,
+            unseen_departure=self.presence.unseen_departure,
+            joining_limit=self.presence.joining_limit,
+            look_again=self.presence.look_again,
+            look_again_most=self.presence.look_again_most,
+            look_gap=self.presence.look_gap,
+            settled=self.presence.settled,
+            doubt=self.presence.doubt,
+            doubt_after=self.presence.doubt_after,
+            restart_at=self.restart.at,
+            restart_spread=self.restart.spread,
+            retry_first=self.actions.retry_first,
+            retry_most=self.actions.retry_most,
+            vanished_wait=self.actions.vanished_wait,
+            lease=self.actions.lease,
+            keep=self.history.keep,
+        )
+
+    def shown(self) -> dict[str, Any]:
+        """The effective configuration as plain data, with every secret hidden."""
+        return self.model_dump(mode="json")
+
+
+class _Type(NamedTuple):
+    kind: Literal["section", "map", "list", "scalar", "unknown"]
+    type: Any  # the section's class, or the items' or the value's type
+    secret: bool
+    field: FieldInfo | None
+
+
+def type_at(path: KeyPath) -> _Type:
+    """What the model says of a key. Walks sections, maps and lists."""
+    found = _Type("section", Config, False, None)
+    for part in path:
+        match found.kind:
+            case "section" if part in found.type.model_fields:
+                field = found.type.model_fields[part]
+                found = type_of(field.annotation, field)
+            case "map" | "list":
+                found = type_of(found.type, None)
+            case _:
+                return _Type("unknown", None, True, None)
+    return found
+
+
+def type_of(annotation: Any, field: FieldInfo | None) -> _Type:
+    """What an annotation of the model stands for; `field` is passed on."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        inner = [a for a in get_args(annotation) if a is not type(None)]
+        return type_of(inner[0], field)
+    secret = "SecretStr" in str(annotation)
+    if get_origin(annotation) is dict:
+        return _Type("map", get_args(annotation)[1], secret, field)
+    if get_origin(annotation) is tuple:
+        return _Type("list", get_args(annotation)[0], secret, field)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return _Type("section", annotation, False, field)
+    return _Type("scalar", annotation, secret, field)
+
+
+def all_keys(annotation: Any = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all keys of the model; … stands for a name or a number."""
+    found = type_of(annotation, None)
+    if found.kind == "section":
+        for name, field in found.type.model_fields.items():
+            yield (*path, name)
+            yield from all_keys(field.annotation, (*path, name))
+    elif found.kind in ("map", "list"):
+        yield from all_keys(found.type, (*path, "…"))

@@ -1,0 +1,115 @@
+"""A valid configuration, judged: what works but is risky or surely not meant, and what a running daemon can take over.
+
+Nothing here may refuse a configuration, and a warning must never show a secret.
+"""
+
+import difflib
+import ipaddress
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import urlsplit
+
+from sfu_delegate.config.model import EXAMPLE_SECRET, Config, Level, Section
+from sfu_delegate.config.problems import HIDDEN, KeyPath, Problem, dotted, unique
+from sfu_delegate.config.values import format_duration
+from sfu_delegate.delegation.policy import DEPARTURES, MISSING, ROOM_MISSING, Unasked
+
+_TAKEOVERS: Final = ("DUPLICATE_IDENTITY", "MIGRATION", "SERVER_SHUTDOWN", MISSING, ROOM_MISSING)
+# LiveKit 1.13 knows these as well; they are treated as OTHER.
+_KNOWN_REASONS: Final = frozenset(DEPARTURES) | {"UNKNOWN_REASON", "SIP_TRUNK_FAILURE", "AGENT_ERROR"}
+
+
+def warnings(config: Config) -> list[Problem]:
+    """What works, but is risky or surely not meant."""
+    return [*config._risks, *unique(_risks_of(config))]
+
+
+def _risks_of(config: Config) -> Iterator[Problem]:
+    if not _is_loopback(config.listen.host):
+        yield Problem(
+            "listen.host",
+            config.listen.host,
+            "is reached without TLS by everybody who reaches this address",
+            "fine inside a container or behind a firewall; otherwise listen on 127.0.0.1 behind your reverse proxy",
+        )
+    if not _is_loopback(config.admin.host):
+        yield Problem("admin.host", config.admin.host, "metrics and health are open to everybody who reaches this address", "listen on 127.0.0.1")
+    if not config.database_path.parent.is_dir():
+        directory = str(config.database_path.parent)
+        yield Problem("database", config.database, f"there is no directory {directory}", "create it, writable for the daemon's user")
+
+    for name, sfu in config.sfus.items():
+        at = f"sfus.{name}"
+        if sfu.url.lower().startswith(("ws://", "http://")) and not _is_loopback(urlsplit(sfu.url).hostname or ""):
+            yield Problem(f"{at}.url", sfu.url, "tokens go there unencrypted, and browsers refuse it on https pages", "use wss://")
+        for key, secret in sfu.keys.items():
+            text = secret.get_secret_value()
+            if (key, text) == ("devkey", "secret"):
+                yield Problem(f"{at}.keys.{key}", HIDDEN, "is the key that LiveKit uses with --dev and that everybody knows", "make a new one")
+            elif text == EXAMPLE_SECRET:
+                yield Problem(f"{at}.keys.{key}", HIDDEN, "is still the example's secret", "put the SFU's own key and secret here")
+            elif len(text) < 32:
+                problem = "is short for a secret: who guesses it can speak for the SFU and for every participant"
+                yield Problem(f"{at}.keys.{key}", HIDDEN, problem, "make one of 32 characters or more: `livekit-server generate-keys`")
+
+    for number, homeserver in enumerate(config.homeservers):
+        at = f"homeservers[{number}]"
+        url = homeserver.url
+        if url and url.lower().startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
+            yield Problem(f"{at}.url", url, "tokens and delay_ids go there unencrypted", "use https://, or a loopback address")
+        if homeserver.name == "*" and url is None:
+            yield Problem(f"{at}.name", "'*'", "users of any homeserver in the world may delegate", "name the homeservers that you serve")
+        if homeserver.allow_private_addresses and "*" in homeserver.name and url is None:
+            problem = "any homeserver that matches can make the daemon send requests into your own network"
+            yield Problem(f"{at}.allow_private_addresses", "true", problem, "name the homeserver, or give its url")
+
+    for reason, rule in config.departures.items():
+        at = f"departures.{reason}"
+        if reason not in _KNOWN_REASONS and not reason.isdecimal():
+            close = difflib.get_close_matches(reason, sorted(_KNOWN_REASONS), 1)
+            remedy = f"did you mean {close[0]}?" if close else "fine, if your SFU is newer than LiveKit 1.13"
+            yield Problem(at, "", "is no reason that is known here", remedy)
+        if reason in _TAKEOVERS and (rule.look_after == 0 or rule.unasked is Unasked.GONE):
+            problem = "people who only reconnect, or whose SFU restarts, will vanish from their call"
+            yield Problem(at, "", problem, "look after some seconds, with `unasked: connected`")
+
+    headroom = (1 - config.restart.at) * config.delegations.min_delay
+    if config.restart.at > 0.9 or headroom < 5:
+        left = format_duration(round(headroom, 1))
+        problem = f"leaves {left} of the shortest delay to repeat a restart that failed"
+        yield Problem("restart.at", str(config.restart.at), problem, "lower it, or raise delegations.min_delay")
+    if config.delegations.min_delay < 10:
+        value = format_duration(config.delegations.min_delay)
+        yield Problem("delegations.min_delay", value, "tiny delays of one client use up the homeserver's rate for all", "10s or more")
+    if config.history.keep < 3600:
+        value = format_duration(config.history.keep)
+        yield Problem("history.keep", value, "what happened in a call is forgotten before anybody can ask", "1h or more")
+    if config.log.level is Level.DEBUG:
+        yield Problem("log.level", "debug", "writes a great deal, and slows the daemon down", "info, except while you look for something")
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+_FIXED: Final = ("listen", "admin", "database", "encryption", "log.format", "timeouts.connect")
+
+
+def reloadable_changes(old: Config, new: Config) -> tuple[bool, list[str]]:
+    """Can a running daemon go from one to the other? Also names the changed keys that it can take over at a restart only."""
+    changed = sorted(set(_differences(old, new, ())))
+    fixed = [key for key in changed if any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _FIXED)]
+    return not fixed, fixed
+
+
+def _differences(old: object, new: object, path: KeyPath) -> Iterator[str]:
+    if isinstance(old, Section) and type(old) is type(new):
+        for name in type(old).model_fields:
+            yield from _differences(getattr(old, name), getattr(new, name), (*path, name))
+    elif old != new:
+        yield dotted(path)
