@@ -14,9 +14,9 @@ from structlog.stdlib import BoundLogger
 
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.delegation.replies import TooMany
+from sfu_delegate.observe.logs import frames
 
 LIMIT_RETRY_AFTER: Final = 30.0  # seconds until a participant's older delegations are verified, or a homeserver's others may have ended
-_MOST_FRAMES: Final = 8
 _PLAIN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
@@ -99,19 +99,8 @@ def one_error_shape(log: BoundLogger) -> Middleware:
                 method=request.method,
                 path=resource.canonical if resource is not None else "?",
                 error=type(error).__name__,
-                at=_frames(error),
+                at=frames(error),
             )
             return MatrixError(500, "M_UNKNOWN", "Something went wrong here that should not have. It is in the daemon's log.").response()
 
     return middleware
-
-
-def _frames(error: Exception) -> list[str]:
-    """Where it happened, innermost last, without any values."""
-    found = []
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        found.append(f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno} {code.co_name}")
-        trace = trace.tb_next
-    return found[-_MOST_FRAMES:]

@@ -9,7 +9,7 @@ from sfu_delegate.delegation.model import Action, Answered, Looked, Task, Verdic
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeservers
 from sfu_delegate.matrix.management import Answer, ManagementClient
-from sfu_delegate.observe.logs import get_logger
+from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.sealing import CannotUnseal, Sealer
 
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
@@ -80,7 +80,7 @@ class Actions:
         try:
             answer = await self._request(task, min(self.reach.timeout, task.lease_ends - sent_at - LEASE_MARGIN))
         except Exception as error:
-            log.exception("action_failed", delegation=task.delegation, action=task.action.value)
+            log.error("action_failed", delegation=task.delegation, action=task.action.value, error=type(error).__name__, at=frames(error))
             answer = Answer(Verdict.UNCERTAIN, None, "", None, f"a defect of the daemon: {type(error).__name__}")
         self._observer.action(task.homeserver, task.action, answer.verdict.value, self._clock() - sent_at)
         healthy = answer.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN)
@@ -126,7 +126,7 @@ class Actions:
         except SfuUnavailable as error:
             trouble = str(error)
         except Exception as error:
-            log.exception("look_failed", sfu=task.sfu)
+            log.error("look_failed", sfu=task.sfu, error=type(error).__name__, at=frames(error))
             trouble = f"a defect of the daemon: {type(error).__name__}"
         self._observer.look(task.sfu, "failed" if participants is None else "done", self._clock() - sent_at)
         self._condition("sfu", task.sfu, None if participants is not None else trouble)

@@ -14,7 +14,7 @@ from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Input, Lane, Looked, Task
 from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.engine import Engine, Step
-from sfu_delegate.observe.logs import get_logger
+from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.store.base import StoreUnavailable
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ class Inbox:
             return self._clock()
         except Exception as error:
             # A defect of ours must not stop the daemon: whoever waits gets it, and what nobody waits for is tried again by its lease.
-            log.exception("step_failed", inputs=len(inputs))
+            log.error("step_failed", inputs=len(inputs), error=type(error).__name__, at=frames(error))
             for _, future in batch:
                 if future is not None and not future.done():
                     future.set_exception(error)

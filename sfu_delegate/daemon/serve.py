@@ -95,16 +95,24 @@ class Daemon:
             self._store = await asyncio.to_thread(SqliteStore, config.database_path)
         except (DatabaseInUse, DatabaseTooNew, StoreUnavailable, KeyFileRefused) as error:
             raise CannotStart(str(error)) from error
+        self._egress = Egress.open(connect_timeout=config.timeouts.connect)
         try:
             await self._wire(config)
+        except (StoreUnavailable, ValueError) as error:  # ValueError: what `check-config` does not see, such as a ca_file without certificates
+            await self._unwire()
+            raise CannotStart(str(error)) from error
         except BaseException:
-            self._store.close()
+            await self._unwire()
             raise
         try:
             await self._listen(config)
         except BaseException:
             await self.stop()
             raise
+
+    async def _unwire(self) -> None:
+        await self._egress.aclose()
+        self._store.close()
 
     async def _wire(self, config: Config) -> None:
         clock = self.clock = Clock()
@@ -114,7 +122,6 @@ class Daemon:
         recovered = self._store.recover(clock(), clock_unsure=not agrees)
         self._store.save_clock_mark(clock.mark)
 
-        self._egress = Egress.open(connect_timeout=config.timeouts.connect)
         self.homeservers = Homeservers(_rules(config), self._egress, clock)
         self.client = ManagementClient(self._egress, clock)
         self._room_service = RoomService()
@@ -124,7 +131,7 @@ class Daemon:
         self.keys = KeyRing(_keys(config))
         random = Random()  # noqa: S311 — for jitter
         self.engine = Engine(self._store, config.policy(), _limits(config), random, in_flight=self._in_flight, looks_in_flight=self._looks_in_flight)
-        self.metrics.watch_states(lambda: self.engine.states)
+        self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
         reach = Reach(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         self.inbox = Inbox(self.engine, clock, self._carry_out, observer, config.limits.inbox)
         self.actions = Actions(reach, clock, self.inbox.hand_in, observer)

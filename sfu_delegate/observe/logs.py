@@ -33,6 +33,7 @@ _SECRET_TEXT: Final = (
     (re.compile(r"\b(syd_[A-Za-z0-9]{0,4})[A-Za-z0-9_=.-]+"), r"\1…"),
     (re.compile(r"\b(sy[tra]_|m[ca][tr]_)[A-Za-z0-9_=-]{6,}"), r"\1…"),
 )
+_MOST_FRAMES: Final = 12
 _SHORTENED: Final = re.compile(r"[^\s…]{0,8}…")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -167,3 +168,14 @@ class _Handler(logging.StreamHandler[TextIO]):
             self.stream.write(f'{{"level": "error", "event": "log_line_failed", "logger": "{record.name}", "error": "{type(error).__name__}"}}\n')
         except (OSError, ValueError):  # the stream is gone, and there is nobody left to tell
             return
+
+
+def frames(error: BaseException) -> list[str]:
+    """Where an unexpected error happened, innermost last, without any values: its own text could hold what must not be logged."""
+    found = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        found.append(f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return found[-_MOST_FRAMES:]

@@ -1,0 +1,319 @@
+"""Whatever happens to an action, its result comes back as an input; and trouble is told once, not for each try."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+from sfu_delegate.daemon.actions import Actions, Reach, Sfu
+from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task, Verdict
+from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
+from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver, Homeservers, NotServed
+from sfu_delegate.matrix.management import Answer, ManagementClient
+from sfu_delegate.sealing import Sealer, new_key
+
+from tests.integration.daemon import captured_log
+
+NOW = 1000.0
+HOMESERVER = Homeserver("hs.test", "http://127.0.0.1:1")
+DONE = Answer(Verdict.DONE, 200, "", None, "200")
+SEND = Task(Action.SEND, 7, 3, "main", "room", "hs.test", "D1", "delay-secret", urgent_since=NOW, lease_ends=NOW + 15.0)
+LOOK = Task(Action.LOOK, 0, 5, "main", "room", lease_ends=NOW + 15.0)
+PEOPLE = (Listed("alice", "S1", "ACTIVE", 1),)
+
+
+class Bench:
+    """Actions with everything that they reach made up: a homeserver, an SFU, and a time that stands still."""
+
+    def __init__(self) -> None:
+        self.resolve: Callable[[], Awaitable[Homeserver]] = self._found
+        self.act: Callable[..., Awaitable[Answer]] = self._done
+        self.list: Callable[[], Awaitable[tuple[Listed, ...]]] = self._people
+        self.asked: list[dict[str, Any]] = []
+        self.timeouts: list[float] = []
+        self.given: list[Answered | Looked] = []
+        self.told: list[tuple[str, str, str]] = []
+        self.sealer = Sealer([new_key()])
+        address = SfuAddress("main", "ws://127.0.0.1:1", "key", "secret")
+        self.reach = Reach(
+            cast(Homeservers, _Homeservers(self)),
+            cast(ManagementClient, _Client(self)),
+            cast(RoomService, _RoomService(self)),
+            self.sealer,
+            {"main": Sfu(address, 5.0)},
+            10.0,
+        )
+        self.actions = Actions(self.reach, lambda: NOW, self.given.append, self)
+
+    async def _found(self) -> Homeserver:
+        return HOMESERVER
+
+    async def _done(self) -> Answer:
+        return DONE
+
+    async def _people(self) -> tuple[Listed, ...]:
+        return PEOPLE
+
+    def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
+        self.told.append((homeserver, action.value, outcome))
+
+    def look(self, sfu: str, outcome: str, seconds: float) -> None:
+        self.told.append((sfu, "look", outcome))
+
+    async def result(self, task: Task) -> Answered | Looked:
+        """Carry it out, and return what was handed in: exactly one input."""
+        before = len(self.given)
+        self.actions.carry_out(task)
+        assert await self.actions.finish(20.0) == 0
+        assert len(self.given) == before + 1
+        return self.given[-1]
+
+    async def answer(self, task: Task = SEND) -> Answered:
+        given = await self.result(task)
+        assert isinstance(given, Answered)
+        assert (given.homeserver, given.event, given.claim, given.action, given.sent_at) == ("hs.test", task.event, task.claim, task.action, NOW)
+        return given
+
+    async def looked(self, task: Task = LOOK) -> Looked:
+        given = await self.result(task)
+        assert isinstance(given, Looked)
+        assert (given.room, given.claim, given.sent_at) == ("room", 5, NOW)
+        return given
+
+
+class _Homeservers:
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    async def resolve(self, name: str) -> Homeserver:
+        assert name == "hs.test"
+        return await self.bench.resolve()
+
+
+class _Client:
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    async def act(self, homeserver: Homeserver, action: Action, delay_id: str, **more: Any) -> Answer:
+        self.bench.asked.append({"homeserver": homeserver, "action": action, "delay_id": delay_id, **more})
+        return await self.bench.act()
+
+
+class _RoomService:
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    async def look(self, sfu: SfuAddress, room: str, timeout: float) -> tuple[Listed, ...]:  # noqa: ASYNC109
+        self.bench.timeouts.append(timeout)
+        return await self.bench.list()
+
+
+def failing(error: BaseException) -> Callable[[], Any]:
+    async def fail() -> Any:
+        raise error
+
+    return fail
+
+
+def saying(answer: Answer) -> Callable[[], Any]:
+    async def say() -> Answer:
+        return answer
+
+    return say
+
+
+async def never() -> Any:
+    await asyncio.Event().wait()
+
+
+async def test_a_request_is_made_as_the_task_says() -> None:
+    """With the delay_id, the user and the unsealed token; the answer comes back with the claim."""
+    bench = Bench()
+    task = Task(**{**_fields(SEND), "user": "@alice:hs.test", "token": bench.sealer.seal("scoped-token")})
+    given = await bench.answer(task)
+    assert (given.verdict, given.detail) == (Verdict.DONE, "200")
+    (asked,) = bench.asked
+    assert asked.pop("timeout") <= 10.0
+    assert asked == {
+        "homeserver": HOMESERVER,
+        "action": Action.SEND,
+        "delay_id": "delay-secret",
+        "token": "scoped-token",
+        "user": "@alice:hs.test",
+    }
+    assert bench.told == [("hs.test", "send", "done")]
+
+
+def _fields(task: Task) -> dict[str, Any]:
+    return {name: getattr(task, name) for name in Task.__slots__}
+
+
+async def test_an_action_ends_before_its_lease_does() -> None:
+    """Otherwise somebody else would take it up meanwhile."""
+    bench = Bench()
+    await bench.answer(Task(**{**_fields(SEND), "lease_ends": NOW + 4.0}))
+    assert bench.asked[0]["timeout"] <= 3.0
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+async def test_every_verdict_comes_back(verdict: Verdict) -> None:
+    """With the time to wait, where the homeserver named one, and with words for people."""
+    bench = Bench()
+    bench.act = saying(Answer(verdict, 429, "M_X", 2.5, "what it said"))
+    given = await bench.answer()
+    assert (given.verdict, given.retry_after, given.detail) == (verdict, 2.5, "what it said")
+    assert bench.told == [("hs.test", "send", verdict.value)]
+
+
+@pytest.mark.parametrize("error", [DiscoveryFailed("there is no .well-known"), NotServed("it is not configured")])
+async def test_a_homeserver_that_is_not_found_was_certainly_not_asked(error: Exception) -> None:
+    """FAILED: nothing was sent anywhere."""
+    bench = Bench()
+    bench.resolve = failing(error)
+    given = await bench.answer()
+    assert (given.verdict, given.detail) == (Verdict.FAILED, str(error))
+    assert not bench.asked
+
+
+async def test_a_discovery_that_takes_too_long_was_no_request_either() -> None:
+    """FAILED, within the time of the action."""
+    bench = Bench()
+    bench.reach.timeout = 0.01
+    bench.resolve = never
+    assert (await bench.answer()).verdict is Verdict.FAILED
+    assert not bench.asked
+
+
+async def test_a_token_that_cannot_be_unsealed_is_not_used() -> None:
+    """Its key was removed: FAILED, and the sentence does not hold the token."""
+    bench = Bench()
+    sealed = Sealer([new_key()]).seal("scoped-token")
+    given = await bench.answer(Task(**{**_fields(SEND), "token": sealed}))
+    assert given.verdict is Verdict.FAILED
+    assert "key" in given.detail
+    assert "scoped-token" not in given.detail
+    assert not bench.asked
+
+
+@pytest.mark.parametrize("error", [RuntimeError("holds delay-secret"), ValueError("holds delay-secret"), OSError(5, "holds delay-secret")])
+async def test_a_defect_is_uncertain_and_tells_nothing(error: Exception) -> None:
+    """Perhaps it was done: the rules find out. The text of an unexpected exception is not passed on."""
+    bench = Bench()
+    bench.act = failing(error)
+    given = await bench.answer()
+    assert given.verdict is Verdict.UNCERTAIN
+    assert "delay-secret" not in given.detail
+    assert type(error).__name__ in given.detail
+
+
+# ── looks ──
+
+
+async def test_a_look_comes_back_with_the_list() -> None:
+    """And with the time of the SFU's own configuration."""
+    bench = Bench()
+    given = await bench.looked()
+    assert (given.sfu, given.participants, given.error) == ("main", PEOPLE, "")
+    assert bench.timeouts == [5.0]
+    assert bench.told == [("main", "look", "done")]
+
+
+@pytest.mark.parametrize("error", [SfuUnavailable("It does not answer.", Trouble.TIMEOUT), RuntimeError("a defect"), OSError(5, "input/output")])
+async def test_a_look_that_fails_says_nothing_about_anybody(error: Exception) -> None:
+    """`participants` is None, never an empty list."""
+    bench = Bench()
+    bench.list = failing(error)
+    given = await bench.looked()
+    assert given.participants is None
+    assert given.error
+    assert bench.told == [("main", "look", "failed")]
+
+
+async def test_an_empty_room_is_an_answer() -> None:
+    """Nobody there is something else than nobody asked."""
+    bench = Bench()
+
+    async def nobody() -> tuple[Listed, ...]:
+        return ()
+
+    bench.list = nobody
+    assert (await bench.looked()).participants == ()
+
+
+async def test_an_sfu_that_is_not_configured_any_more_cannot_be_asked() -> None:
+    """After a reload its rooms may still be in the database."""
+    bench = Bench()
+    bench.reach.sfus = {}
+    given = await bench.looked()
+    assert given.participants is None
+    assert "not configured" in given.error
+
+
+# ── conditions ──
+
+
+async def test_trouble_is_told_once_for_each_change() -> None:
+    """A homeserver that is down for an hour is two lines, not thousands; and it does not mix with another one."""
+    bench = Bench()
+    with captured_log("info") as log:
+        for answer in (DONE, *[Answer(Verdict.FAILED, None, "", None, "refused")] * 5, *[DONE] * 3):
+            bench.act = saying(answer)
+            await bench.answer()
+    told = [(line["event"], line["homeserver"]) for line in map(json.loads, log.getvalue().splitlines())]
+    assert told == [("homeserver_failed", "hs.test"), ("homeserver_works_again", "hs.test")]
+    assert bench.actions.troubles == {}
+
+
+async def test_the_present_trouble_is_known() -> None:
+    """For `/health/ready`: the latest words, by kind and name."""
+    bench = Bench()
+    bench.act = saying(Answer(Verdict.UNCERTAIN, 502, "", None, "502"))
+    bench.list = failing(SfuUnavailable("It does not answer.", Trouble.TIMEOUT))
+    await bench.answer()
+    await bench.looked()
+    bench.act = saying(Answer(Verdict.UNCERTAIN, 504, "", None, "504"))
+    await bench.answer()
+    assert bench.actions.troubles == {("homeserver", "hs.test"): "504", ("sfu", "main"): "It does not answer."}
+
+
+@pytest.mark.parametrize("verdict", [Verdict.NOT_FOUND, Verdict.CONFLICT, Verdict.REFUSED, Verdict.LIMITED])
+async def test_an_answer_is_no_trouble(verdict: Verdict) -> None:
+    """A homeserver that says no works."""
+    bench = Bench()
+    bench.act = saying(Answer(verdict, 404, "M_NOT_FOUND", None, "404"))
+    await bench.answer()
+    assert bench.actions.troubles == {}
+
+
+# ── the end ──
+
+
+async def test_at_the_end_what_is_in_flight_is_finished() -> None:
+    """`finish` waits, and nothing has to be abandoned."""
+    bench = Bench()
+    go = asyncio.Event()
+
+    async def slow() -> Answer:
+        await go.wait()
+        return DONE
+
+    bench.act = slow
+    bench.actions.carry_out(SEND)
+    finishing = asyncio.create_task(bench.actions.finish(20.0))
+    await asyncio.sleep(0)
+    go.set()
+    assert await finishing == 0
+    assert len(bench.given) == 1
+
+
+async def test_at_the_end_what_takes_too_long_is_abandoned() -> None:
+    """No result is made up for it: its lease, or the next start, takes it up again."""
+    bench = Bench()
+    bench.act = never
+    bench.list = never
+    bench.actions.carry_out(SEND)
+    bench.actions.carry_out(LOOK)
+    assert await bench.actions.finish(0.01) == 2
+    assert bench.given == []
+    assert await bench.actions.finish(0.01) == 0

@@ -1,0 +1,430 @@
+"""The bridge to the engine: what comes while a step runs is one batch, nothing that was handed in is lost, and nothing stops the loop."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from sfu_delegate.api.port import Overloaded, Unavailable
+from sfu_delegate.daemon import inbox as module
+from sfu_delegate.daemon.inbox import Inbox
+from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Find, Input, Lane, Looked, NewEvent, OnEnd, State, Task, Verdict
+from sfu_delegate.delegation.replies import Reply, TooMany, Touched
+from sfu_delegate.engine import Change, Engine, Step
+from sfu_delegate.store.base import StoreUnavailable
+
+from tests.rows import row
+
+NOW = 1000.0
+GENEROUS = 20.0  # seconds until a test gives up
+
+
+class FakeStore:
+    """Counts the housekeeping."""
+
+    def __init__(self) -> None:
+        self.idled = 0
+        self.error: Exception | None = None
+
+    def idle(self) -> None:
+        self.idled += 1
+        if self.error is not None:
+            raise self.error
+
+    def checkpoint_if_large(self) -> None:
+        pass
+
+
+class FakeEngine:
+    """An engine whose steps wait at a gate, and do what a test says."""
+
+    def __init__(self) -> None:
+        self.store = FakeStore()
+        self.stopping = False
+        self.steps: list[list[Input]] = []
+        self.threads: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.errors: list[Exception] = []  # raised by the next steps, one each
+        self.reply: Callable[[Input], Reply | Exception] = lambda _: Touched(1)
+        self.tasks: list[Task] = []
+        self.changes: list[Change] = []
+        self.wakes: list[float] = []
+
+    def step(self, inputs: Sequence[Input], now: float) -> Step:
+        self.steps.append(list(inputs))
+        self.threads.add(threading.current_thread().name)
+        assert self.gate.wait(GENEROUS)
+        if self.errors:
+            raise self.errors.pop(0)
+        tasks, self.tasks = self.tasks, []
+        changes, self.changes = self.changes, []
+        return Step([self.reply(given) for given in inputs], tasks, self.wakes.pop(0) if self.wakes else None, changes, [])
+
+    def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
+        return {("hs.test", Lane.END): (3, now)}
+
+    @property
+    def batches(self) -> list[list[Input]]:
+        """The steps that had inputs."""
+        return [step for step in self.steps if step]
+
+
+class Watched:
+    """What the observer was told."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.backlogs: list[int] = []
+        self.works: list[bool] = []
+
+    def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
+        self.steps.append(inputs)
+
+    def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
+        self.backlogs += [count for count, _ in counted.values()]
+
+    def store(self, *, works: bool) -> None:
+        self.works.append(works)
+
+
+class Bench:
+    """An inbox with everything around it made up."""
+
+    def __init__(self, most: int = 100) -> None:
+        self.engine = FakeEngine()
+        self.watched = Watched()
+        self.carried: list[Task] = []
+        self.now = NOW
+        self.inbox = Inbox(cast(Engine, self.engine), lambda: self.now, self.carried.append, self.watched, most)
+        self.loop_task = asyncio.create_task(self.inbox.run())
+
+    async def busy(self, first: Input) -> "asyncio.Task[Reply]":
+        """Have the engine work at `first`, until the gate is opened."""
+        await until(lambda: bool(self.engine.steps))
+        await self.inbox.in_thread(lambda: None)  # the first, empty step is over
+        self.engine.gate.clear()
+        task = asyncio.create_task(self.inbox.put(first))
+        await until(lambda: [first] in self.engine.steps)
+        return task
+
+
+def trouble(it: Bench) -> str | None:
+    return it.inbox.trouble
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(GENEROUS):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def bench(most: int = 100) -> AsyncIterator[Bench]:
+    made = Bench(most)
+    try:
+        yield made
+    finally:
+        made.engine.gate.set()
+        made.inbox.stop()
+        made.inbox.flush()
+        async with asyncio.timeout(GENEROUS):
+            await made.loop_task
+        made.inbox.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No long pauses."""
+    monkeypatch.setattr(module, "BROKEN_PAUSE", 0.01)
+
+
+def answered(event: int = 1) -> Answered:
+    return Answered("hs.test", event, 1, Action.SEND, NOW, Verdict.DONE)
+
+
+# ── batches ──
+
+
+async def test_an_input_is_answered_with_its_reply() -> None:
+    """And the engine works in a thread of its own, always the same."""
+    async with bench() as it:
+        it.engine.reply = lambda given: Touched(len(cast(Find, given).delegation))
+        assert await it.inbox.put(Find("four")) == Touched(4)
+        assert await it.inbox.put(Find("seventy")) == Touched(7)
+        assert it.engine.threads == {"engine_0"}
+        assert it.inbox.now() == NOW
+
+
+async def test_what_comes_while_a_step_runs_is_the_next_batch() -> None:
+    """One transaction serves all that gathered, in their order."""
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        others = [asyncio.create_task(it.inbox.put(Find(f"other{n}"))) for n in range(5)]
+        await asyncio.sleep(0)
+        it.inbox.hand_in(answered())
+        assert it.engine.batches == [[Find("first")]]
+        it.engine.gate.set()
+        assert await asyncio.gather(first, *others) == [Touched(1)] * 6
+        assert it.engine.batches == [[Find("first")], [*(Find(f"other{n}") for n in range(5)), answered()]]
+        await until(lambda: it.watched.steps[-1] == 6)
+
+
+async def test_a_batch_is_not_larger_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody waits for long; the rest is the next one."""
+    monkeypatch.setattr(module, "BATCH", 2)
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        others = [asyncio.create_task(it.inbox.put(Find(f"other{n}"))) for n in range(5)]
+        await asyncio.sleep(0)
+        it.engine.gate.set()
+        await asyncio.gather(first, *others)
+        assert [len(batch) for batch in it.engine.batches] == [1, 2, 2, 1]
+
+
+async def test_the_error_of_one_is_not_the_others() -> None:
+    """Each gets its own reply; an error that nobody waits for is a line in the log."""
+    async with bench() as it:
+        too_many = TooMany("delegations.max_per_participant", 4, "Too many.")
+        it.engine.reply = lambda given: Touched(1) if given == Find("good") else too_many
+        first = await it.busy(Find("good"))
+        good, bad = asyncio.create_task(it.inbox.put(Find("good"))), asyncio.create_task(it.inbox.put(Find("bad")))
+        await asyncio.sleep(0)
+        it.inbox.hand_in(answered())
+        it.engine.gate.set()
+        assert (await first, await good) == (Touched(1), Touched(1))
+        with pytest.raises(TooMany):
+            await bad
+
+
+async def test_who_hung_up_is_left_alone() -> None:
+    """A caller that was cancelled while its input was worked at disturbs nobody."""
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        second = asyncio.create_task(it.inbox.put(Find("second")))
+        await asyncio.sleep(0)
+        first.cancel()
+        it.engine.gate.set()
+        assert await second == Touched(1)
+
+
+async def test_tasks_are_carried_out() -> None:
+    """What the engine claimed is handed over at once."""
+    async with bench() as it:
+        task = Task(Action.SEND, 1, 1, "main", "room", "hs.test")
+        it.engine.tasks = [task]
+        await it.inbox.put(Find("first"))
+        assert it.carried == [task]
+
+
+async def test_it_steps_by_itself_when_something_is_due() -> None:
+    """At the time that the engine named, without any input."""
+    async with bench() as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.wakes = [NOW - 1.0, NOW, NOW + 0.01]
+        await it.inbox.put(Find("first"))
+        await until(lambda: len(it.engine.steps) >= 4)
+        assert it.engine.batches == [[Find("first")]]
+
+
+# ── limits ──
+
+
+async def test_a_full_inbox_refuses_the_next() -> None:
+    """Overloaded, with a time to come back; what is worked at does not count, and afterwards there is room again."""
+    async with bench(most=2) as it:
+        first = await it.busy(Find("first"))
+        waiting = [asyncio.create_task(it.inbox.put(Find(f"other{n}"))) for n in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refused:
+            await it.inbox.put(Find("one too many"))
+        assert refused.value.retry_after > 0
+        it.inbox.hand_in(answered())  # never refused
+        it.engine.gate.set()
+        await asyncio.gather(first, *waiting)
+        assert await it.inbox.put(Find("again")) == Touched(1)
+        assert answered() in it.engine.batches[1]
+
+
+# ── a database that does not work ──
+
+
+async def test_a_broken_database_refuses_whoever_waits() -> None:
+    """Unavailable, with a time to come back; as soon as it works again, everything goes on."""
+    async with bench() as it:
+        it.engine.errors = []
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.errors = [StoreUnavailable("The disk is full.")]
+        with pytest.raises(Unavailable) as refused:
+            await it.inbox.put(Find("first"))
+        assert refused.value.retry_after > 0
+        assert trouble(it) == "The disk is full."
+        assert await it.inbox.put(Find("second")) == Touched(1)
+        assert trouble(it) is None
+        assert Find("first") not in it.engine.steps[-1]
+
+
+async def test_results_outlive_a_broken_database() -> None:
+    """What became of an action is handed in until it is kept, before what came later."""
+    async with bench() as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.errors = [StoreUnavailable("The disk is full.") for _ in range(3)]
+        look = Looked("main", "room", 1, NOW, ())
+        it.inbox.hand_in(answered(1))
+        it.inbox.hand_in(look)
+        await until(lambda: not it.engine.errors)
+        it.inbox.hand_in(answered(2))
+        await until(lambda: any(answered(2) in step for step in it.engine.steps))
+        assert it.engine.batches[:3] == [[answered(1), look]] * 3
+        assert [given for step in it.engine.batches[3:] for given in step] == [answered(1), look, answered(2)]
+        await until(lambda: it.watched.works[-1])
+        assert it.watched.works.count(False) == 3
+
+
+async def test_housekeeping_that_fails_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint on a full disk is trouble, and the next step shows that it is over."""
+    monkeypatch.setattr(module, "IDLE_AFTER", 0.01)
+    async with bench() as it:
+        it.engine.store.error = StoreUnavailable("The disk is full.")
+        await until(lambda: it.engine.store.idled > 0)
+        await until(lambda: it.inbox.trouble is not None)
+        assert await it.inbox.put(Find("first")) == Touched(1)
+
+
+async def test_the_backlog_is_counted_when_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In idle times, and now and then under load."""
+    monkeypatch.setattr(module, "IDLE_AFTER", 0.01)
+    async with bench() as it:
+        await until(lambda: it.engine.store.idled > 0 and bool(it.watched.backlogs))
+        counted = len(it.watched.backlogs)
+        it.now += module.SURVEY_EVERY
+        await it.inbox.put(Find("first"))
+        await until(lambda: len(it.watched.backlogs) > counted)
+
+
+# ── defects ──
+
+
+async def test_a_defect_of_the_engine_does_not_stop_the_loop() -> None:
+    """Whoever waits gets the exception, and the next input is worked at."""
+    async with bench() as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.errors = [RuntimeError("a defect")]
+        with pytest.raises(RuntimeError):
+            await it.inbox.put(Find("first"))
+        assert await it.inbox.put(Find("second")) == Touched(1)
+        assert not it.loop_task.done()
+
+
+# ── watches ──
+
+
+def change(new: DelayedEvent) -> Change:
+    return Change(None, new, Accept(new.delegation, "main", "room", "alice", "hs.test", (NewEvent("d", 60.0, OnEnd.SEND),)))
+
+
+async def test_a_watch_sees_its_delegation_being_verified() -> None:
+    """It waits until each of its events is verified; other delegations are nothing to it."""
+    async with bench() as it:
+        with it.inbox.watch("D1") as watch:
+            waiting = asyncio.create_task(watch.until_decided({1, 2}, GENEROUS))
+            for new in (row(id=1, verified_at=None), row(id=2), row(id=3, delegation="D2")):
+                it.engine.changes = [change(new)]
+                await it.inbox.put(Find("x"))
+            assert not waiting.done()
+            it.engine.changes = [change(row(id=1))]
+            await it.inbox.put(Find("x"))
+            assert await waiting is True
+            assert set(watch.rows) == {1, 2}
+
+
+async def test_a_watch_sees_a_refusal_at_once() -> None:
+    """One event that ended without having been verified decides for all."""
+    async with bench() as it:
+        with it.inbox.watch("D1") as watch:
+            it.engine.changes = [change(row(id=2, state=State.DONE, verified_at=None, finished_at=NOW))]
+            await it.inbox.put(Find("x"))
+            assert await watch.until_decided({1, 2}, GENEROUS) is True
+            assert watch.rows[2].finished_at == NOW
+
+
+async def test_a_watch_does_not_wait_for_ever() -> None:
+    """Nothing happened in time: False. Nothing waits, and it is false at once."""
+    async with bench() as it:
+        with it.inbox.watch("D1") as watch:
+            assert await watch.until_decided({1}, 0.01) is False
+            assert await watch.until_decided({1}, 0.0) is False
+
+
+async def test_two_may_watch_the_same_delegation() -> None:
+    """And the end of one watch is not the end of the other."""
+    async with bench() as it:
+        with it.inbox.watch("D1") as one:
+            with it.inbox.watch("D1") as other:
+                pass
+            it.engine.changes = [change(row(id=1))]
+            await it.inbox.put(Find("x"))
+            assert await one.until_decided({1}, GENEROUS) is True
+            assert not other.rows
+        it.engine.changes = [change(row(id=5))]
+        await it.inbox.put(Find("x"))
+        assert 5 not in one.rows
+
+
+# ── the end ──
+
+
+async def test_a_stopping_inbox_takes_nothing_from_outside_and_every_result() -> None:
+    """Requests are refused, results of what was in flight are kept, and the loop ends after the flush."""
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        accepted = asyncio.create_task(it.inbox.put(Find("second")))
+        await asyncio.sleep(0)
+        it.inbox.stop()
+        assert it.engine.stopping
+        with pytest.raises(Overloaded):
+            await it.inbox.put(Find("too late"))
+        it.engine.gate.set()
+        assert (await first, await accepted) == (Touched(1), Touched(1))
+        assert not it.loop_task.done()
+        it.inbox.hand_in(answered())
+        it.inbox.flush()
+        async with asyncio.timeout(GENEROUS):
+            await it.loop_task
+        assert answered() in it.engine.steps[-1]
+
+
+async def test_an_idle_inbox_stops_at_once() -> None:
+    """There is nothing to keep; it does not spin while it waits for the flush, either."""
+    async with bench() as it:
+        await it.inbox.put(Find("first"))
+        it.inbox.stop()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        steps = len(it.engine.steps)
+        await asyncio.sleep(0)
+        assert len(it.engine.steps) - steps <= 1
+        assert not it.loop_task.done()
+        it.inbox.flush()
+        async with asyncio.timeout(GENEROUS):
+            await it.loop_task
+
+
+async def test_work_in_the_thread_comes_between_two_steps() -> None:
+    """Whoever needs the engine or the store waits its turn, and gets the result or the exception."""
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        name = asyncio.create_task(it.inbox.in_thread(lambda: threading.current_thread().name))
+        await asyncio.sleep(0)
+        assert not name.done()
+        it.engine.gate.set()
+        assert await name == "engine_0"
+        await first
+
+        def fail() -> Any:
+            raise StoreUnavailable("The disk is full.")
+
+        with pytest.raises(StoreUnavailable):
+            await it.inbox.in_thread(fail)
