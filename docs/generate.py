@@ -25,6 +25,7 @@ BEGIN: Final = "<!-- begin: written by docs/generate.py -->"
 END: Final = "<!-- end: written by docs/generate.py -->"
 
 _REQUIRED: Final = "*required*"
+_AS_ABOVE: Final = "as in the table above; for a reason that is not in it, as `OTHER`"
 _ITEMS: Final[dict[str, tuple[type[Section], str]]] = {"sfus": (Sfu, "sfus.<name>"), "homeservers": (Homeserver, "homeservers[]")}
 
 
@@ -73,7 +74,15 @@ def _keys(section: type[Section], prefix: str) -> Iterator[str]:
     defaults = section.model_construct().model_dump(mode="json", warnings=False)
     rows = []
     for name, field in section.model_fields.items():
-        default = _REQUIRED if field.is_required() else "not set" if field.default is None else _code(_flow(defaults[name]))
+        default = (
+            _AS_ABOVE
+            if section is DepartureRule
+            else _REQUIRED
+            if field.is_required()
+            else "not set"
+            if field.default is None
+            else _code(_flow(defaults[name]))
+        )
         if not field.is_required() and field.default in ({}, ()):
             default = "none"
         allowed = _allowed(field)

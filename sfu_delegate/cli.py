@@ -35,7 +35,7 @@ ConfigOption = Annotated[
 
 @app.callback()
 def _about() -> None:
-    """Keeps Matrix call memberships alive while the SFU sees their participants, and ends them the moment they are gone.
+    """Keeps Matrix call memberships alive while the SFU sees their participants, and ends them within seconds of a departure.
 
     \b
     To begin:
@@ -72,7 +72,7 @@ def check_config(
 ) -> None:
     """Check a configuration file with the environment laid over it: all problems at once, and what is risky.
 
-    Exits with 0 when it can be used, 1 when it cannot.
+    Exits with 0 when it can be used, 1 when it cannot. What is risky is also shown beside problems, as far as it can be told then.
 
     \b
     Examples:
@@ -80,12 +80,13 @@ def check_config(
       sfu-delegate check-config -c delegate.yaml --json | jq '.problems[].key'
     """
     problems: Sequence[Problem] = ()
+    risks: Sequence[Problem] = ()
     loaded: Config | None = None
     try:
         loaded = load(config, os.environ)
+        risks = warnings(loaded)
     except ConfigInvalid as error:
-        problems = error.problems
-    risks = warnings(loaded) if loaded is not None else []
+        problems, risks = error.problems, error.warnings
     good = not problems and not (strict and risks)
     if as_json:
         report: dict[str, object] = {

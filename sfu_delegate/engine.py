@@ -15,6 +15,7 @@ from sfu_delegate.delegation.model import (
     Accept,
     Action,
     Answered,
+    Carried,
     DelayedEvent,
     Due,
     Find,
@@ -333,8 +334,8 @@ class Engine:
                     self._under_way.discard(key)
                     pace = self._pace(given.homeserver)
                     pace.ended(answered=given.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN, Verdict.LIMITED))
-                    if given.verdict is Verdict.LIMITED:
-                        wait = LIMITED_WAIT if given.retry_after is None else given.retry_after
+                    if given.verdict is Verdict.LIMITED and not given.alone:
+                        wait = LIMITED_WAIT if given.retry_after is None else min(given.retry_after, self.policy.retry_most)
                         pace.limited(wait * (1.0 + self._random() / 10), now)  # those who were told the same time do not come at once
             elif isinstance(given, Looked):
                 look = (given.sfu, given.room, given.claim)
@@ -414,11 +415,13 @@ class Engine:
             return Touched(len(rows))
         at = min((row.look_at for row in rows if row.look_at is not None), default=None)
         failures = room.failures + 1 if look.participants is None else 0
-        if at is not None:
-            pause = self.policy.look_gap
-            if failures:
-                pause = min(self.policy.look_again * 2.0 ** min(failures - 1, 10), self.policy.look_again_most) * (0.75 + self._random() / 4)
-            at = max(at, work.now + pause) if failures else max(at, look.sent_at + pause)
+        if at is not None and failures:
+            pause = min(self.policy.look_again * 2.0 ** min(failures - 1, 10), self.policy.look_again_most) * (0.75 + self._random() / 4)
+            # Not even an SFU that does not answer holds up a departure, which has its own rule for that case.
+            departed = [row.look_at for row in rows if row.look_at is not None and row.presence is Presence.AWAY and not row.live_sids]
+            at = min([max(at, work.now + pause), *(max(due, work.now + self.policy.look_gap) for due in departed)])
+        elif at is not None:
+            at = max(at, look.sent_at + self.policy.look_gap)
         work.put_room(look.sfu, look.room, room._replace(due=at, failures=failures, claimed=False))
         return Touched(len(rows))
 
@@ -431,18 +434,24 @@ class Engine:
         current = [row for row in unfinished if row.state is not State.SUPERSEDED]
         same = self._same(current, accept)
         if same:
-            return Accepted(same[0].delegation, False, tuple(same))
+            if accept.token is not None:  # a fresh one, perhaps because the old one expires
+                for row in same:
+                    work.put(row._replace(token=accept.token), accept)
+            return Accepted(same[0].delegation, False, tuple(work.rows[row.id] for row in same))
         self._admit(work, current, accept)
         current = [self._advance(work, row, accept) for row in unfinished]
         like = max(current, key=lambda row: (row.accepted_at, row.id), default=rows[-1] if rows else None)
+        # Later than what there is, also within one step, so that it is known which delegation is the newest.
+        stamp = max([work.now, *(row.accepted_at + 0.001 for row in current)])
         by_delay_id = {row.delay_id: row for row in rows} | {row.delay_id: row for row in current}
         made = []
         carried = []
         for event in accept.events:
-            row = by_delay_id.get(event.delay_id)
-            if row is not None and row.state is State.LIVE:
-                carried.append((row.id, row.delegation))
-            new = lifecycle.delegate(row, row.id if row else work.tx.new_id(), accept, event, like, work.now, self.policy)
+            old = by_delay_id.get(event.delay_id)
+            if old is not None and old.state is State.LIVE:
+                carried.append(Carried(old.id, old.delegation, old.delay, old.on_end, old.token, old.accepted_at, old.verified_at))
+            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, self.policy)
+            new = new._replace(accepted_at=stamp)
             work.put(new, accept)
             made.append(new)
         self._supersede_others(work, made[0])
@@ -451,10 +460,22 @@ class Engine:
 
     def _refuse(self, work: _Work, refuse: Refuse) -> Withdrawn:
         rows = []
-        back = dict(refuse.back)
+        back = {carried.event: carried for carried in refuse.back}
         for row in work.delegation(refuse.delegation):
-            if row.id in back:
-                work.put(row._replace(delegation=back[row.id]), refuse)
+            was = back.get(row.id)
+            if was is not None and row.state is not State.DONE:
+                work.put(
+                    row._replace(
+                        delegation=was.delegation,
+                        delay=was.delay,
+                        on_end=was.on_end,
+                        token=was.token,
+                        accepted_at=was.accepted_at,
+                        verified_at=row.verified_at or was.verified_at,
+                        harm=row.running_since + was.delay,
+                    ),
+                    refuse,
+                )
                 rows.append(work.rows[row.id])
             else:
                 rows.append(self._advance(work, row, Withdraw(refuse.delegation)))
@@ -462,13 +483,16 @@ class Engine:
 
     @staticmethod
     def _same(current: Sequence[DelayedEvent], accept: Accept) -> list[DelayedEvent]:
-        """The rows of the delegation that consists of exactly these events, if there is one."""
-        wanted = {event.delay_id for event in accept.events}
-        for delegation in {row.delegation for row in current if row.delay_id in wanted}:
-            rows = [row for row in current if row.delegation == delegation]
-            if {row.delay_id for row in rows} == wanted and all(row.state is State.LIVE for row in rows):
-                return rows
-        return []
+        """The rows of the participant's newest delegation, if it consists of exactly these events and nothing is the matter with them."""
+        if not current:
+            return []
+        newest = max(current, key=lambda row: (row.accepted_at, row.id)).delegation
+        rows = [row for row in current if row.delegation == newest]
+        wanted = {(event.delay_id, event.delay, event.on_end) for event in accept.events}
+        asked = {(row.delay_id, row.delay, row.on_end) for row in rows} == wanted
+        there = all(row.homeserver == accept.homeserver for row in rows)
+        sound = all(row.state is State.LIVE and row.lane is Lane.RESTART and not row.end_tried for row in rows)
+        return rows if asked and there and sound else []
 
     def _admit(self, work: _Work, current: Sequence[DelayedEvent], accept: Accept) -> None:
         most = self.limits.max_per_participant
@@ -498,7 +522,7 @@ class Engine:
     def _supersede_others(self, work: _Work, row: DelayedEvent) -> None:
         """Once a delegation is verified as a whole, the events of older ones of the same participant are to be cancelled."""
         rows = [other for other in work.participant(*row.participant) if other.state is not State.DONE]
-        mine = [other for other in rows if other.delegation == row.delegation]
+        mine = work.delegation(row.delegation)  # also those that have ended: one that was unknown takes the whole delegation back
         if not mine or any(other.verified_at is None for other in mine):
             return
         newest = max((other.accepted_at, other.id) for other in mine)
@@ -554,18 +578,21 @@ class Engine:
     def _schedule_looks(self, work: _Work) -> None:
         """A room is to be looked at when the first of its participants asks for it."""
         wanted: dict[tuple[str, str], float] = {}
+        departed: set[tuple[str, str]] = set()
         for id, row in work.rows.items():
             if row.look_at is not None and id not in work.deleted and row.state is not State.DONE:
                 before = work.before[id]
                 if before is None or before.look_at != row.look_at:
                     key = (row.sfu, row.room)
                     wanted[key] = min(row.look_at, wanted.get(key, row.look_at))
+                    if row.presence is Presence.AWAY:
+                        departed.add(key)
         for (sfu, name), at in wanted.items():
             room = work.room(sfu, name)
             if room is None:
                 work.put_room(sfu, name, Room(sfu, name, "", "", 0.0, 0.0, 0.0, at, 0, 0, False))
             elif not room.claimed:
-                if room.failures and room.due is not None:
+                if room.failures and room.due is not None and (sfu, name) not in departed:
                     continue  # the SFU does not answer, and the next try is planned
                 due = max(at, room.looked_at + self.policy.look_gap)
                 if room.due is None or due < room.due:

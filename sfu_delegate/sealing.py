@@ -127,6 +127,8 @@ def load_or_create(path: Path) -> tuple[str, ...]:
             status = os.fstat(file.fileno())
             content = file.read(64 * 1024)
     except OSError as error:
+        if not os.path.isdir(path.parent):
+            raise KeyFileRefused(f"there is no directory {path.parent} for the database and its key: create it, writable for the daemon") from None
         raise KeyFileRefused(f"the key file {path} cannot be read or created: {error.strerror or type(error).__name__}") from None
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:

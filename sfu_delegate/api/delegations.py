@@ -25,12 +25,14 @@ from sfu_delegate.livekit import tokens
 from sfu_delegate.livekit.tokens import Access, TokenRefused
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver, NotServed
 from sfu_delegate.matrix.management import Scope
-from sfu_delegate.observe.logs import short
+from sfu_delegate.observe.logs import Seldom, short
 
 STOPPING_RETRY_AFTER: Final = 10.0  # seconds; a restart takes about that long
 HOMESERVER_RETRY_AFTER: Final = 30.0  # seconds; a failed discovery is remembered for a minute
 _ID: Final = re.compile(r"dlg_[0-9a-f]{32}")
 _ERRCODE: Final = re.compile(r"\b[A-Z][A-Z0-9_]*_[A-Z0-9_.]+\b")
+# Withdrawn or replaced while it waited: that is no fault of this request. Everything else that ended before it was confirmed is not there any more.
+_NOT_REFUSED: Final = (Outcome.OPEN, Outcome.WITHDRAWN, Outcome.REPLACED)
 _NO_SUCH_DELEGATION: Final = "There is no such delegation, or it belongs to another participant, or it ended so long ago that it is forgotten."
 
 
@@ -58,11 +60,20 @@ class Delegations:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._refused = Seldom()
 
     # ── POST /v1/delegations ──
 
     async def delegate(self, request: web.Request) -> web.Response:
         """Take over delayed events; wait a short time for the homeserver to confirm them."""
+        try:
+            return await self._delegate(request)
+        except MatrixError as error:
+            if times := self._refused.times(f"{error.status} {error.errcode}"):
+                self._services.log.info("delegation_refused", status=error.status, errcode=error.errcode, times=times)
+            raise
+
+    async def _delegate(self, request: web.Request) -> web.Response:
         services = self._services
         settings = services.settings()
         if services.stopping():
@@ -85,7 +96,7 @@ class Delegations:
                 rows = await _decided(watch, rows, settings.verify_timeout)
         if not reply.created:
             rows = await self._of_an_earlier_request(reply, settings)
-        refused = next((row for row in rows if row.verified_at is None and row.outcome in (Outcome.UNKNOWN, Outcome.REJECTED)), None)
+        refused = next((row for row in rows if row.verified_at is None and row.outcome not in _NOT_REFUSED), None)
         if refused is not None:
             number = next(n for n, row in enumerate(rows) if row.id == refused.id)
             detail = await self._take_back(reply, refused)
@@ -264,7 +275,7 @@ async def _decided(watch: Watch, rows: Sequence[DelayedEvent], timeout: float) -
 
 def _refusal(row: DelayedEvent, number: int, detail: str) -> MatrixError:
     which = f"delayed_events[{number}] ({short(row.delay_id)})"
-    if row.outcome is Outcome.UNKNOWN:
+    if row.outcome is not Outcome.REJECTED:
         return MatrixError(
             404,
             "M_NOT_FOUND",

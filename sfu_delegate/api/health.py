@@ -49,6 +49,10 @@ def _detail(readiness: Readiness, ready: bool) -> dict[str, Any]:
         "status": "unavailable" if not ready else "degraded" if down else _OK,
         "phase": readiness.phase.value,
         "database": readiness.database or _OK,
-        "homeservers": {name: problem or _OK for name, problem in readiness.homeservers.items()},
-        "sfus": {name: problem or _OK for name, problem in readiness.sfus.items()},
+        "homeservers": {name: _condition(problem) for name, problem in readiness.homeservers.items()},
+        "sfus": {name: _condition(problem) for name, problem in readiness.sfus.items()},
     }
+
+
+def _condition(problem: str | None) -> str:
+    return "not asked yet" if problem is None else problem or _OK

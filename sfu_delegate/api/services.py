@@ -79,8 +79,8 @@ class Readiness:
 
     phase: Phase
     database: str = ""
-    homeservers: Mapping[str, str] = field(default_factory=dict)  # by name
-    sfus: Mapping[str, str] = field(default_factory=dict)  # by name
+    homeservers: Mapping[str, str | None] = field(default_factory=dict)  # by name; None: not asked yet
+    sfus: Mapping[str, str | None] = field(default_factory=dict)  # by name; None: not asked yet
 
 
 @dataclass(frozen=True, slots=True)

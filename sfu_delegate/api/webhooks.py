@@ -16,6 +16,7 @@ from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import Services
 from sfu_delegate.livekit import webhook
 from sfu_delegate.livekit.webhook import WebhookRefused
+from sfu_delegate.observe.logs import Seldom
 
 PATH: Final = "/webhooks/livekit"
 
@@ -39,6 +40,7 @@ class Webhooks:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._refused = Seldom()
 
     async def receive(self, request: web.Request) -> web.Response:
         """Verify, decode, hand in, and answer `200 {}` once it is durable; at once where it does not matter."""
@@ -56,6 +58,8 @@ class Webhooks:
             decoded = webhook.decode(body)
         except WebhookRefused as refused:
             told(sfu, UNKNOWN, refused.reason.value)
+            if times := self._refused.times(refused.reason.value):
+                services.log.warning("webhook_refused", reason=refused.reason.value, sfu=sfu, times=times)
             if refused.unauthorized:
                 raise MatrixError(401, "M_UNAUTHORIZED", refused.sentence) from None
             raise MatrixError(400, "M_BAD_JSON", refused.sentence) from None

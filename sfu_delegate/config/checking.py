@@ -6,6 +6,7 @@ It must never stop at the first mistake, and never show a value of a key that ma
 import base64
 import binascii
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -32,7 +33,7 @@ def validate(data: dict[str, Any], problems: list[Problem], where: Mapping[KeyPa
         for detail in details:
             path = tuple(part for part in detail["loc"] if part != "[key]")
             if not any(related(path, other) for other in pruned):
-                problems.append(_explain(detail, path, where))
+                problems.append(_explain(detail, path, where, data))
         for detail in details:
             path = tuple(part for part in detail["loc"] if part != "[key]")
             cut = path[:-1] if detail["type"] == "missing" or any(p == path for p in pruned) else path
@@ -59,10 +60,20 @@ def _without(data: Any, path: KeyPath) -> Any:
     return {} if isinstance(data, dict) and not data else None
 
 
-def _explain(detail: ErrorDetails, path: KeyPath, where: Mapping[KeyPath, str]) -> Problem:
+def _written(data: Any, path: KeyPath, read: object) -> object:
+    """What stands at a key, as it was written; `read`, what became of it, where that is not to be found."""
+    for part in path:
+        inside: Any = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        if part not in inside:
+            return read
+        data = inside[part]
+    return data
+
+
+def _explain(detail: ErrorDetails, path: KeyPath, where: Mapping[KeyPath, str], data: dict[str, Any]) -> Problem:
     kind, found = detail["type"], type_at(path)
     context = detail.get("ctx", {})
-    value, remedy = _shown(path, detail.get("input")), _expected(path)
+    value, remedy = _shown(path, _written(data, path, detail.get("input"))), _expected(path)
     match kind:
         case "missing":
             value, problem = NOT_SET, "is required"
@@ -174,6 +185,9 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
     if not config.homeservers:
         yield one(("homeservers",), NOT_SET, "is required: without a homeserver nobody may delegate", "name one: `- name: example.org`")
 
+    if os.path.isdir(config.database_path):
+        yield one(("database",), config.database, "is a directory", "name a file in it: the database, which need not be there yet")
+
     encryption = config.encryption
     keys: KeyPath = ("encryption", "keys")
     for number, fernet in enumerate(encryption.keys):
@@ -212,15 +226,18 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
             first = names[homeserver.name]
             yield one((*at, "name"), homeserver.name, f"is there twice, first as homeservers[{first}]", "keep one", ("homeservers", first))
         names.setdefault(homeserver.name, number)
+        token_at: KeyPath = (*at, homeserver.token_key)
+        if homeserver.as_token and not re.fullmatch(r"[!-~]+", homeserver.as_token.get_secret_value(), re.ASCII):
+            problem = "cannot be sent: it has a space, or a character that is not ASCII"
+            yield one(token_at, HIDDEN, problem, "put the token here that the registration has: `openssl rand -hex 32` makes one")
         if "*" in homeserver.name and homeserver.url is None and (homeserver.as_token or homeserver.as_token_file):
             yield one(
-                (*at, "as_token"),
+                token_at,
                 HIDDEN,
                 "would be sent to whatever server the discovery leads to, as name is a pattern",
                 "give the url, or name the one homeserver",
                 (*at, "name"),
                 (*at, "url"),
-                (*at, "as_token_file"),
             )
 
     for reason in config.departures:

@@ -26,7 +26,7 @@ _EXAMPLE_HEAD: Final = """\
 #   SFU_DELEGATE_CORS__ORIGINS='["https://call.example.org"]'      (lists and maps as YAML or JSON; null: not set)
 #
 # `sfu-delegate check-config` finds everything that is wrong here. SIGHUP makes the daemon read this file again; listen,
-# admin, database, encryption and log.format need a restart.
+# admin, database, encryption, log.format and timeouts.connect need a restart.
 """
 _EXAMPLE_WIDTH: Final = 118
 

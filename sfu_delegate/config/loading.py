@@ -5,8 +5,9 @@ It must never read the process's environment by itself, and never quote what a f
 
 import difflib
 import re
+import ssl
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
@@ -19,6 +20,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 from sfu_delegate.config.checking import contradictions, validate
 from sfu_delegate.config.model import Config, Homeserver, Sfu, type_at
 from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, KeyPath, Problem, dotted, kind_of, located, place_of, related, unique
+from sfu_delegate.config.risks import warnings
 
 PREFIX: Final = "SFU_DELEGATE_"
 _MOST_FILE_BYTES: Final = 4 * 1024 * 1024
@@ -71,9 +73,14 @@ def from_mapping(
         for problem, involved in contradictions(config):
             if not any(related(one, other) for one in involved for other in pruned):
                 problems.append(located(problem, involved[0], where))
-    if problems or config is None:
+    if config is None:
         raise ConfigInvalid(unique(problems))
     config._risks = tuple(risks)
+    if problems:
+        # What was left out has become a default, and is not to be judged.
+        left_out = [dotted(path) for path in pruned]
+        judged = [risk for risk in warnings(config) if not any(f"{risk.key}.".startswith((f"{key}.", f"{key}[")) for key in left_out)]
+        raise ConfigInvalid(unique(problems), [risk for risk in judged if risk.key not in {problem.key for problem in problems}])
     return config
 
 
@@ -94,11 +101,26 @@ def _read_text(path: Path, key: str, what: str) -> tuple[str | None, list[Proble
         return None, [Problem(key, str(path), f"{what} cannot be read: {reason}", remedy)]
 
 
+def _no_certificates(path: Path, key: str) -> list[Problem]:
+    try:
+        ssl.create_default_context(cafile=path)
+    except (OSError, ValueError):  # SSLError is an OSError
+        return [Problem(key, str(path), "holds no certificates that can be used", "a PEM file with the certificates of the authorities to trust")]
+    return []
+
+
 def _world_readable(path: Path) -> bool:
     try:
         return bool(path.stat().st_mode & stat.S_IROTH)
     except OSError:
         return False
+
+
+MOST_NODES: Final = 100_000  # values in a file, those behind aliases counted each time
+
+
+class _TooLarge(Exception):
+    """There are more values than a configuration can have."""
 
 
 class _Nothing:
@@ -133,16 +155,19 @@ def _parse(text: str, key: str = "") -> _Parsed:
             node = loader.get_single_node()
             if node is None:
                 return _Parsed(None, {}, [])
-            _index(node, (), lines, problems, frozenset())
+            _index(node, (), lines, problems, frozenset(), iter(range(MOST_NODES)))
             return _Parsed(loader.construct_document(node), lines, problems)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         # PyYAML quotes what it stumbled over, which may be part of a secret.
-        said = re.sub(r"(['\"])(?![<\[{,:?\]}>-])[^'\"]{2,}\1", HIDDEN, error.problem or "it cannot be read")
+        said = (error.problem or "it cannot be read").replace(r"character '\t'", "a tab")
+        said = re.sub(r"(['\"])(?![<\[{,:?\]}>-])[^'\"]{2,}\1", HIDDEN, said)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = Problem(key, "", f"is not YAML: {said}", "check the indentation, quotes and colons there", where)
+        problem = Problem(key, "", f"is not YAML: {said}", "check the indentation (spaces, no tabs), quotes and colons there", where)
+    except _TooLarge:
+        problem = Problem(key, "", f"has more than {MOST_NODES} values", "write it without aliases (*) of aliases")
     except RecursionError:
         problem = Problem(key, "", "is nested too deeply", "write it as in the example-config")
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
@@ -151,8 +176,13 @@ def _parse(text: str, key: str = "") -> _Parsed:
     return _Parsed(_NOTHING, lines, [*problems, problem])
 
 
-def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], above: frozenset[int]) -> None:
-    """Note the line of each key, and report keys that are there twice, of which YAML silently takes the last."""
+def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], above: frozenset[int], left: Iterator[int]) -> None:
+    """Note the line of each key, and report keys that are there twice, of which YAML silently takes the last.
+
+    Raises _TooLarge when there is no number `left`: a few aliases (*) of aliases make a small file an endless one.
+    """
+    if next(left, None) is None:
+        raise _TooLarge
     if id(node) in above:
         return
     above |= {id(node)}
@@ -167,11 +197,11 @@ def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: 
                 problems.append(Problem(dotted(inner), "", f"is there twice, first in line {seen[name.value]}", "keep one of them", f"line {line}"))
             seen.setdefault(name.value, line)
             lines[inner] = line
-            _index(value, inner, lines, problems, above)
+            _index(value, inner, lines, problems, above, left)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             lines[(*path, number)] = value.start_mark.line + 1
-            _index(value, (*path, number), lines, problems, above)
+            _index(value, (*path, number), lines, problems, above, left)
 
 
 def _plain(data: object, path: KeyPath, above: frozenset[int], problems: list[Problem], where: Mapping[KeyPath, str]) -> Any:
@@ -358,6 +388,7 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
         if homeserver.ca_file is not None:
             at = ("homeservers", number, "ca_file")
             _, wrong = _read_text(homeserver.ca_file, dotted(at), "the certificate file")
+            wrong = wrong or _no_certificates(homeserver.ca_file, dotted(at))
             problems.extend(located(problem, at, where) for problem in wrong)
 
     return config.model_copy(update={"encryption": encryption, "sfus": sfus, "homeservers": tuple(homeservers)})

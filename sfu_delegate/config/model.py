@@ -130,6 +130,11 @@ class Homeserver(Section):
         description="May discovery lead to a private or loopback address? A URL that is written here is always reached.",
     )
 
+    @property
+    def token_key(self) -> str:
+        """The key that the application service's token comes from."""
+        return "as_token" if self.as_token_file is None else "as_token_file"
+
 
 class DepartureRule(Section):
     """How a departure with one reason is checked."""
@@ -259,7 +264,13 @@ class Timeouts(Section):
 
     connect: Duration = Field(5.0, gt=0, le=60, description="To connect to a homeserver.")
     request: Duration = Field(10.0, gt=0, le=300, description="For a whole request to a homeserver, from connecting to the answer's end.")
-    shutdown: Duration = Field(10.0, ge=0, le=300, description="How long a shutdown waits for requests in flight.")
+    shutdown: Duration = Field(
+        10.0,
+        ge=0,
+        le=300,
+        description="How long a shutdown waits for requests in flight, and then for the database. The systemd unit (TimeoutStopSec) and the "
+        "container (--stop-timeout) allow 45 s for all of it: raise those, too.",
+    )
 
 
 class History(Section):

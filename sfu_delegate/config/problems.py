@@ -29,11 +29,12 @@ class Problem:
 
 
 class ConfigInvalid(Exception):
-    """The configuration cannot be used; `problems` has everything that is wrong with it."""
+    """The configuration cannot be used; `problems` has everything that is wrong with it, `warnings` what is risky in the rest."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], warnings: Sequence[Problem] = ()) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
         self.problems = tuple(problems)
+        self.warnings = tuple(warnings)
 
 
 def unique(problems: Iterable[Problem]) -> list[Problem]:

@@ -5,6 +5,8 @@ Nothing here may refuse a configuration, and a warning must never show a secret.
 
 import difflib
 import ipaddress
+import re
+import stat
 from collections.abc import Iterator
 from typing import Final
 from urllib.parse import urlsplit
@@ -17,6 +19,10 @@ from sfu_delegate.delegation.policy import DEPARTURES, MISSING, ROOM_MISSING, Un
 _TAKEOVERS: Final = ("DUPLICATE_IDENTITY", "MIGRATION", "SERVER_SHUTDOWN", MISSING, ROOM_MISSING)
 # LiveKit 1.13 knows these as well; they are treated as OTHER.
 _KNOWN_REASONS: Final = frozenset(DEPARTURES) | {"UNKNOWN_REASON", "SIP_TRUNK_FAILURE", "AGENT_ERROR"}
+
+
+# What people leave in place of a secret.
+_PLACEHOLDER: Final = re.compile(r"^(?:put|your|insert|replace|change)[-_ ]?(?:\w+[-_ ]|me|this)|example|placeholder|…|\.\.\.|^<", re.IGNORECASE)
 
 
 def warnings(config: Config) -> list[Problem]:
@@ -34,9 +40,16 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         )
     if not _is_loopback(config.admin.host):
         yield Problem("admin.host", config.admin.host, "metrics and health are open to everybody who reaches this address", "listen on 127.0.0.1")
-    if not config.database_path.parent.is_dir():
-        directory = str(config.database_path.parent)
-        yield Problem("database", config.database, f"there is no directory {directory}", "create it, writable for the daemon's user")
+    directory = config.database_path.parent
+    try:
+        there = stat.S_ISDIR(directory.stat().st_mode)
+    except PermissionError:
+        there = True  # below systemd's /var/lib/private only the daemon itself can see it
+    except OSError:
+        there = False
+    if not there:
+        remedy = "create it, writable for the daemon's user; systemd makes /var/lib/sfu-delegate when it starts the daemon"
+        yield Problem("database", config.database, f"there is no directory {directory}", remedy)
 
     for name, sfu in config.sfus.items():
         at = f"sfus.{name}"
@@ -46,8 +59,8 @@ def _risks_of(config: Config) -> Iterator[Problem]:
             text = secret.get_secret_value()
             if (key, text) == ("devkey", "secret"):
                 yield Problem(f"{at}.keys.{key}", HIDDEN, "is the key that LiveKit uses with --dev and that everybody knows", "make a new one")
-            elif text == EXAMPLE_SECRET:
-                yield Problem(f"{at}.keys.{key}", HIDDEN, "is still the example's secret", "put the SFU's own key and secret here")
+            elif text == EXAMPLE_SECRET or _PLACEHOLDER.search(text):
+                yield Problem(f"{at}.keys.{key}", HIDDEN, "is a placeholder, no secret", "put the SFU's own key and secret here")
             elif len(text) < 32:
                 problem = "is short for a secret: who guesses it can speak for the SFU and for every participant"
                 yield Problem(f"{at}.keys.{key}", HIDDEN, problem, "make one of 32 characters or more: `livekit-server generate-keys`")
@@ -57,6 +70,13 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         url = homeserver.url
         if url and url.lower().startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
             yield Problem(f"{at}.url", url, "tokens and delay_ids go there unencrypted", "use https://, or a loopback address")
+        token = homeserver.as_token.get_secret_value() if homeserver.as_token else None
+        if token is not None and _PLACEHOLDER.search(token):
+            remedy = "put the token here that the registration has: `openssl rand -hex 32` makes one"
+            yield Problem(f"{at}.{homeserver.token_key}", HIDDEN, "is a placeholder, no token", remedy)
+        elif token is not None and len(token) < 32:
+            problem = "is short for a token: who guesses it can act as any user of the registration's namespaces"
+            yield Problem(f"{at}.{homeserver.token_key}", HIDDEN, problem, "make one of 32 characters or more: `openssl rand -hex 32`")
         if homeserver.name == "*" and url is None:
             yield Problem(f"{at}.name", "'*'", "users of any homeserver in the world may delegate", "name the homeservers that you serve")
         if homeserver.allow_private_addresses and "*" in homeserver.name and url is None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Se
 from pydantic_core import PydanticCustomError
 
 from sfu_delegate.config.problems import HIDDEN
+from sfu_delegate.matrix.names import checked_base_url, is_pattern
 
 
 def _wrong(problem: str, remedy: str = "") -> PydanticCustomError:
@@ -132,7 +133,10 @@ def _sfu_url(value: str) -> str:
 
 def _homeserver_url(value: str) -> str:
     _split(value, ("https", "http"), "https://matrix.example.org")
-    return value.rstrip("/")
+    try:
+        return checked_base_url(value, allow_http=True)
+    except ValueError as error:
+        raise _wrong(str(error), "such as https://matrix.example.org") from None
 
 
 def _homeserver_name(value: str) -> str:
@@ -143,6 +147,8 @@ def _homeserver_name(value: str) -> str:
     plain = name.removeprefix("*.")
     if name != "*" and not re.fullmatch(r"(?:[a-z0-9](?:[a-z0-9.-]{0,253}[a-z0-9])?|\[[0-9a-f:.]{2,45}\])(?::\d{1,5})?", plain, re.ASCII):
         raise _wrong("is not a server name", remedy)
+    if not is_pattern(name):
+        raise _wrong("is not a server name: its address or port cannot be", remedy)
     return name
 
 

@@ -1,7 +1,7 @@
 """Carries out what the engine claimed: requests to homeservers, and looks at SFUs. Whatever happens, the result comes back as an input."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from sfu_delegate.matrix.management import Answer, ManagementClient
 from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.sealing import CannotUnseal, Sealer
 
+TELL_ANOTHER_CAUSE_AFTER = 60.0  # seconds
+CHECKED_ROOM = "sfu-delegate-check"  # there need not be such a room: it is looked at to see whether the SFU answers
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
 
 log = get_logger(__name__)
@@ -56,7 +58,9 @@ class Actions:
         self._hand_in = hand_in
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
-        self.troubles: dict[tuple[str, str], str] = {}  # ("homeserver" | "sfu", name) → what is wrong with it now
+        self.conditions: dict[tuple[str, str], str] = {}  # ("homeserver" | "sfu", name) → what is wrong with it, or ""; only who was asked
+        self._told: dict[tuple[str, str], tuple[float, str]] = {}  # when the log last named a trouble, and which
+        self._checks: set[asyncio.Task[None]] = set()
 
     def carry_out(self, task: Task) -> None:
         """Begin with an action."""
@@ -66,6 +70,8 @@ class Actions:
 
     async def finish(self, within: float) -> int:
         """Wait for what is in flight, `within` seconds; returns how many had to be abandoned."""
+        for check in self._checks:
+            check.cancel()
         pending: set[asyncio.Task[None]] = set(self._tasks)
         if pending:
             _, pending = await asyncio.wait(pending, timeout=within)
@@ -74,6 +80,35 @@ class Actions:
         if pending:
             await asyncio.wait(pending)
         return len(pending)
+
+    def check(self, homeservers: Iterable[str], sfus: Iterable[str]) -> None:
+        """Ask each of them once, so that whoever set it up sees at once what does not work."""
+        for check in [*(self._check_homeserver(name) for name in homeservers), *(self._check_sfu(name) for name in sfus)]:
+            job = asyncio.create_task(check)
+            self._checks.add(job)
+            job.add_done_callback(self._checks.discard)
+
+    async def _check_homeserver(self, name: str) -> None:
+        try:
+            async with asyncio.timeout(self.reach.timeout):
+                homeserver = await self.reach.homeservers.resolve(name)
+                trouble = await self.reach.client.check(homeserver, self.reach.timeout)
+        except DiscoveryFailed as error:
+            trouble = str(error)
+        except TimeoutError:
+            trouble = "it does not answer in time"
+        self._condition("homeserver", name, trouble or None)
+
+    async def _check_sfu(self, name: str) -> None:
+        sfu = self.reach.sfus.get(name)
+        if sfu is None:
+            return
+        trouble = ""
+        try:
+            await self.reach.room_service.look(sfu.address, CHECKED_ROOM, sfu.timeout)
+        except SfuUnavailable as error:
+            trouble = str(error)
+        self._condition("sfu", name, trouble or None)
 
     async def _manage(self, task: Task) -> None:
         sent_at = self._clock()
@@ -96,6 +131,7 @@ class Actions:
                 sent_at=sent_at,
                 verdict=answer.verdict,
                 retry_after=answer.retry_after,
+                alone=task.token is not None,
                 detail=answer.detail,
             )
         )
@@ -133,13 +169,16 @@ class Actions:
         self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, participants, trouble))
 
     def _condition(self, kind: str, name: str, trouble: str | None) -> None:
-        """One line for each change of a homeserver's or an SFU's condition, not for each try."""
-        before = self.troubles.get((kind, name))
+        """One line for each change of a homeserver's or an SFU's condition, not for each try; another one for another cause, after a while."""
+        key = (kind, name)
+        before = self.conditions.get(key, "")
+        self.conditions[key] = trouble or ""
         if trouble is None:
-            if before is not None:
-                del self.troubles[kind, name]
+            if before:
                 log.info(f"{kind}_works_again", **{kind: name})
-        else:
-            if before is None:
-                log.warning(f"{kind}_failed", **{kind: name}, problem=trouble)
-            self.troubles[kind, name] = trouble
+            return
+        now = self._clock()
+        told_at, told = self._told.get(key, (0.0, ""))
+        if not before or (trouble != told and now - told_at >= TELL_ANOTHER_CAUSE_AFTER):
+            self._told[key] = (now, trouble)
+            log.warning(f"{kind}_failed", **{kind: name}, problem=trouble)

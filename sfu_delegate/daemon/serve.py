@@ -19,7 +19,7 @@ from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Reach, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
-from sfu_delegate.delegation.model import Action, Lane, Task
+from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Note, Task
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress
@@ -54,8 +54,13 @@ class _Observer:
             delegations[change.new.id] = change.new
         for note in step.notes:
             row = delegations.get(note.event)
-            if row is not None:
-                log.info("delegation", delegation=row.delegation, what=note.what, detail=note.detail, row=row.id, homeserver=row.homeserver)
+            if row is None:
+                continue
+            if note.what == "delegated":
+                # The way from a person to a delegation.
+                log.info("delegation", **_line(row, note), sfu=row.sfu, room=row.room, identity=row.identity)
+            else:
+                log.info("delegation", **_line(row, note), detail=note.detail)
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """See `inbox.Observer`."""
@@ -72,6 +77,10 @@ class _Observer:
     def look(self, sfu: str, outcome: str, seconds: float) -> None:
         """See `actions.Observer`."""
         self._metrics.look(sfu, outcome, seconds)
+
+
+def _line(row: DelayedEvent, note: Note) -> dict[str, str | int]:
+    return {"delegation": row.delegation, "what": note.what, "row": row.id, "homeserver": row.homeserver}
 
 
 class Daemon:
@@ -154,6 +163,7 @@ class Daemon:
         self.public_port = await self._bind(public_app(services), config.listen.host, config.listen.port, "listen")
         self.admin_port = await self._bind(admin_app(admin), config.admin.host, config.admin.port, "admin")
         self._phase = Phase.RUNNING
+        self.actions.check(_named(config), config.sfus)
         log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=f"{config.admin.host}:{self.admin_port}")
 
     async def _bind(self, app: web.Application, host: str, port: int, key: str) -> int:
@@ -182,15 +192,16 @@ class Daemon:
 
     async def _readiness(self) -> Readiness:
         """Whether the database really takes a write now, and who is in trouble."""
-        trouble = ""
+        trouble = self.inbox.trouble or ""  # one more write may work where a transaction does not
         try:
             await self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark))
         except StoreUnavailable as error:
             trouble = str(error)
-        troubles = self.actions.troubles
-        homeservers = {homeserver.name: "" for homeserver in self.config.homeservers if "*" not in homeserver.name}
-        homeservers |= {name: problem for (kind, name), problem in troubles.items() if kind == "homeserver"}
-        sfus = {name: troubles.get(("sfu", name), "") for name in self.config.sfus}
+        conditions = self.actions.conditions
+        homeservers = {name: conditions.get(("homeserver", name)) for name in _named(self.config)}
+        # Of those that match a pattern, the ones in trouble: there may be many.
+        homeservers |= {name: problem for (kind, name), problem in conditions.items() if kind == "homeserver" and problem}
+        sfus = {name: conditions.get(("sfu", name)) for name in self.config.sfus}
         return Readiness(self._phase, trouble, homeservers, sfus)
 
     def _label(self, homeserver: str) -> str:
@@ -237,6 +248,7 @@ class Daemon:
         self.metrics.known(homeserver.name for homeserver in self.config.homeservers)
         policy, limits = self.config.policy(), _limits(self.config)
         self._reconfiguring = asyncio.ensure_future(self.inbox.in_thread(lambda: self.engine.reconfigure(policy, limits)))
+        self.actions.check(_named(self.config), self.config.sfus)
         self.metrics.reloads.labels("done").inc()
         logs.set_level("info")  # so that this line is seen whatever the level was, and will be
         log.info("config_reloaded", needs_restart=needs_restart)
@@ -266,6 +278,11 @@ class Daemon:
 
 
 # ── from the configuration to what each part takes ──
+
+
+def _named(config: Config) -> list[str]:
+    """The homeservers that the configuration names, without the patterns."""
+    return [homeserver.name.lower() for homeserver in config.homeservers if "*" not in homeserver.name]
 
 
 def _rules(config: Config) -> list[HomeserverRule]:

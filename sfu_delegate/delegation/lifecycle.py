@@ -178,8 +178,11 @@ def delegate(
     `like` is a row of the same participant whose presence it inherits: no `joined` will come for somebody who is in the call already.
     """
     if row is not None and row.state is State.LIVE:
-        return row._replace(delegation=accept.delegation, accepted_at=now)
+        return _delegated_again(row, accept, event, now)
     sessions: tuple[Session, ...] = like.sessions if like else ()
+    if like is not None and like.state is State.DONE:
+        # Nobody told it of the end of those that were live: a look finds those that go on. And none was seen under this delegation.
+        sessions = tuple(s._replace(heard_at=0.0) for s in sessions if not s.live)
     connected = like is not None and like.state is not State.DONE and like.presence is Presence.CONNECTED
     present = Presence.CONNECTED if connected else Presence.EXPECTED
     base = DelayedEvent(
@@ -220,7 +223,25 @@ def delegate(
     if row is not None and row.state in (State.ENDING, State.SUPERSEDED):
         # An ending may have been under way: the restart will tell.
         base = base._replace(end_tried=row.end_tried or _ending_under_way(row))
+        if _ending_under_way(row):
+            base = base._replace(claimed=True, lane=Lane.END, due=row.due)  # a restart must not overtake it
     return base
+
+
+def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: float) -> DelayedEvent:
+    """A live event that another delegation had. It takes over what is asked for now; a restart shows whether that is right."""
+    same = (row.delay, row.on_end) == (event.delay, event.on_end)
+    sure = same and not (row.end_tried or _ending_under_way(row))  # else a goodbye may have got through, and only a restart tells
+    row = row._replace(
+        delegation=accept.delegation,
+        accepted_at=now,
+        delay=event.delay,
+        on_end=event.on_end,
+        token=accept.token or row.token,
+        verified_at=row.verified_at if sure else None,
+        harm=row.running_since + event.delay,
+    )
+    return row if same or row.claimed else row._replace(due=now)
 
 
 def claim(row: DelayedEvent, now: float, policy: Policy) -> DelayedEvent:
@@ -357,11 +378,13 @@ def _again(row: DelayedEvent, answer: Answered, now: float, policy: Policy, rand
     row = row._replace(claimed=False, end_tried=row.end_tried or unsure)
     if row.state in (State.ENDING, State.SUPERSEDED) and now >= _surely_over(row):
         return _done(row, Outcome.RAN_OUT, now, policy)
-    if answer.verdict is Verdict.LIMITED:
+    if answer.verdict is Verdict.LIMITED and not answer.alone:
         return row._replace(due=now)  # whose turn it is when the homeserver lets us again is a matter of urgency
     wait = min(policy.retry_first * 2.0 ** min(row.attempts, 16), policy.retry_most) * (0.5 + random / 2)
     if answer.retry_after is not None:
         wait = max(wait, min(answer.retry_after, policy.retry_most))
+    if row.state is State.LIVE and row.deadline > now:
+        wait = min(wait, max(policy.retry_first, (row.deadline - now) / 8))  # the deadline must not pass while nobody tries
     return row._replace(attempts=row.attempts + 1, due=now + wait)
 
 

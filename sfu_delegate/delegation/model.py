@@ -86,7 +86,7 @@ class Session(NamedTuple):
     sid: str
     joined_at_ms: int  # the SFU node's clock; 0 when unknown
     live: bool  # False: a tombstone, so that a late `joined` of an ended session is ignored
-    heard_at: float  # when we first heard of it, by our clock
+    heard_at: float  # when we first heard that it is live, by our clock; 0 for one of which only the end was heard
 
 
 class DelayedEvent(NamedTuple):
@@ -264,15 +264,27 @@ class Withdraw:
     delegation: str
 
 
+class Carried(NamedTuple):
+    """An event that a delegation took over from another one, and what it was there."""
+
+    event: int
+    delegation: str
+    delay: float
+    on_end: OnEnd
+    token: bytes | None
+    accepted_at: float
+    verified_at: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """A delegation turned out to be wrong while its client still waits for the answer: it ends, and only its history remains.
 
-    `back`: events that it had taken over from another delegation, and that delegation's id, to which they return.
+    `back`: events that it had taken over from another delegation, to which they return as they were.
     """
 
     delegation: str
-    back: tuple[tuple[int, str], ...] = ()
+    back: tuple[Carried, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +305,7 @@ class Answered:
     sent_at: float  # before the request was sent
     verdict: Verdict
     retry_after: float | None = None  # seconds
+    alone: bool = False  # LIMITED concerns this event's user only, whose token it was done with
     detail: str = ""  # for people: status and errcode; never a token or a delay_id
 
 

@@ -57,7 +57,7 @@ def of_webhook(row: DelayedEvent, seen: Seen, now: float, policy: Policy) -> Fin
         return _joined(row, seen, known, now)
     if known is not None and not known.live:
         return Finding(Sign.NOTHING, row.sessions)
-    return _ended(row, seen, known, now, policy)
+    return _ended(row, seen, known, policy)
 
 
 def _joined(row: DelayedEvent, seen: Seen, known: Session | None, now: float) -> Finding:
@@ -71,12 +71,12 @@ def _joined(row: DelayedEvent, seen: Seen, known: Session | None, now: float) ->
     return Finding(Sign.ARRIVED if news else Sign.NOTHING, row.sessions)
 
 
-def _ended(row: DelayedEvent, seen: Seen, known: Session | None, now: float, policy: Policy) -> Finding:
+def _ended(row: DelayedEvent, seen: Seen, known: Session | None, policy: Policy) -> Finding:
     was_live = [s for s in row.sessions if s.live and (s.sid == seen.sid or not seen.sid)]
     if seen.what is Sighting.ABORTED and not seen.sid:
         was_live = []  # an attempt that failed is not the session that goes on
     remaining = [s for s in row.sessions if s.live and s not in was_live]
-    ended = Session(seen.sid, seen.joined_at_ms or (known.joined_at_ms if known else 0), False, now)
+    ended = Session(seen.sid, seen.joined_at_ms or (known.joined_at_ms if known else 0), False, 0.0)
     sessions = [s._replace(live=False) if s in was_live else s for s in row.sessions]
     # Where sessions have no sid there is nothing that a tombstone could stop, and it would stop the next join.
     sessions = [s for s in sessions if s.sid or s.live]
@@ -174,6 +174,9 @@ def _unasked(row: DelayedEvent, now: float, policy: Policy) -> Finding:
     if row.presence is Presence.AWAY and not row.live_sids and row.look_at is not None and now >= row.look_at:
         departure = policy.departure(row.reason)
         waited = now - row.presence_since
-        if departure.unasked is Unasked.GONE or (departure.unasked is Unasked.AFTER and waited >= departure.unasked_after):
+        # Somebody whose joining was never heard of may be there with a session that nobody told of: what was heard to end is another one.
+        seen = any(not s.live and s.heard_at for s in row.sessions)
+        at_once = departure.unasked is Unasked.GONE and seen
+        if at_once or (departure.unasked is not Unasked.CONNECTED and waited >= departure.unasked_after):
             return Finding(Sign.GIVEN_UP, row.sessions, row.reason)
     return Finding(Sign.UNASKED, row.sessions, row.reason)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sfu_delegate.delegation.model import DelayedEvent, Note
+from sfu_delegate.delegation.model import Carried, DelayedEvent, Note
 
 
 class TooMany(Exception):
@@ -21,7 +21,7 @@ class Accepted:
     delegation: str
     created: bool
     rows: tuple[DelayedEvent, ...]
-    carried: tuple[tuple[int, str], ...] = ()  # events that another delegation had, and its id
+    carried: tuple[Carried, ...] = ()  # events that another delegation had
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Screen:
         self._lines: dict[Column, deque[Text]] = {column: deque(maxlen=KEPT_LINES) for column in Column}
         self._members: dict[str, tuple[bool | None, str]] = {}
         self._live: Live | None = None
+        self._over = False
         if terminal and not plain:  # last: it asks for its first picture at once
             self._live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=REFRESHES, screen=True)
 
@@ -70,7 +71,9 @@ class Screen:
         return 0.0 if self._began is None else time.monotonic() - self._began
 
     def say(self, column: Column, text: str, style: str = "") -> None:
-        """One line."""
+        """One line. Nothing more is said once the summary has been shown: what comes then is of the cleaning up."""
+        if self._over:
+            return
         label, colour = column.value
         stamp = "" if self._began is None else f"{self.elapsed:5.1f} s  "
         if self._live is None:
@@ -92,15 +95,18 @@ class Screen:
                 self.say(Column.ROOM, text)
         self._members = dict(rows)
 
-    def summary(self, outcomes: Sequence[Outcome], now: float, wrong: Sequence[str], lost: float) -> None:
-        """The table at the end, and the verdict. Closes the live picture first."""
+    def summary(self, outcomes: Sequence[Outcome], now: float, wrong: Sequence[str], lost: float, *, complete: bool = True) -> None:
+        """The table at the end, and the verdict; `complete`: the whole story was played. Closes the live picture first, and says nothing later."""
         self.close()
+        self._over = True
         self.console.print()
         self.console.print(_table(outcomes, now))
         self.console.print(f"Events lost while their participant was connected, by the daemon's own count: {lost:g}")
         for sentence in wrong:
             self.console.print(Text(f"missing: {sentence}", style="bold red"))
         good = "Everything is as it must be: who left has left the room's call, and who stayed is still in it."
+        if not complete:
+            good = f"Ended early after {self.length or 0:g} s. Everything so far is as it must be."
         verdict = Text(good, style="bold green") if not wrong else Text("Not everything is as it must be.", style="bold red")
         self.console.print(verdict)
 
@@ -150,6 +156,8 @@ def _table(outcomes: Sequence[Outcome], now: float) -> Table:
 
 def _cells(one: Outcome, now: float) -> tuple[str, ...]:
     how = one.person.how if one.acted or one.person.act is None else "still in the call at the end"
+    if not one.came:
+        return one.person.name, "has not joined before the end", *["–"] * 5
     if not one.person.leaves or one.left_at is None:
         due, restarts = one.restarts_due(now), max(0, one.restarts - 1)
         word = "has not noticed yet" if one.person.leaves and one.acted else one.reason or "–"

@@ -24,7 +24,7 @@ from sfu_delegate.demo.processes import Died, NeverHappened, until
 from sfu_delegate.demo.screen import Column, Screen
 from sfu_delegate.demo.sfu import KEY, SECRET, CallSfu, Ear, StandInSfu, Told
 from sfu_delegate.demo.stand_in import StandIn
-from sfu_delegate.demo.story import CAST, GRACE, IN_WORDS, JOIN_EVERY, LENGTH, Act, Outcome, Person, missing
+from sfu_delegate.demo.story import CAST, GRACE, IN_WORDS, JOIN_EVERY, LENGTH, Act, Outcome, Person, missing, times
 from sfu_delegate.demo.synapse import Synapse
 from sfu_delegate.sandbox.tokens import join_token
 
@@ -63,6 +63,7 @@ class Part:
     joined_at: float | None = None
     left_at: float | None = None
     reason: str = ""
+    came: bool = False
     acted: bool = False
     scheduled: bool = False
 
@@ -81,6 +82,7 @@ class Part:
         in_call = self.member is not None and self.member.in_call
         return Outcome(
             person=self.person,
+            came=self.came,
             acted=self.acted,
             joined_at=self.joined_at,
             left_at=self.left_at,
@@ -177,7 +179,7 @@ class Show:
         lost = await metric(http, daemon.admin_url, LOST)
         outcomes, now = [part.outcome() for part in self._parts.values()], time.time()
         wrong = missing(outcomes, now, complete=complete, lost=lost)
-        self._screen.summary(outcomes, now, wrong, lost)
+        self._screen.summary(outcomes, now, wrong, lost, complete=complete)
         return 1 if wrong else 0
 
     async def _perform(self, sfu: CallSfu, api: DelegateApi) -> None:
@@ -185,7 +187,8 @@ class Show:
         cues: list[tuple[float, Coroutine[Any, Any, None]]] = []
         try:
             for number, part in enumerate(self._parts.values()):
-                cues.append((number * JOIN_EVERY, self._join(part, sfu, api)))
+                if number * JOIN_EVERY < self._length:
+                    cues.append((number * JOIN_EVERY, self._join(part, sfu, api)))
                 if part.person.act is not None and part.person.at < self._length:
                     cues.append((part.person.at, self._act(part, part.person.act, sfu)))
             cues.sort(key=lambda cue: cue[0])
@@ -204,6 +207,8 @@ class Show:
     async def _join(self, part: Part, sfu: CallSfu, api: DelegateApi) -> None:
         """As clients do: schedule the leave event, say that one is in the call, connect to the SFU, delegate."""
         client, name, delay_ms = self._homeserver.client, part.person.name, part.person.delay_ms
+        self._screen.say(Column.STAGE, f"{name} joins, and delegates a leave event with a delay of {delay_ms / 1000:g} s")
+        part.came = True
         part.delay_id = await client.schedule_leave(part.account, self._room_id, delay_ms)
         await client.announce(part.account, self._room_id)
         await sfu.join(part.identity, part.token)
@@ -213,7 +218,6 @@ class Show:
         part.shown, part.delegation, part.management_token = shown, shown["id"], shown["management_token"]
         self._names[part.delegation] = name
         self._show_log()
-        self._screen.say(Column.STAGE, f"{name} joins, and delegates a leave event with a delay of {delay_ms / 1000:g} s")
 
     async def _talk(self, sfu: CallSfu) -> None:
         """Whoever is connected begins to talk."""
@@ -236,7 +240,7 @@ class Show:
                 await sfu.close_tab(part.identity)
 
     async def _settle(self) -> None:
-        """Wait for the leave events of those who are gone already, for a while."""
+        """Wait for the word of those who have just come, and for the leave events of those who are gone already, for a while."""
 
         async def settled() -> bool:
             return not any(self._is_open(part) for part in self._parts.values())
@@ -245,6 +249,8 @@ class Show:
             await until(settled, GRACE, "all leave events")
 
     def _is_open(self, part: Part) -> bool:
+        if part.came and part.joined_at is None:
+            return True
         if not part.person.leaves or not part.acted:
             return False
         if part.left_at is None:
@@ -285,7 +291,7 @@ class Show:
             part.shown = shown
             restarts = int(part.event.get("restarts") or 0)
             if restarts > max(1, before):
-                self._screen.say(Column.DAEMON, f"has restarted {name}'s delayed event, {restarts - 1} times by now", style="bold")
+                self._screen.say(Column.DAEMON, f"has restarted {name}'s delayed event, {times(restarts - 1)} by now", style="bold")
 
     async def _look_at_schedules(self) -> None:
         for part in self._parts.values():
@@ -298,7 +304,7 @@ def _word(part: Part) -> str:
     if part.person.leaves and outcome.delay is not None:
         return f"{max(0.0, outcome.delay):.1f} s after the SFU's word"
     restarts = outcome.restarts - 1
-    return f"restarted {restarts} times" if restarts > 0 else ""
+    return f"restarted {times(restarts)}" if restarts > 0 else ""
 
 
 # ── the stage ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -65,6 +65,7 @@ class Outcome:
     """What became of one person, as three witnesses tell: the SFU, the daemon, and the room. Times in Unix seconds."""
 
     person: Person
+    came: bool  # was it told to join before the end?
     acted: bool  # did its act take place before the end?
     joined_at: float | None  # as the SFU tells
     left_at: float | None  # as the SFU tells
@@ -89,6 +90,11 @@ class Outcome:
         return max(0, int((now - self.joined_at - RESTART_SLACK) / (RESTART_AT * self.person.delay_ms / 1000)))
 
 
+def times(number: int) -> str:
+    """How often, in words."""
+    return "once" if number == 1 else f"{number} times"
+
+
 def missing(outcomes: Sequence[Outcome], now: float, *, complete: bool, lost: float) -> list[str]:
     """Everything that is not as it must be, in sentences; empty when all is well.
 
@@ -102,6 +108,8 @@ def missing(outcomes: Sequence[Outcome], now: float, *, complete: bool, lost: fl
 
 def _missing(one: Outcome, now: float, complete: bool) -> list[str]:
     name = one.person.name
+    if not one.came and not complete:
+        return []
     if one.joined_at is None:
         return [f"{name}: the SFU has never told that {name} joined"]
     wrong = []
@@ -135,5 +143,5 @@ def _staying(one: Outcome, now: float) -> list[str]:
         wrong.append(f"{name}: its delayed event is not scheduled any more")
     due = one.restarts_due(now)
     if one.restarts - 1 < due:
-        wrong.append(f"{name}: {max(0, one.restarts - 1)} restarts were seen, and {due} were due")
+        wrong.append(f"{name}: was restarted {times(max(0, one.restarts - 1))}, and should have been {times(due)}")
     return wrong

@@ -20,6 +20,7 @@ from pydantic_core import from_json
 
 from sfu_delegate.livekit.keys import SfuKey
 
+FAR_FUTURE = 2**53  # seconds; an integer may be larger than any float
 LEEWAY = 60.0  # seconds by which clocks may differ; livekit-api's and the server's own
 MAX_TOKEN = 16_384  # characters: above what a header may have, and nothing that is worth decoding
 _ADMIN_TTL = 600.0  # seconds; a token is made for each call
@@ -106,7 +107,7 @@ def access(token: str, keys: Mapping[str, SfuKey], now: float) -> Access:
         raise _not_an_access_token("its `video` grants do not name one `room`")
     if type(identity) is not str or not identity or "\0" in identity:
         raise _not_an_access_token("it does not name the participant's identity in `sub`")
-    return Access(key.sfu, room, identity, float(claims["exp"]))
+    return Access(key.sfu, room, identity, float(min(claims["exp"], FAR_FUTURE)))
 
 
 def mint(key: SfuKey, grants: VideoGrants, now: float, ttl: float, identity: str = "") -> str:

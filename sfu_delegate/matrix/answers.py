@@ -123,7 +123,7 @@ def understand(reply: Reply, *, own_token: bool) -> Answer:
 
     status, errcode = reply.status, reply.errcode
     if 200 <= status < 300:
-        if (reply.json or reply.empty) and not (reply.content and "errcode" in reply.content):
+        if reply.content is not None and "errcode" not in reply.content:
             return is_(Verdict.DONE)
         return is_(Verdict.UNCERTAIN, "the answer is not the homeserver's: is there a proxy that answers in its place?")
     if 300 <= status < 400:

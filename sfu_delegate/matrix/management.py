@@ -26,6 +26,7 @@ from sfu_delegate.matrix.inflight import InFlight
 __all__ = ["Answer", "Generation", "ManagementClient", "Scope", "generations_offered"]
 
 CHOICE_LASTS: Final = 3600.0  # seconds that a homeserver's generation is remembered
+DELAYED_EVENTS_OFF: Final = "the homeserver has delayed events switched off (Synapse: set max_event_delay_duration)"
 OFF_LASTS: Final = 60.0  # seconds that it is remembered that a homeserver has delayed events off, or lacks the endpoint that it announces
 MAX_REMEMBERED: Final = 10_000  # homeservers
 
@@ -145,6 +146,14 @@ class ManagementClient:
             return await self._why_forbidden(request, answer)
         return answer
 
+    async def check(self, homeserver: Homeserver, timeout: float) -> str:  # noqa: ASYNC109 - as in `act`
+        """Can the homeserver be reached, and does it have delayed events? "" or a sentence for the operator. Costs one request at the most."""
+        try:
+            known = await self._negotiate(homeserver, asyncio.get_running_loop().time() + timeout, None)
+        except _NotNegotiated as unknown:
+            return unknown.answer.detail
+        return "" if known.offered else DELAYED_EVENTS_OFF
+
     async def is_scoped(self, homeserver: Homeserver, token: str, timeout: float) -> Scope:  # noqa: ASYNC109 - as in `act`
         """Is the token of a client really a scoped one?
 
@@ -180,7 +189,7 @@ class ManagementClient:
                     None,
                     "",
                     None,
-                    "the homeserver has delayed events switched off (Synapse: set max_event_delay_duration)",
+                    DELAYED_EVENTS_OFF,
                 )
             if known.lacking.get(request.action, 0.0) <= self._now():
                 answer = await self._try(request, known)

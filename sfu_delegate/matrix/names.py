@@ -64,6 +64,6 @@ def checked_base_url(text: object, *, allow_http: bool) -> str:
         raise ValueError("has credentials in it")
     if "?" in text or "#" in text:
         raise ValueError("has a query or a fragment")
-    if not is_server_name(parts.netloc):
+    if not is_server_name(parts.netloc.replace("_", "-")):  # names of containers have underscores
         raise ValueError("has no valid host and port")
     return text.rstrip("/")

@@ -7,7 +7,8 @@ of defence, also for what other libraries log. A line that cannot be written mus
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any, Final, TextIO
 
 import structlog
@@ -98,10 +99,24 @@ def configure(*, level: str = "info", format: str = "auto", stream: TextIO | Non
     logging.captureWarnings(True)
     # Access logs would be a line for each webhook, and name paths with delegation ids.
     logging.getLogger("aiohttp.access").disabled = True
+    # Its errors come with the request's raw bytes, which anybody can send, as often as they like.
+    server = logging.getLogger("aiohttp.server")
+    server.filters = [_without_request]
     # These log statements with their parameters, or a line for each request, below the level of a warning.
     for chatty in ("sqlalchemy", "alembic", "asyncio", "livekit"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     set_level(level)
+
+
+def _without_request(record: logging.LogRecord) -> bool:
+    """Leave the kind of the error, without its text and its traceback; a request that is no HTTP is worth a debug line."""
+    kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
+    record.msg, record.args = "http_request_failed: %s", (kind or "unknown",)
+    record.exc_info = record.exc_text = None
+    if kind.startswith(("Bad", "Invalid", "Line", "Content", "Transfer", "Payload")):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger().isEnabledFor(logging.DEBUG)
+    return True
 
 
 def set_level(level: str) -> None:
@@ -179,3 +194,20 @@ def frames(error: BaseException) -> list[str]:
         found.append(f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno} {code.co_name}")
         trace = trace.tb_next
     return found[-_MOST_FRAMES:]
+
+
+class Seldom:
+    """Keeps what anybody can set off, as often as they like, from filling the log: each kind of event gets one line in `every` seconds."""
+
+    def __init__(self, every: float = 60.0, clock: Callable[[], float] = monotonic) -> None:
+        self._every = every
+        self._clock = clock
+        self._told: dict[str, tuple[float, int]] = {}  # kind → when there was a line, how many happened since
+
+    def times(self, kind: str) -> int:
+        """How many times it happened since the last line, if it is time for another one; else 0. `kind` comes from a fixed set."""
+        now = self._clock()
+        at, since = self._told.get(kind, (now - self._every, 0))
+        due = now - at >= self._every
+        self._told[kind] = (now, 0) if due else (at, since + 1)
+        return since + 1 if due else 0

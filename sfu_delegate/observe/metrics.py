@@ -138,9 +138,8 @@ class Metrics:
             self.fraction.labels(homeserver).observe((new.running_since - old.running_since) / new.delay)
         if new.state is State.DONE and old.state is not State.DONE:
             self.ended.labels(homeserver, new.outcome.value).inc()
-            if new.outcome is Outcome.LOST or (
-                new.outcome is Outcome.REJECTED and new.verified_at is not None and new.presence is Presence.CONNECTED
-            ):
+            there = new.verified_at is not None and new.presence is Presence.CONNECTED
+            if new.outcome is Outcome.LOST or (there and new.outcome in (Outcome.REJECTED, Outcome.RAN_OUT)):
                 self.lost.labels(homeserver).inc()
             if new.outcome in (Outcome.SENT, Outcome.CANCELLED) and new.ended_at is not None:
                 self.to_end.labels(homeserver).observe(max(0.0, now - new.ended_at))

@@ -234,12 +234,13 @@ class SqliteStore:
     def __init__(self, path: str | Path):
         self.path = str(path)
         self._lock: IO[str] | None = None
+        self._file: tuple[int, int] | None = None  # device and inode
         self._updates: dict[tuple[int, ...], str] = {}
         memory = self.path == ":memory:"
         try:
             if not memory:
                 self._lock = _locked(Path(self.path))
-                _create(Path(self.path))
+                self._file = _create(Path(self.path))
             self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=512)
             try:
                 self._prepare(memory)
@@ -366,6 +367,8 @@ class SqliteStore:
     def save_clock_mark(self, mark: str) -> None:
         new = upsert(_meta).values(key="clock", value=mark)
         statement = new.on_conflict_do_update(index_elements=["key"], set_={"value": new.excluded.value})
+        if self._file is not None:
+            self._still_there()
         self.atomically(lambda _: self._execute(statement))
 
     # ── housekeeping ──
@@ -382,7 +385,19 @@ class SqliteStore:
         if self.wal_size() > CHECKPOINT_ABOVE:
             self._checkpoint()
 
+    def _still_there(self) -> None:
+        """A file that was deleted, or replaced by a backup, goes on taking transactions that nobody will ever find again."""
+        try:
+            now = os.stat(self.path)
+            lost = (now.st_dev, now.st_ino) != self._file
+        except OSError:
+            lost = True
+        if lost:
+            raise StoreUnavailable(f"The database {self.path} was deleted or replaced while it was in use. Start the daemon again.")
+
     def idle(self) -> None:
+        if self._file is not None:
+            self._still_there()
         if self.wal_size() > CHECKPOINT_IDLE_ABOVE:
             self._checkpoint()
 
@@ -424,10 +439,16 @@ def _locked(path: Path) -> IO[str]:
     return file
 
 
-def _create(path: Path) -> None:
-    """Make the file before SQLite does, readable by nobody else: whoever knows a delay_id can end the event. SQLite gives its log the same mode."""
+def _create(path: Path) -> tuple[int, int]:
+    """Make the file before SQLite does, readable by nobody else: whoever knows a delay_id can end the event. SQLite gives its log the same mode.
+
+    Returns its device and inode.
+    """
     try:
-        os.close(_for_us_only(str(path), os.O_RDWR | os.O_CREAT))
+        file = _for_us_only(str(path), os.O_RDWR | os.O_CREAT)
+        status = os.fstat(file)
+        os.close(file)
+        return (status.st_dev, status.st_ino)
     except OSError as error:
         raise StoreUnavailable(f"The database {path} cannot be opened: {error.strerror}. It must be a file that can be written.") from error
 

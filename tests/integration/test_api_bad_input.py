@@ -84,7 +84,7 @@ class Loop:
 
         with capture_logs() as logs:
             status, text = self.run(send)
-        assert not logs
+        assert not [line for line in logs if line["event"] not in ("webhook_refused", "delegation_refused")]
         return status, text
 
     def stop(self) -> None:

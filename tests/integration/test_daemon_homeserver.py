@@ -347,7 +347,7 @@ async def test_a_homeserver_that_is_not_configured_is_not_served(tmp_path: Path)
         alice = await site.participant()
         answer = await site.delegate(alice, homeserver="elsewhere.example")
         assert (answer.status, answer.body["errcode"]) == (403, "M_FORBIDDEN")
-        assert not site.homeserver.model.answers
+        assert not [kind for kind, _ in site.homeserver.model.answers if kind != "versions"]  # that is asked at the start
 
 
 async def test_a_hanging_homeserver_does_not_hold_up_the_others(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sfu_delegate.config import from_mapping
 from sfu_delegate.sandbox import tokens
 from sfu_delegate.sandbox.homeserver import HomeserverFaults, HomeserverModel, RateLimit
 
-from tests.integration.daemon import SFU_KEY, SFU_SECRET, Participant, Site, broken_database, open_site, until
+from tests.integration.daemon import SERVER, SFU_KEY, SFU_SECRET, Participant, Site, broken_database, open_site, until
 
 EXPECTED = {
     "sfu_delegate_build_info": "gauge",
@@ -97,7 +97,11 @@ async def test_a_database_that_does_not_work_means_not_ready(tmp_path: Path) -> 
             assert "Retry-After" in answer.headers
             assert str(site.database) not in answer.text
             assert await site.count("sfu_delegate_database_works") == 0
-        assert (await site.admin("/health/ready")).status == 200
+
+        async def ready_again() -> bool:
+            return (await site.admin("/health/ready")).status == 200
+
+        await until(ready_again, "readiness")
         await site.delegated(await site.participant("bob"))
         assert await site.count("sfu_delegate_database_works") == 1
 
@@ -349,3 +353,19 @@ async def test_each_line_about_a_delegation_names_it(tmp_path: Path) -> None:
         assert [line["what"] for line in lines] == ["delegated", "verified", "connected", "away", "gone", "ending", "sent"]
         assert {line["delegation"] for line in lines} == {given["id"]}
         assert all({"time", "level", "logger"} <= line.keys() for line in site.lines())
+
+
+async def test_what_is_configured_is_asked_at_the_start(tmp_path: Path) -> None:
+    """A mistake shows before the first call does; delayed events that are switched off are one."""
+    model = HomeserverModel(SERVER, seed=1, limit=None)
+    model.unstable_features = {}
+    async with open_site(tmp_path, homeserver=model) as site:
+
+        async def condition() -> str:
+            return str((await site.admin("/health/ready")).body["homeservers"][SERVER])
+
+        async def told() -> bool:
+            return "switched off" in await condition()
+
+        await until(told, "the homeserver's condition")
+        assert site.sfu.model.calls["ListParticipants"] >= 1

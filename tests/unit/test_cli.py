@@ -96,6 +96,14 @@ def test_warnings_fail_only_when_strict(write: Write) -> None:
     assert run("check-config", "-c", path, "--strict").exit_code == 1
 
 
+def test_warnings_are_printed_beside_problems(write: Write) -> None:
+    """Who mends the problems sees what is risky, too."""
+    result = run("check-config", "-c", write(GOOD + "log: {level: debug}\nlisten: {port: x}\n"))
+    assert result.exit_code == 1
+    assert "problem: listen.port" in result.stdout
+    assert "warning: log.level" in result.stdout
+
+
 def test_json_is_for_programs(write: Write) -> None:
     """With --json the same comes as data."""
     result = run("check-config", "-c", write("listen: {port: x}\n"), "--json")

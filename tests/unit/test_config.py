@@ -212,6 +212,7 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
         ({"database": "sqlite://"}, "database", "begins with sqlite:///"),
         ({"database": "sqlite:///:memory:"}, "database", "nothing would survive"),
         ({"database": "sqlite:///x.db?mode=ro"}, "database", "plain path"),
+        ({"database": f"sqlite:///{Path(__file__).parent}"}, "database", "is a directory"),
         ({"listen": {"port": 70000}}, "listen.port", "at most 65535"),
         ({"listen": {"port": True}}, "listen.port", "YAML reads this as true or false"),
         ({"listen": {"host": "http://x"}}, "listen.host", "not an address"),
@@ -225,6 +226,8 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
         ({"homeservers": [{"name": "a.org", "url": "https://[a.org"}]}, "homeservers[0].url", "not a URL"),
         ({"homeservers": [{"name": "a.org", "as_token": 12345}]}, "homeservers[0].as_token", "must be a text"),
         ({"homeservers": [{"name": "*.a.org", "as_token": SECRET}]}, "homeservers[0].as_token", "would be sent to whatever server"),
+        ({"homeservers": [{"name": "a.org", "as_token": f"{SECRET} {SECRET}"}]}, "homeservers[0].as_token", "cannot be sent"),
+        ({"homeservers": [{"name": "a.org", "as_token": "…"}]}, "homeservers[0].as_token", "cannot be sent"),
         ({"homeservers": [{"name": "a.org", "as_token_file": "/nonexistent"}]}, "homeservers[0].as_token_file", "cannot be read: No such"),
         ({"homeservers": [{"name": "a.org", "ca_file": "/nonexistent"}]}, "homeservers[0].ca_file", "cannot be read: No such"),
         ({"sfus": {"Main": sfu()}}, "sfus.Main", "not a name for an SFU"),
@@ -320,6 +323,13 @@ def test_syntax_errors_name_their_place_and_quote_nothing(tmp_path: Path) -> Non
         assert "" in problems_of_text(tmp_path, text)
 
 
+def test_a_tab_is_called_a_tab(tmp_path: Path) -> None:
+    """YAML allows no tabs for indentation, and hardly anybody sees them."""
+    found = problems_of_text(tmp_path, "sfus:\n\tmain:\n")
+    assert "found a tab" in found[""].problem
+    assert "spaces" in found[""].remedy
+
+
 def test_a_key_that_is_there_twice_is_a_problem(tmp_path: Path) -> None:
     """YAML would silently take the last one."""
     found = problems_of_text(tmp_path, GOOD + "log: {level: info}\nlog: {level: debug}\n")
@@ -363,13 +373,13 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     config = from_mapping(
         good(
             sfus={"main": {"url": "wss://x", "key_file": private(tmp_path / "livekit", f"APIone: {SECRET}\nAPItwo: '{SECRET}2'\n")}},
-            homeservers=[{"name": "a.org", "as_token_file": private(tmp_path / "as", "the-token\n")}],
+            homeservers=[{"name": "a.org", "as_token_file": private(tmp_path / "as", f"{SECRET}\n")}],
             encryption={"keys_file": private(tmp_path / "keys", f"# new\n{keys[0]}\n{keys[1]}\n")},
         )
     )
     assert {key: secret.get_secret_value() for key, secret in config.sfus["main"].keys.items()} == {"APIone": SECRET, "APItwo": SECRET + "2"}
     assert config.homeservers[0].as_token is not None
-    assert config.homeservers[0].as_token.get_secret_value() == "the-token"
+    assert config.homeservers[0].as_token.get_secret_value() == SECRET
     assert config.encryption_keys() == tuple(keys)
     assert warnings(config) == []
 
@@ -402,7 +412,7 @@ def test_a_secret_in_two_places_is_a_problem(tmp_path: Path) -> None:
 
 def test_a_secret_that_everybody_can_read_is_risky(tmp_path: Path) -> None:
     """World-readable secret files, and a world-readable configuration with secrets in it, are warned of."""
-    token = private(tmp_path / "as", "the-token")
+    token = private(tmp_path / "as", SECRET)
     token.chmod(0o644)
     path = tmp_path / "delegate.yaml"
     path.write_text(GOOD + f"    as_token_file: {token}\n")
@@ -529,10 +539,16 @@ def test_a_usual_configuration_has_no_warnings() -> None:
         ({"listen": {"host": "0.0.0.0"}}, "listen.host"),
         ({"admin": {"host": "::"}}, "admin.host"),
         ({"database": "sqlite:////nonexistent/x.db"}, "database"),
+        ({"database": f"sqlite:////{'x' * 300}/x.db"}, "database"),
         ({"sfus": {"main": sfu(keys={"devkey": "secret"})}}, "sfus.main.keys.devkey"),
         ({"sfus": {"main": sfu(keys={"APIone": "short"})}}, "sfus.main.keys.APIone"),
         ({"sfus": {"main": sfu(keys={"APIone": EXAMPLE_SECRET})}}, "sfus.main.keys.APIone"),
+        ({"sfus": {"main": sfu(keys={"APIone": "change-me-to-a-secret-of-32-characters"})}}, "sfus.main.keys.APIone"),
         ({"sfus": {"main": sfu(url="ws://sfu.example.org")}}, "sfus.main.url"),
+        ({"homeservers": [{"name": "a.org", "as_token": "short"}]}, "homeservers[0].as_token"),
+        ({"homeservers": [{"name": "a.org", "as_token": "put-one-long-random-text-here-and-there"}]}, "homeservers[0].as_token"),
+        ({"homeservers": [{"name": "a.org", "as_token": "changeme-changeme-changeme-changeme"}]}, "homeservers[0].as_token"),
+        ({"homeservers": [{"name": "a.org", "as_token": "example-example-example-example-example"}]}, "homeservers[0].as_token"),
         ({"homeservers": [{"name": "a.org", "url": "http://matrix.a.org"}]}, "homeservers[0].url"),
         ({"homeservers": [{"name": "*"}]}, "homeservers[0].name"),
         ({"homeservers": [{"name": "*.a.org", "allow_private_addresses": True}]}, "homeservers[0].allow_private_addresses"),
@@ -550,6 +566,50 @@ def test_risky_settings_are_warned_of(changes: dict[str, Any], key: str) -> None
     found = {warning.key: warning for warning in warnings(from_mapping(good(**changes)))}
     assert key in found
     assert found[key].remedy
+
+
+def test_a_directory_that_cannot_be_seen_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a directory that only the daemon may enter, as systemd makes it, nothing is known, and nothing is said."""
+    config = from_mapping(good(database="sqlite:////var/lib/private/x/x.db"))
+
+    def stat(self: Path) -> None:
+        raise PermissionError(str(self))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert warnings(config) == []
+
+
+def test_a_random_token_is_no_placeholder() -> None:
+    """What `openssl rand` makes is fine, in the file as well as in a file of its own."""
+    assert warnings(from_mapping(good(homeservers=[{"name": "a.org", "as_token": "c0ffee" * 8}]))) == []
+
+
+def test_a_token_from_a_file_is_judged_by_the_key_of_the_file(tmp_path: Path) -> None:
+    """The warning names the key that has to be mended."""
+    token = tmp_path / "token"
+    token.write_text("short\n")
+    token.chmod(0o600)
+    assert [w.key for w in warnings(from_mapping(good(homeservers=[{"name": "a.org", "as_token_file": str(token)}])))] == [
+        "homeservers[0].as_token_file"
+    ]
+
+
+def test_warnings_come_with_the_problems() -> None:
+    """What is risky in the rest is said at once, and nothing of what is wrong or has been left out."""
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(good(log={"level": "debug"}, listen={"port": "x", "host": "0.0.0.0"}, restart={"at": 2}, delegations={"min_delay": 1}))
+    assert {problem.key for problem in caught.value.problems} == {"listen.port", "restart.at"}
+    assert {warning.key for warning in caught.value.warnings} == {"listen.host", "delegations.min_delay", "log.level"}
+
+
+def test_values_are_shown_as_they_were_written() -> None:
+    """A problem quotes the text of the file, not what it was read as."""
+    found = problems_of(good(delegations={"min_delay": "0s"}, presence={"first_looks": ["1s", "-1"]}, limits={"body": "1B"}))
+    assert {key: problem.value for key, problem in found.items()} == {
+        "delegations.min_delay": "0s",
+        "presence.first_looks[1]": "-1",
+        "limits.body": "1B",
+    }
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8008", "http://localhost:8008", "http://[::1]:8008"])
@@ -651,3 +711,52 @@ def test_any_text_is_good_or_a_list_of_problems(tmp_path_factory: pytest.TempPat
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with contextlib.suppress(ConfigInvalid):
         load(path)
+
+
+def test_a_small_file_that_stands_for_an_endless_one_is_refused(tmp_path: Path) -> None:
+    """Aliases of aliases: said at once, without building what they stand for."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    problems = problems_of_text(tmp_path, "\n".join(lines))
+    assert any("more than 100000 values" in str(problem) for problem in problems.values())
+
+
+@pytest.mark.parametrize(
+    ("homeserver", "key"),
+    [
+        ({"name": "hs.test:99999"}, "homeservers[0].name"),
+        ({"name": "hs.test", "url": "https://hs.test:0"}, "homeservers[0].url"),
+        ({"name": "hs.test", "url": "https://hs.test/" + "x" * 3000}, "homeservers[0].url"),
+        ({"name": "hs.test", "url": "https://bücher.example"}, "homeservers[0].url"),
+    ],
+)
+def test_what_could_not_be_served_is_no_good_configuration(homeserver: dict[str, str], key: str) -> None:
+    """`serve` must not refuse what `check-config` calls good."""
+    with pytest.raises(ConfigInvalid) as refused:
+        from_mapping({"sfus": {"main": {"url": "wss://sfu.test", "keys": {"APIkey": "s" * 32}}}, "homeservers": [homeserver]})
+    assert key in [problem.key for problem in refused.value.problems]
+
+
+def test_a_host_may_have_an_underscore() -> None:
+    """Containers are named so."""
+    config = from_mapping(
+        {
+            "sfus": {"main": {"url": "ws://livekit_main:7880", "keys": {"APIkey": "s" * 32}}},
+            "homeservers": [{"name": "hs.test", "url": "http://synapse_main:8008"}],
+        }
+    )
+    assert config.homeservers[0].url == "http://synapse_main:8008"
+
+
+def test_a_certificate_file_has_to_hold_certificates(tmp_path: Path) -> None:
+    """Said by `check-config`, not only at the first request."""
+    file = tmp_path / "ca.pem"
+    file.write_text("no certificate")
+    with pytest.raises(ConfigInvalid) as refused:
+        from_mapping(
+            {
+                "sfus": {"main": {"url": "wss://sfu.test", "keys": {"APIkey": "s" * 32}}},
+                "homeservers": [{"name": "hs.test", "ca_file": str(file)}],
+            }
+        )
+    assert [problem.key for problem in refused.value.problems] == ["homeservers[0].ca_file"]

@@ -1,5 +1,7 @@
 """The demonstration's beginning, its lines, and what it says where Synapse is missing."""
 
+from dataclasses import replace
+
 import pytest
 from sfu_delegate import demo
 from sfu_delegate.demo.screen import Column, Screen
@@ -8,7 +10,9 @@ from sfu_delegate.demo.story import CAST, Outcome
 
 def outcome(number: int, *, in_call: bool) -> Outcome:
     person = CAST[number]
-    return Outcome(person, True, 100.0, None if in_call else 110.0, "" if in_call else "SIGNAL_CLOSE", None, in_call, in_call, 2, True, "", in_call)
+    return Outcome(
+        person, True, True, 100.0, None if in_call else 110.0, "" if in_call else "SIGNAL_CLOSE", None, in_call, in_call, 2, True, "", in_call
+    )
 
 
 def test_without_synapse_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,10 +37,31 @@ def test_only_changes_of_the_room_are_told(capsys: pytest.CaptureFixture[str]) -
     with Screen(plain=True) as screen:
         screen.members({"anna": (None, "")})
         screen.members({"anna": (True, "")})
-        screen.members({"anna": (True, "restarted 1 times")})
+        screen.members({"anna": (True, "restarted once")})
         screen.members({"anna": (False, "2.0 s after the SFU's word")})
     lines = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["anna is in the call", "anna has left the call (2.0 s after the SFU's word)"]
+
+
+def test_nothing_is_said_after_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    """The verdict is the last line: what the SFU tells while it is stopped is of no interest."""
+    with Screen(plain=True) as screen:
+        screen.begin(50)
+        screen.summary([outcome(0, in_call=True)], 130.0, [], 0)
+        screen.say(Column.SFU, "room finished")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Everything is as it must be")
+
+
+def test_a_run_that_was_cut_short_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who had no time to join has a row without marks, and the verdict is of what was seen."""
+    with Screen(plain=True) as screen:
+        screen.begin(1.5)
+        late = replace(outcome(1, in_call=False), came=False, acted=False, joined_at=None, left_at=None, restarts=0)
+        screen.summary([outcome(0, in_call=True), late], 130.0, [], 0, complete=False)
+    out = capsys.readouterr().out
+    assert "has not joined before the end" in out
+    assert "NO" not in out
+    assert out.splitlines()[-1] == "Ended early after 1.5 s. Everything so far is as it must be."
 
 
 def test_the_summary_shows_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from sfu_delegate.demo.story import CAST, LENGTH, SHORT_MS, Act, Outcome, Person
 NOW = 1_000_000.0
 STAYS = Outcome(
     person=Person("anna", "stays", delay_ms=SHORT_MS),
+    came=True,
     acted=False,
     joined_at=NOW - 50,
     left_at=None,
@@ -22,6 +23,7 @@ STAYS = Outcome(
 )
 LEFT = Outcome(
     person=Person("ben", "hung up", Act.LEAVE, 13.0),
+    came=True,
     acted=True,
     joined_at=NOW - 50,
     left_at=NOW - 30,
@@ -52,7 +54,7 @@ def test_nothing_is_missing_when_all_is_well() -> None:
         (replace(STAYS, in_call=False), "the room does not show it"),
         (replace(STAYS, announced_once=False), "lost in between"),
         (replace(STAYS, scheduled=False), "not scheduled any more"),
-        (replace(STAYS, restarts=2), "1 restarts were seen, and 2 were due"),
+        (replace(STAYS, restarts=2), "was restarted once, and should have been 2 times"),
         (replace(STAYS, restarts=0, verified=False), "could not restart"),
         (replace(LEFT, leave_at=None), "leave event is not in the room"),
         (replace(LEFT, leave_at=NOW - 31), "1.0 s before the departure"),
@@ -76,6 +78,14 @@ def test_a_story_that_was_cut_short_wants_no_departures_that_did_not_come() -> N
     early = replace(LEFT, acted=False, left_at=None, reason="", leave_at=None, in_call=True, announced_once=True, ended="", scheduled=True)
     assert said(early, complete=False) == ""
     assert "never told that ben left" in said(early, complete=True)
+
+
+def test_a_story_that_was_cut_short_wants_nobody_who_did_not_come() -> None:
+    """Who had no time to join is not missed; who joined is expected at the SFU."""
+    late = replace(STAYS, came=False, joined_at=None, in_call=False, announced_once=False, restarts=0, verified=False, scheduled=False)
+    assert said(late, complete=False) == ""
+    assert "never told that anna joined" in said(late, complete=True)
+    assert "never told that anna joined" in said(replace(late, came=True), complete=False)
 
 
 def test_the_delay_counts_from_the_word_of_the_sfu() -> None:

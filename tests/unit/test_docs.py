@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pytest
+import sqlalchemy
 import yaml
 from aiohttp import web
 from sfu_delegate import config
@@ -17,13 +18,20 @@ from sfu_delegate.api.app import AdminServices, Services, admin_app, public_app
 from sfu_delegate.config import Config
 from sfu_delegate.delegation.model import Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES
+from sfu_delegate.store.schema import metadata
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "requirements" / "README.md"])
 SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "sfu_delegate").rglob("*.py")))
 OURS = "# /etc/sfu-delegate/sfu-delegate.yaml"
-NOT_OURS = ("# livekit.yaml", "# homeserver.yaml", "# prometheus.yml", "# /etc/matrix-synapse/sfu-delegate-registration.yaml")
+NOT_OURS = (
+    "# livekit.yaml",
+    "# homeserver.yaml",
+    "# prometheus.yml",
+    "# /etc/prometheus/sfu-delegate.rules.yml",
+    "# /etc/matrix-synapse/sfu-delegate-registration.yaml",
+)
 NEEDED = {"sfus": {"main": {"url": "wss://sfu.example.org", "keys": {"APIexample": "x" * 32}}}, "homeservers": [{"name": "example.org"}]}
 
 
@@ -119,6 +127,24 @@ def test_python_in_shell_compiles(snippet: Snippet) -> None:
     """What a shell snippet hands to Python is Python."""
     for code in re.findall(r"(?s)<<'EOF'\n(.*?)\nEOF\n|python3? -c '([^']*)'", snippet.text):
         compile(code[0] or code[1], str(snippet), "exec")
+
+
+def test_queries_can_be_asked() -> None:
+    """What a shell snippet asks the database for is in its tables."""
+    asked = [query for snippet in snippets("sh") for query in re.findall(r'sqlite3 -readonly [^"]*"([^"]+)"', snippet.text)]
+    assert asked
+    with sqlalchemy.create_engine("sqlite://").connect() as database:
+        metadata.create_all(database)
+        for query in asked:
+            assert database.execute(sqlalchemy.text(query)).all() == []
+
+
+def test_every_alert_is_explained() -> None:
+    """The alerts of docs/metrics.md are those of the table below them, in its order."""
+    [rules] = [yaml.safe_load(snippet.text) for snippet in snippets("yaml") if snippet.text.startswith("# /etc/prometheus/")]
+    text = (DOCS / "metrics.md").read_text()
+    table = text[text.index("| Alert |") :].partition("\n\n")[0].splitlines()[2:]
+    assert [rule["alert"] for group in rules["groups"] for rule in group["rules"]] == [row.split("|")[1].strip(" *") for row in table]
 
 
 @pytest.mark.parametrize("snippet", snippets("json"), ids=str)

@@ -543,11 +543,28 @@ def test_every_definite_answer_to_the_cancellation_of_a_superseded_event_is_the_
 
 
 def test_a_live_event_that_is_handed_over_again_goes_on() -> None:
-    """Its countdown, its claims, its verification and what is to be done at the end stay."""
+    """Its countdown, its claims and its verification stay."""
     before = claimed(row())
-    asked = accept("D2", "delay-1", on_end=OnEnd.CANCEL)
+    asked = accept("D2", "delay-1")
     after = new_row(before, before, asked)
     assert after == before._replace(delegation="D2", accepted_at=NOW)
+
+
+def test_a_live_event_that_is_handed_over_with_other_words_is_verified_anew() -> None:
+    """A corrected delay, or another wish for the end, holds from then on; a restart at once shows whether all is well."""
+    before = row()
+    after = new_row(before, before, accept("D2", "delay-1", on_end=OnEnd.CANCEL, delay=60.0))
+    assert (after.delay, after.on_end, after.verified_at, after.due) == (60.0, OnEnd.CANCEL, None, NOW)
+    assert_consistent(after)
+
+
+def test_an_event_whose_goodbye_may_have_got_through_is_not_verified() -> None:
+    """Handed over again while its send is under way, or after one whose answer was lost: only a restart tells whether it is there."""
+    back = advance(gone_and_claimed(), joined("S2", 2000), NOW + 0.1, POLICY, 0.5)
+    assert new_row(back, back, accept("D2", "delay-1")).verified_at is None
+    under_way = claimed(row(state=State.SUPERSEDED))
+    after = new_row(under_way, under_way, accept("D2", "delay-1"))
+    assert (after.claimed, after.lane, after.due) == (True, Lane.END, under_way.due)  # a restart must not overtake the cancel
 
 
 @pytest.mark.parametrize("state", [State.ENDING, State.SUPERSEDED, State.VANISHED, State.DONE])

@@ -11,7 +11,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from sfu_delegate.observe.logs import HIDDEN, configure, get_logger, redact, set_level, short
+from sfu_delegate.observe.logs import HIDDEN, Seldom, configure, get_logger, redact, set_level, short
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJAYWxpY2UifQ.c2lnbmF0dXJlLXNpZ25hdHVyZQ"
 DELAY_ID = "syd_qWertZuiOpAsdfGhjkl"
@@ -289,3 +289,15 @@ def test_a_closed_stream_does_no_harm() -> None:
     configure(format="json", stream=stream)
     stream.close()
     get_logger().info("into_the_void")
+
+
+def test_what_anybody_can_set_off_does_not_fill_the_log() -> None:
+    """One line a minute for each kind, with the number since the last one."""
+    now = 0.0
+    seldom = Seldom(every=60.0, clock=lambda: now)
+    assert seldom.times("bad_signature") == 1
+    assert [seldom.times("bad_signature") for _ in range(5)] == [0] * 5
+    assert seldom.times("expired") == 1
+    now = 60.0
+    assert seldom.times("bad_signature") == 6
+    assert seldom.times("bad_signature") == 0

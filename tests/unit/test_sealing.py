@@ -132,7 +132,7 @@ def test_a_spoilt_key_file_is_refused_and_left_alone(tmp_path: Path, content: by
 
 def test_a_key_file_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
     """Where the directory is missing, the error names the file and the reason."""
-    with pytest.raises(KeyFileRefused, match="No such file or directory"):
+    with pytest.raises(KeyFileRefused, match=r"there is no directory .*: create it"):
         load_or_create(tmp_path / "missing" / "key")
 
 
