@@ -939,3 +939,63 @@ def test_a_verified_delegation_can_always_be_replaced() -> None:
     (task,) = [task for task in engine.step([accept("D1", "first")], NOW).tasks if task.action is Action.RESTART]
     engine.step([reply_to(task)], NOW + 0.1)
     assert isinstance(engine.step([accept("D2", "second")], NOW + 0.2).replies[0], Accepted)
+
+
+# ── what must not come back ──
+
+
+def test_a_refused_delegation_of_several_events_leaves_the_old_one_alone() -> None:
+    """One of two was unknown: the other one, though verified, does not make the delegation a whole, and the old event is not cancelled."""
+    engine = holding(row(delegation="D1", delay_id="old"))
+    step = engine.step([accept("D2", "unknown", "good")], NOW)
+    unknown, good = sorted((task for task in step.tasks if task.action is Action.RESTART), key=lambda task: task.event)
+    engine.step([reply_to(unknown, Verdict.NOT_FOUND)], NOW + 0.1)
+    step = engine.step([reply_to(good)], NOW + 0.2)
+    assert Action.CANCEL not in actions(step)
+    assert stored(engine)[0].state is State.LIVE
+
+
+def test_going_back_to_the_earlier_event_is_a_new_delegation() -> None:
+    """a, then b, then a again while b is not verified: a is what holds, and b is what is cancelled."""
+    engine = holding(row(delegation="D1", delay_id="a"))
+    engine.step([accept("D2", "b")], NOW)
+    step = engine.step([accept("D3", "a")], NOW + 0.1)
+    assert isinstance(step.replies[0], Accepted)
+    assert step.replies[0].created
+    assert [(there.delay_id, there.state) for there in stored(engine)] == [("a", State.LIVE), ("b", State.SUPERSEDED)]
+
+
+def test_a_long_retry_after_does_not_silence_a_homeserver() -> None:
+    """Whatever it says, it is asked again within a minute or so: deadlines go on."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(8)])
+    tasks = engine.step((), NOW).tasks
+    step = engine.step([reply_to(task, Verdict.LIMITED, retry_after=3600.0) for task in tasks], NOW)
+    assert step.wake is not None
+    assert step.wake <= NOW + POLICY.retry_most * 1.1
+
+
+def test_a_limit_of_one_user_is_not_everybodys() -> None:
+    """A request with a user's own token is charged to that user's limit."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(8)])
+    (first, *_) = engine.step((), NOW).tasks
+    step = engine.step([replace(reply_to(first, Verdict.LIMITED, retry_after=30.0), alone=True)], NOW)
+    assert len(step.tasks) == 1
+    assert step.tasks[0].event != first.event
+
+
+def test_a_departure_is_looked_at_in_time_although_looks_fail() -> None:
+    """Somebody else in the room cannot be found, and the tries become rare; who hangs up does not wait for that."""
+    engine = holding(row(identity="a"))
+    engine.step([accept("D2", "x", identity="b")], NOW)
+    now, step = NOW, engine.step((), NOW)
+    for _ in range(6):  # until tries are a minute apart
+        assert step.wake is not None
+        now = step.wake
+        step = engine.step([reply_to(task) for task in step.tasks if task.action is not Action.LOOK], now)
+        for task in looks(step):
+            step = engine.step([Looked(SFU, ROOM, task.claim, now, None)], now)
+    engine.step([left("S1", identity="a")], now)
+    step = engine.step((), now + 2.0)
+    for task in looks(step):
+        step = engine.step([Looked(SFU, ROOM, task.claim, now + 2.0, None)], now + 2.0)
+    assert next(there for there in stored(engine) if there.identity == "a").presence is Presence.GONE

@@ -665,3 +665,17 @@ def test_any_history_keeps_the_row_consistent(data: st.DataObject) -> None:
             there = lifecycle.advance(there, shifted, now, POLICY, data.draw(st.sampled_from([0.0, 0.5, 0.99])))
         assert_consistent(there)
         assert before.state is not State.DONE or there is before or there.state is State.LIVE
+
+
+def test_retries_heed_the_deadline() -> None:
+    """However often it failed, a restart is tried again before an eighth of the time that is left has passed."""
+    before = claimed(row(attempts=10, running_since=NOW - DELAY + 40.0))
+    after = advance(before, answered(before, Action.RESTART, Verdict.FAILED), NOW, POLICY, 0.99)
+    assert after.due is not None
+    assert after.due <= NOW + 5.0
+
+
+def test_sessions_of_a_finished_delegation_are_not_inherited_as_live() -> None:
+    """Nobody told the finished row of their end."""
+    withdrawn = advance(row(sessions=(live("S1"),)), Withdraw("D1"), NOW, POLICY, 0.5)
+    assert not new_row(withdrawn).live_sids

@@ -551,3 +551,11 @@ def test_a_live_newest_session_is_ended_only_by_its_own_left_or_by_looks(history
     for n, other in enumerate(g for g in history if isinstance(g, Seen) and g.sid):
         there = advance(there, other, now + n, POLICY, 0.5)
         assert there.presence is Presence.CONNECTED
+
+
+def test_a_late_end_of_somebody_elses_session_ends_nobody_who_cannot_be_looked_for() -> None:
+    """Delegated while in the call, `joined` not heard; an old session's end comes late, and the SFU cannot be asked: not known is not gone."""
+    expected = row(Presence.EXPECTED, sessions=())
+    away = advance(expected, left("S0", "CLIENT_INITIATED", 500), NOW, POLICY, 0.5)
+    assert away.look_at is not None
+    assert advance(away, look_failed(away.look_at), away.look_at, POLICY, 0.5).presence is Presence.AWAY
