@@ -48,7 +48,7 @@ TIMERS_A_STEP = 256  # a step stays short, however much there is to tidy up
 class Limits:
     """How much is accepted."""
 
-    max_per_participant: int = 4  # delegations of one participant whose replacement is not verified yet
+    max_per_participant: int = 4  # delegations of one participant that its homeserver has not confirmed yet
     max_per_homeserver: int = 100_000  # delayed events
 
 
@@ -275,7 +275,13 @@ class Engine:
         return replace(step, wake=self._wake(now))
 
     def _one_by_one(self, inputs: Sequence[Input], now: float) -> Step:
-        steps = [self.step((given,), now) for given in inputs]
+        steps: list[Step] = []
+        for given in inputs:
+            try:
+                steps.append(self.step((given,), now))
+            except StoreUnavailable as error:
+                # What the steps before it have claimed must still be carried out.
+                steps.append(Step([error], [], now, [], []))
         return Step(
             replies=[reply for step in steps for reply in step.replies],
             tasks=[task for step in steps for task in step.tasks],

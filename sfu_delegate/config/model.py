@@ -239,8 +239,8 @@ class Delegations(Section):
     )
     max_delay: Duration = Field(7 * 86400.0, gt=0, description="Longest delay of an event.")
     max_events: Count = Field(8, ge=1, le=1000, description="Delayed events in one delegation.")
-    max_per_participant: Count = Field(4, ge=1, le=1000, description="Delegations of one participant whose events have not ended yet.")
-    max_per_homeserver: Count = Field(100_000, ge=1, description="Delegations of one homeserver's users.")
+    max_per_participant: Count = Field(4, ge=1, le=1000, description="Delegations of one participant that its homeserver has not confirmed yet.")
+    max_per_homeserver: Count = Field(100_000, ge=1, description="Delayed events of one homeserver's users that have not ended yet.")
     verify_timeout: Duration = Field(
         2.0, ge=0, le=60, description="How long a client waits for the homeserver to confirm its event; later it is told `verified: false`."
     )

@@ -219,7 +219,9 @@ class Inbox:
                 if isinstance(reply, Exception):
                     log.error("input_failed", input=type(given).__name__, error=type(reply).__name__)
             elif not future.done():  # whoever asked may have hung up
-                if isinstance(reply, Exception):
+                if isinstance(reply, StoreUnavailable):
+                    future.set_exception(Unavailable(str(reply), BROKEN_RETRY_AFTER))
+                elif isinstance(reply, Exception):
                     future.set_exception(reply)
                 else:
                     future.set_result(reply)

@@ -999,3 +999,22 @@ def test_a_departure_is_looked_at_in_time_although_looks_fail() -> None:
     for task in looks(step):
         step = engine.step([Looked(SFU, ROOM, task.claim, now + 2.0, None)], now + 2.0)
     assert next(there for there in stored(engine) if there.identity == "a").presence is Presence.GONE
+
+
+def test_a_database_that_fails_between_two_of_a_split_batch_loses_no_claim() -> None:
+    """A value that cannot be written makes the batch go one by one; what the first ones claimed is still handed out."""
+    engine = fresh()
+    atomically, calls = engine.store.atomically, 0
+
+    def failing(work: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise StoreUnavailable("full")
+        return atomically(work)
+
+    engine.store.atomically = failing  # type: ignore[method-assign]
+    step = engine.step([accept("D1"), accept("D-bad", "delay", identity="bob", delay=float("nan"))], NOW)
+    assert isinstance(step.replies[0], Accepted)
+    assert isinstance(step.replies[1], StoreUnavailable)
+    assert [task.delegation for task in step.tasks] == ["D1"]
