@@ -96,7 +96,7 @@ class _Work:
     changes: list[Change] = field(default_factory=list)
     undo: list[Callable[[], object]] = field(default_factory=list)
 
-    def _take(self, rows: Iterable[DelayedEvent]) -> list[DelayedEvent]:
+    def taken(self, rows: Iterable[DelayedEvent]) -> list[DelayedEvent]:
         """Rows from the database, as this step has them by now."""
         taken = []
         for row in rows:
@@ -113,7 +113,7 @@ class _Work:
         known = self.known_all if finished else self.known
         ids = known.get(key)
         if ids is None:
-            rows = self._take(self.tx.of_participant(*key, finished=finished))
+            rows = self.taken(self.tx.of_participant(*key, finished=finished))
             seen = {row.id for row in rows}
             rows += [row for row in self._made(sfu, room) if row.id not in seen and identity in (row.identity, row.alias)]
             known[key] = [row.id for row in rows]
@@ -125,13 +125,13 @@ class _Work:
         return [self.rows[id] for id in dict.fromkeys(self.made.get((sfu, room), ())) if id not in self.deleted]
 
     def in_room(self, sfu: str, room: str) -> list[DelayedEvent]:
-        rows = self._take(self.tx.of_room(sfu, room))
+        rows = self.taken(self.tx.of_room(sfu, room))
         seen = {row.id for row in rows}
         rows += [row for row in self._made(sfu, room) if row.id not in seen]
         return [row for row in rows if row.state is not State.DONE]
 
     def delegation(self, delegation: str) -> list[DelayedEvent]:
-        rows = {row.id: row for row in self._take(self.tx.of_delegation(delegation))}
+        rows = {row.id: row for row in self.taken(self.tx.of_delegation(delegation))}
         rows.update({row.id: row for row in self.rows.values() if row.id not in self.deleted})
         return sorted(row for row in rows.values() if row.delegation == delegation)
 
@@ -139,10 +139,7 @@ class _Work:
         if event in self.rows:
             return None if event in self.deleted else self.rows[event]
         row = self.tx.get(event)
-        return None if row is None else self._take([row])[0]
-
-    def taken(self, rows: Iterable[DelayedEvent]) -> list[DelayedEvent]:
-        return self._take(rows)
+        return None if row is None else self.taken([row])[0]
 
     def put(self, row: DelayedEvent, given: Input | None) -> None:
         """Note a change; `given` is None for bookkeeping that is no news (claims)."""

@@ -3,8 +3,6 @@
 It must never stop at the first mistake, and never show a value of a key that may hold a secret, or that is unknown.
 """
 
-import base64
-import binascii
 import difflib
 import os
 import re
@@ -20,6 +18,7 @@ from sfu_delegate.config.model import Config, all_keys, type_at
 from sfu_delegate.config.problems import HIDDEN, NOT_SET, KeyPath, Problem, dotted, kind_of, place_of, related
 from sfu_delegate.config.values import DURATION_REMEDY, SIZE_REMEDY, format_duration, format_size, read_duration, read_size
 from sfu_delegate.delegation.policy import DEPARTURES
+from sfu_delegate.sealing import key_bytes
 
 
 def validate(data: dict[str, Any], problems: list[Problem], where: Mapping[KeyPath, str]) -> tuple[Config | None, list[KeyPath]]:
@@ -191,7 +190,8 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
     encryption = config.encryption
     keys: KeyPath = ("encryption", "keys")
     for number, fernet in enumerate(encryption.keys):
-        if not _is_fernet_key(fernet.get_secret_value()):
+        text = fernet.get_secret_value()
+        if text != text.strip() or key_bytes(text) is None:
             command = "python3 -c 'import base64, os; print(base64.urlsafe_b64encode(os.urandom(32)).decode())'"
             yield one((*keys, number), HIDDEN, "is not a Fernet key (32 bytes in base64url)", f"make one: {command}", ("encryption", "keys_file"))
 
@@ -270,10 +270,3 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
     if same and config.listen.port:
         value = f"{config.admin.host}:{config.admin.port}"
         yield one(("admin", "port"), value, "is the address of listen, too", "give each its own port", ("listen",), ("admin",))
-
-
-def _is_fernet_key(key: str) -> bool:
-    try:
-        return len(base64.b64decode(key.encode("ascii"), altchars=b"-_", validate=True)) == 32
-    except (binascii.Error, ValueError):
-        return False

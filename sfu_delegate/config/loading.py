@@ -21,6 +21,8 @@ from sfu_delegate.config.checking import contradictions, validate
 from sfu_delegate.config.model import Config, Homeserver, Sfu, type_at
 from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, KeyPath, Problem, dotted, kind_of, located, place_of, related, unique
 from sfu_delegate.config.risks import warnings
+from sfu_delegate.livekit.keys import parse_key_file
+from sfu_delegate.sealing import parse_keys
 
 PREFIX: Final = "SFU_DELEGATE_"
 _MOST_FILE_BYTES: Final = 4 * 1024 * 1024
@@ -352,7 +354,7 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
         at: KeyPath = ("encryption", "keys_file")
         path = encryption.keys_file
         if (text := read(path, at, "the key file")) is not None:
-            found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            found = parse_keys(text)
             encryption = encryption.model_copy(update={"keys": tuple(SecretStr(key) for key in found)})
             if not found:
                 empty(at, path, "holds no key", "write one Fernet key a line")
@@ -366,12 +368,13 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
             both(("sfus", name, "keys"), "key_file")
             continue
         if (text := read(sfu.key_file, at, "the key file")) is not None:
-            parsed = _parse(text).data
-            pairs = parsed if isinstance(parsed, dict) else {}
-            if pairs and all(isinstance(k, str) and k and isinstance(s, str) and s.strip() for k, s in pairs.items()):
-                sfus[name] = sfu.model_copy(update={"keys": {key: SecretStr(secret.strip()) for key, secret in pairs.items()}})
+            try:
+                pairs = {key.key: SecretStr(key.secret) for key in parse_key_file(text, name)}
+            except ValueError as error:
+                what = f"is not a key file of LiveKit's: {error}"
+                empty(at, sfu.key_file, what, "write one `key: secret` a line, with a space behind the colon")
             else:
-                empty(at, sfu.key_file, "is not a key file of LiveKit's", "write one `key: secret` a line, with a space behind the colon")
+                sfus[name] = sfu.model_copy(update={"keys": pairs})
 
     homeservers: list[Homeserver] = []
     for number, homeserver in enumerate(config.homeservers):

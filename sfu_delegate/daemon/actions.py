@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sfu_delegate.delegation.model import Action, Answered, Looked, Task, Verdict
+from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task, Verdict
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeservers
 from sfu_delegate.matrix.management import Answer, ManagementClient
@@ -39,7 +39,7 @@ class Sfu:
 
 @dataclass(slots=True)
 class Reach:
-    """Everything that actions need; replaced as a whole when the configuration is read again."""
+    """Everything that actions need. `sfus` and `timeout` change when the configuration is read again."""
 
     homeservers: Homeservers
     client: ManagementClient
@@ -100,15 +100,8 @@ class Actions:
         self._condition("homeserver", name, trouble or None)
 
     async def _check_sfu(self, name: str) -> None:
-        sfu = self.reach.sfus.get(name)
-        if sfu is None:
-            return
-        trouble = ""
-        try:
-            await self.reach.room_service.look(sfu.address, CHECKED_ROOM, sfu.timeout)
-        except SfuUnavailable as error:
-            trouble = str(error)
-        self._condition("sfu", name, trouble or None)
+        participants, trouble = await self._participants(name, CHECKED_ROOM)
+        self._condition("sfu", name, None if participants is not None else trouble)
 
     async def _manage(self, task: Task) -> None:
         sent_at = self._clock()
@@ -152,21 +145,23 @@ class Actions:
 
     async def _look(self, task: Task) -> None:
         sent_at = self._clock()
-        participants, trouble = None, ""
-        sfu = self.reach.sfus.get(task.sfu)
-        try:
-            if sfu is None:
-                trouble = "it is not configured any more"
-            else:
-                participants = await self.reach.room_service.look(sfu.address, task.room, sfu.timeout)
-        except SfuUnavailable as error:
-            trouble = str(error)
-        except Exception as error:
-            log.error("look_failed", sfu=task.sfu, error=type(error).__name__, at=frames(error))
-            trouble = f"a defect of the daemon: {type(error).__name__}"
+        participants, trouble = await self._participants(task.sfu, task.room)
         self._observer.look(task.sfu, "failed" if participants is None else "done", self._clock() - sent_at)
         self._condition("sfu", task.sfu, None if participants is not None else trouble)
         self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, participants, trouble))
+
+    async def _participants(self, name: str, room: str) -> tuple[tuple[Listed, ...] | None, str]:
+        """Who is in the room; or None, and why the SFU could not be asked."""
+        sfu = self.reach.sfus.get(name)
+        if sfu is None:
+            return None, "it is not configured any more"
+        try:
+            return await self.reach.room_service.look(sfu.address, room, sfu.timeout), ""
+        except SfuUnavailable as error:
+            return None, str(error)
+        except Exception as error:
+            log.error("look_failed", sfu=name, error=type(error).__name__, at=frames(error))
+            return None, f"a defect of the daemon: {type(error).__name__}"
 
     def _condition(self, kind: str, name: str, trouble: str | None) -> None:
         """One line for each change of a homeserver's or an SFU's condition, not for each try; another one for another cause, after a while."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import structlog
 import uvloop
 from aiohttp import web
 
@@ -19,7 +18,7 @@ from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Reach, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
-from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Note, Task
+from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Task
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress
@@ -27,6 +26,7 @@ from sfu_delegate.matrix.discovery import HomeserverRule, Homeservers
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.management import ManagementClient
 from sfu_delegate.observe import logs
+from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
 from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
 from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, StoreUnavailable
@@ -70,14 +70,6 @@ class _Observer:
         """See `inbox.Observer`."""
         self._metrics.store(works=works)
 
-    def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
-        """See `actions.Observer`."""
-        self._metrics.action(homeserver, action, outcome, seconds)
-
-    def look(self, sfu: str, outcome: str, seconds: float) -> None:
-        """See `actions.Observer`."""
-        self._metrics.look(sfu, outcome, seconds)
-
 
 def _line(row: DelayedEvent, note: Note) -> dict[str, str | int]:
     return {"delegation": row.delegation, "what": note.what, "row": row.id, "homeserver": row.homeserver}
@@ -107,7 +99,7 @@ class Daemon:
         self._egress = Egress.open(connect_timeout=config.timeouts.connect)
         try:
             await self._wire(config)
-        except (StoreUnavailable, ValueError) as error:  # ValueError: what `check-config` does not see, such as a ca_file without certificates
+        except (StoreUnavailable, ValueError) as error:  # ValueError: a file that changed after it was checked, say
             await self._unwire()
             raise CannotStart(str(error)) from error
         except BaseException:
@@ -128,7 +120,7 @@ class Daemon:
         agrees = clock.agrees_with(self._store.clock_mark())
         if not agrees:
             log.warning("clock_was_set", consequence="all delayed events are restarted soon, since their countdowns are not known")
-        recovered = self._store.recover(clock(), clock_unsure=not agrees)
+        recovered = self._store.recover(clock(), config.policy(), clock_unsure=not agrees)
         self._store.save_clock_mark(clock.mark)
 
         self.homeservers = Homeservers(_rules(config), self._egress, clock)
@@ -136,14 +128,13 @@ class Daemon:
         self._room_service = RoomService()
         self.metrics = Metrics(self._label)
         self.metrics.known(homeserver.name for homeserver in config.homeservers)
-        observer = _Observer(self.metrics)
         self.keys = KeyRing(_keys(config))
         random = Random()  # noqa: S311 — for jitter
         self.engine = Engine(self._store, config.policy(), _limits(config), random, in_flight=self._in_flight, looks_in_flight=self._looks_in_flight)
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
         reach = Reach(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
-        self.inbox = Inbox(self.engine, clock, self._carry_out, observer, config.limits.inbox)
-        self.actions = Actions(reach, clock, self.inbox.hand_in, observer)
+        self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox)
+        self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
         self.loop_task = asyncio.create_task(self.inbox.run())
         log.info("started", version=__version__, database=str(config.database_path), delegated=sum(self.engine.states.values()), taken_up=recovered)
 
@@ -350,7 +341,9 @@ async def _serve(config: Config, path: Path) -> int:
     stopped.cancel()
     broken = daemon.loop_task.done()
     if broken:
-        log.critical("engine_ended", error=repr(daemon.loop_task.exception()), consequence="the process ends, to be started again")
+        why = daemon.loop_task.exception()
+        at = frames(why) if why else []
+        log.critical("engine_ended", error=type(why).__name__, at=at, consequence="the process ends, to be started again")
     await daemon.stop()
     return 1 if broken else 0
 
@@ -358,7 +351,6 @@ async def _serve(config: Config, path: Path) -> int:
 def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit code."""
     logs.configure(level=config.log.level, format=config.log.format)
-    structlog.contextvars.clear_contextvars()
     for risk in warnings(config):
         log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

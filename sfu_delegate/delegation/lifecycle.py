@@ -222,7 +222,7 @@ def delegate(
     )
     if row is not None and row.state in (State.ENDING, State.SUPERSEDED):
         # An ending may have been under way: the restart will tell.
-        base = base._replace(end_tried=row.end_tried or _ending_under_way(row))
+        base = base._replace(end_tried=_tried(row))
         if _ending_under_way(row):
             base = base._replace(claimed=True, lane=Lane.END, due=row.due)  # a restart must not overtake it
     return base
@@ -231,7 +231,7 @@ def delegate(
 def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: float) -> DelayedEvent:
     """A live event that another delegation had. It takes over what is asked for now; a restart shows whether that is right."""
     same = (row.delay, row.on_end) == (event.delay, event.on_end)
-    sure = same and not (row.end_tried or _ending_under_way(row))  # else a goodbye may have got through, and only a restart tells
+    sure = same and not _tried(row)  # else a goodbye may have got through, and only a restart tells
     row = row._replace(
         delegation=accept.delegation,
         accepted_at=now,
@@ -246,14 +246,18 @@ def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: fl
 
 def claim(row: DelayedEvent, now: float, policy: Policy) -> DelayedEvent:
     """The row while its action is being carried out. A lease that ran out means that nobody knows what became of the action."""
-    tried = row.end_tried or _ending_under_way(row)
     lane = Lane.RESTART if row.state is State.LIVE else row.lane
-    return row._replace(claim=row.claim + 1, claimed=True, lane=lane, due=now + policy.lease, end_tried=tried)
+    return row._replace(claim=row.claim + 1, claimed=True, lane=lane, due=now + policy.lease, end_tried=_tried(row))
 
 
 def _ending_under_way(row: DelayedEvent) -> bool:
     """Is the answer to a `send` or `cancel` awaited? A LIVE event whose participant came back meanwhile stays in lane END until then."""
     return row.claimed and (row.lane is Lane.END or row.state is State.SUPERSEDED)
+
+
+def _tried(row: DelayedEvent) -> bool:
+    """May an ending get through, or have got through, whatever is done from now on?"""
+    return row.end_tried or _ending_under_way(row)
 
 
 def action(row: DelayedEvent) -> Action:
@@ -331,22 +335,20 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
     old = row.state
     new = EVENTS.get((old, what), old)
     match old, new:
-        case State.VANISHED, State.DONE:
-            return _done(row, Outcome.WITHDRAWN if what is Happening.WITHDRAWN else Outcome.ALREADY_ENDED, now, policy)
         case _, State.DONE if what is Happening.WITHDRAWN:
             return _done(row, Outcome.WITHDRAWN, now, policy)
+        case State.VANISHED, State.DONE:
+            return _done(row, Outcome.ALREADY_ENDED, now, policy)
         case State.LIVE, State.ENDING:
             # A restart that is under way must not hold up the goodbye: its claim is void.
-            tried = row.end_tried or _ending_under_way(row)
-            return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, end_tried=tried, claimed=False)
+            return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, end_tried=_tried(row), claimed=False)
         case State.ENDING, State.LIVE:
             if row.claimed:
                 # The ending is under way and cannot be called back. Its answer, or the end of its lease, says how to go on.
                 return row._replace(state=new, harm=row.deadline, attempts=0)
             return _restart_at(row._replace(state=new, attempts=0), now if row.end_tried else None, now, policy, random)
         case ((State.LIVE | State.ENDING), State.SUPERSEDED):
-            tried = row.end_tried or _ending_under_way(row)
-            return row._replace(state=new, lane=Lane.RESTART, due=now, harm=row.deadline, attempts=0, end_tried=tried, claimed=False)
+            return row._replace(state=new, lane=Lane.RESTART, due=now, harm=row.deadline, attempts=0, end_tried=_tried(row), claimed=False)
         case _:
             return row
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -41,8 +42,6 @@ class Reply:
     """An HTTP answer, read as Matrix would have it."""
 
     status: int
-    json: bool  # the body is JSON
-    empty: bool  # there is no body
     content: Mapping[str, Any] | None = field(repr=False)  # the body, if it is a JSON object
     errcode: str  # of a Matrix error; "" for everything else
     retry_after: float | None  # seconds
@@ -51,21 +50,15 @@ class Reply:
 def read_reply(answer: HttpAnswer, now: float) -> Reply:
     """Read an answer; `now` (Unix seconds) is what a Retry-After with a date is compared with."""
     value: object = None
-    is_json = False
     if answer.whole:
-        try:
+        with suppress(ValueError, RecursionError):
             value = json.loads(answer.body)
-            is_json = True
-        except (ValueError, RecursionError):
-            pass
     content = value if isinstance(value, dict) else None
     errcode = content.get("errcode") if content is not None else None
     if not (isinstance(errcode, str) and _ERRCODE.fullmatch(errcode)):
         errcode = ""
     return Reply(
         status=answer.status,
-        json=is_json,
-        empty=answer.whole and not answer.body.strip(),
         content=content,
         errcode=errcode,
         retry_after=read_retry_after(answer.headers.get("retry-after"), content, now),

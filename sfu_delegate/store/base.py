@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room
+from sfu_delegate.delegation.policy import Policy
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ class Store(Protocol):
     def census(self) -> Census:
         """Counts by (homeserver, state, presence), the next due time by homeserver, and the next look by SFU."""
 
-    def recover(self, now: float, *, clock_unsure: bool) -> int:
+    def recover(self, now: float, policy: Policy, *, clock_unsure: bool) -> int:
         """At the start: what was claimed by a process that is gone is due at once; the number of such rows. With `clock_unsure` all countdowns
         count as unknown, and are due too."""
 

@@ -7,7 +7,7 @@ process out. SQLAlchemy Core compiles the few statements once, and the driver ru
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -15,10 +15,11 @@ from typing import IO, Any, TypeVar
 from sqlalchemy import Select, Update, asc, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import sqlite as dialect
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql import ClauseElement, ColumnElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room, State
+from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.store import migrate, schema
 from sfu_delegate.store.base import DatabaseInUse, StoreUnavailable, Transaction
 from sfu_delegate.store.rows import FIELDS, SESSIONS_AT, changed, delayed_event_of, room_of, sessions_text, values_of
@@ -27,8 +28,6 @@ T = TypeVar("T")
 
 CHECKPOINT_ABOVE = 64 * 1024 * 1024  # bytes of write-ahead log
 CHECKPOINT_IDLE_ABOVE = 1024 * 1024
-DOUBT_AT_MOST = 3600.0  # seconds
-VANISHED_WAIT = 30.0  # seconds from a start with a clock that was set until a vanished event is judged
 
 # What is wrong with a value, not with the database.
 _OF_ONE_INPUT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.NotSupportedError)
@@ -71,28 +70,16 @@ _OF_ALIAS = _sql(
 _OF_ROOM = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.state != _p("c")), "a", "b", "c")
 _OF_DELEGATION = _sql(_all().where(_event.c.delegation == _p("a")).order_by(_event.c.id), "a")
 _GET = _sql(_all().where(_event.c.id == _p("a")), "a")
-_TODO = _sql(
-    _all().where(
-        _event.c.id.in_(
-            select(_event.c.id)
-            .where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"))
-            .order_by(asc(_event.c.harm))
-            .limit(_p("d"))
-        )
-    ),
-    *("a", "b", "c", "d", "param_1"),  # SQLAlchemy writes an OFFSET to every LIMIT
-)
-_TODO_AFTER = _sql(
-    _all().where(
-        _event.c.id.in_(
-            select(_event.c.id)
-            .where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"), _event.c.harm > _p("d"))
-            .order_by(asc(_event.c.harm))
-            .limit(_p("e"))
-        )
-    ),
-    *("a", "b", "c", "d", "e", "param_1"),
-)
+
+
+def _todo(names: str, *more: ColumnElement[bool]) -> str:
+    ids = select(_event.c.id).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"), *more)
+    # SQLAlchemy writes an OFFSET to every LIMIT: the last parameter.
+    return _sql(_all().where(_event.c.id.in_(ids.order_by(asc(_event.c.harm)).limit(_p(names[-1])))), *names, "param_1")
+
+
+_TODO = _todo("abcd")
+_TODO_AFTER = _todo("abcde", _event.c.harm > _p("d"))
 _NEXT_DUE = _sql(select(func.min(_event.c.due)).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None)), "a", "b")
 _INSERT = _sql(insert(_event), *FIELDS)
 _DELETE = _sql(delete(_event).where(_event.c.id == _p("a")), "a")
@@ -302,13 +289,13 @@ class SqliteStore:
         try:
             return SqliteCensus(
                 states={(homeserver, state, presence): n for homeserver, state, presence, n in run(_CENSUS)},
-                schedule=dict(_pairs(run(_SCHEDULE))),
-                rooms=dict(_pairs(run(_ROOM_SCHEDULE))),
+                schedule=dict(run(_SCHEDULE)),
+                rooms=dict(run(_ROOM_SCHEDULE)),
             )
         except sqlite3.Error as error:
             raise _unavailable(self.path, error) from error
 
-    def recover(self, now: float, *, clock_unsure: bool) -> int:
+    def recover(self, now: float, policy: Policy, *, clock_unsure: bool) -> int:
         def work(_: Transaction) -> int:
             # Whether an ending that was under way got through is not known: a 404 will tell.
             ending = or_(_event.c.lane == Lane.END.value, _event.c.state == State.SUPERSEDED.value)
@@ -316,19 +303,19 @@ class SqliteStore:
             count = self._execute(update(_event).where(_event.c.claimed == 1).values(due=now, claimed=0)).rowcount
             self._execute(update(_room).where(_room.c.claimed == 1).values(due=now, claimed=0))
             if clock_unsure:
-                self._forget_times(now)
+                self._forget_times(now, policy)
             return count
 
         return self.atomically(work)
 
-    def _forget_times(self, now: float) -> None:
+    def _forget_times(self, now: float, policy: Policy) -> None:
         """Stored times may lie in the future, or longer ago than they say: what waits for one is due, and nothing happened later than now."""
         c = _event.c
         self._execute(
             update(_event)
             .where(c.state != State.DONE.value)
             .values(
-                due=case((c.state == State.VANISHED.value, now + VANISHED_WAIT), else_=now),
+                due=case((c.state == State.VANISHED.value, now + policy.vanished_wait), else_=now),
                 harm=func.min(c.harm, now + c.delay),
                 running_since=func.min(c.running_since, now),
                 presence_since=func.min(c.presence_since, now),
@@ -344,7 +331,7 @@ class SqliteStore:
                 due=case((_room.c.due.is_not(None), now), else_=None),
                 looked_at=func.min(_room.c.looked_at, now),
                 started_at=func.min(_room.c.started_at, now),
-                doubt_until=func.min(_room.c.doubt_until, now + DOUBT_AT_MOST),
+                doubt_until=func.min(_room.c.doubt_until, now + policy.doubt),
             )
         )
 
@@ -417,10 +404,6 @@ class SqliteStore:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _pairs(rows: Iterable[tuple[str, float]]) -> Iterable[tuple[str, float]]:
-    return ((name, due) for name, due in rows)
 
 
 def _locked(path: Path) -> IO[str]:

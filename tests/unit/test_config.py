@@ -760,3 +760,21 @@ def test_a_certificate_file_has_to_hold_certificates(tmp_path: Path) -> None:
             }
         )
     assert [problem.key for problem in refused.value.problems] == ["homeservers[0].ca_file"]
+
+
+def test_a_key_file_is_read_as_livekit_reads_it(tmp_path: Path) -> None:
+    """Values are text as they are written, also those that YAML would take for numbers; what is wrong is said by its line, without the secret."""
+    file = tmp_path / "keys.yaml"
+    file.write_text("APIone: 01234567890123456789012345678901\n7: secret-of-a-key-that-looks-like-a-number\n")
+    mapping = {"sfus": {"main": {"url": "wss://sfu.test", "key_file": str(file)}}, "homeservers": [{"name": "hs.test"}]}
+    keys = from_mapping(mapping).sfus["main"].keys
+    assert {key: secret.get_secret_value() for key, secret in keys.items()} == {
+        "APIone": "01234567890123456789012345678901",
+        "7": "secret-of-a-key-that-looks-like-a-number",
+    }
+    file.write_text("APIone: one-secret\nAPIone: hunter2\n")
+    with pytest.raises(ConfigInvalid) as refused:
+        from_mapping(mapping)
+    (problem,) = refused.value.problems
+    assert "line 2" in problem.problem
+    assert "hunter2" not in str(problem)

@@ -200,7 +200,7 @@ def test_what_a_dead_process_had_claimed_is_due_at_once() -> None:
         )
         claimed_room = Room(SFU, ROOM, "", "", 0.0, 0.0, NOW, NOW + 15, 0, 3, True)
         store.atomically(lambda tx: tx.save_room(claimed_room))
-        assert store.recover(NOW + 1, clock_unsure=False) == 4
+        assert store.recover(NOW + 1, POLICY, clock_unsure=False) == 4
         after = stored(store)
         assert [(there.due, there.claimed, there.end_tried) for there in after[:3]] == [
             (NOW + 1, False, False),
@@ -211,7 +211,7 @@ def test_what_a_dead_process_had_claimed_is_due_at_once() -> None:
         assert (after[5].claimed, after[5].end_tried) == (False, True)
         assert [there.claim for there in after] == [there.claim for there in rows]
         assert store.atomically(lambda tx: tx.room(SFU, ROOM)) == claimed_room._replace(due=NOW + 1, claimed=False)
-        assert store.recover(NOW + 1, clock_unsure=False) == 0
+        assert store.recover(NOW + 1, POLICY, clock_unsure=False) == 0
 
 
 def test_when_the_clock_was_set_every_countdown_is_unknown() -> None:
@@ -219,7 +219,7 @@ def test_when_the_clock_was_set_every_countdown_is_unknown() -> None:
     for now in (NOW - 10**6, NOW + 10**6):
         with opened() as store:
             insert(store, row(), row(due=NOW + 50), row(Presence.AWAY), row(Presence.GONE), row(Presence.EXPECTED, State.SUPERSEDED))
-            store.recover(now, clock_unsure=True)
+            store.recover(now, POLICY, clock_unsure=True)
             for there in stored(store):
                 assert there.due == now
                 assert there.running_since <= now
@@ -235,7 +235,7 @@ def test_when_the_clock_was_set_a_vanished_event_is_still_waited_for() -> None:
     """A 404 on a restart is nearly always a client that just hung up: it is not called lost without the wait."""
     with opened() as store:
         insert(store, row(state=State.VANISHED))
-        store.recover(NOW + 1, clock_unsure=True)
+        store.recover(NOW + 1, POLICY, clock_unsure=True)
         engine_on(store).step((), NOW + 1)
         assert stored(store)[0].state is State.VANISHED
 
@@ -244,7 +244,7 @@ def test_what_is_finished_is_kept_no_longer_when_the_clock_was_set() -> None:
     """It is pruned at its time, or at the most its keeping time from now."""
     with opened() as store:
         insert(store, row(state=State.DONE, finished_at=NOW, due=NOW + POLICY.keep))
-        store.recover(NOW - 10**6, clock_unsure=True)
+        store.recover(NOW - 10**6, POLICY, clock_unsure=True)
         (there,) = stored(store)
         assert there.due == NOW - 10**6 + POLICY.keep
         assert there.state is State.DONE
@@ -257,7 +257,7 @@ def test_after_a_start_everything_that_was_under_way_is_claimed_again(tmp_path: 
         first = engine_on(store).step([accept("D1"), joined()], NOW).tasks
         assert len(first) == 1
     with opened(path) as store:
-        assert store.recover(NOW + 2, clock_unsure=False) == 1
+        assert store.recover(NOW + 2, POLICY, clock_unsure=False) == 1
         again = engine_on(store).step((), NOW + 2).tasks
         assert [(task.event, task.action) for task in again] == [(task.event, task.action) for task in first]
         assert again[0].claim == first[0].claim + 1
@@ -518,7 +518,7 @@ from sfu_delegate.engine import Engine, Limits
 from sfu_delegate.store.sqlite import SqliteStore
 from tests.rows import NOW, accept, joined, left
 store = SqliteStore(sys.argv[1])
-store.recover(NOW, clock_unsure=False)
+store.recover(NOW, Policy(), clock_unsure=False)
 engine = Engine(store, Policy(), Limits(), Random(0))
 prefix, n = sys.argv[2], 0
 while True:

@@ -2,12 +2,13 @@
 
 from alembic import context
 
+from sfu_delegate.store.migrate import VERSION_TABLE
 from sfu_delegate.store.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=metadata,
-    version_table="schema_version",
+    version_table=VERSION_TABLE,
     transaction_per_migration=True,
     render_as_batch=True,
 )
