@@ -6,9 +6,11 @@ to be called again. It keeps nothing about single delegations between steps; wha
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import floor, inf
 from random import Random
+from zlib import crc32
 
 from sfu_delegate.delegation import lifecycle
 from sfu_delegate.delegation.model import (
@@ -22,6 +24,7 @@ from sfu_delegate.delegation.model import (
     Input,
     Lane,
     Looked,
+    Missed,
     Note,
     Presence,
     Refuse,
@@ -29,6 +32,7 @@ from sfu_delegate.delegation.model import (
     RoomChanged,
     RoomNews,
     Seen,
+    SfuLost,
     Sighting,
     State,
     Task,
@@ -36,12 +40,16 @@ from sfu_delegate.delegation.model import (
     Withdraw,
 )
 from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.delegation.reach import Reach
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
-from sfu_delegate.delegation.urgency import Pace, choose
-from sfu_delegate.store.base import Store, StoreUnavailable, Transaction
+from sfu_delegate.delegation.urgency import FEASIBLE, NOTHING_PLANNED, Countdown, Limit, Pace, Plan, Wait, choose, may_be_restarted
+from sfu_delegate.delegation.urgency import plan as plan_restarts
+from sfu_delegate.store.base import KnownHomeserver, KnownSfu, Store, StoreUnavailable, Transaction
 
-LIMITED_WAIT = 1.0  # seconds to leave a homeserver alone that limits us without saying for how long
 TIMERS_A_STEP = 256  # a step stays short, however much there is to tidy up
+ROOMS_A_STEP = 64  # the same for rooms of an SFU that is not asked because it fails
+LONG_DELAY = 600.0  # restarts in so many actions' time: an event with such a delay hardly adds to what a homeserver has to bear
+RATE_CHANGE = 0.2  # a rate that changed by less is not worth writing down
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +98,12 @@ class _Work:
     known_all: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
     made: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     opened: Counter[str] = field(default_factory=Counter)  # by homeserver: delayed events accepted in this step
+    load: dict[str, float] = field(default_factory=dict)  # by homeserver: restarts a second that these need
     rooms: dict[tuple[str, str], Room | None] = field(default_factory=dict)
     rooms_before: dict[tuple[str, str], Room | None] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
+    learned: dict[str, KnownHomeserver] = field(default_factory=dict)
+    learned_sfus: dict[str, KnownSfu] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     undo: list[Callable[[], object]] = field(default_factory=list)
 
@@ -214,7 +225,8 @@ class _Work:
 class Engine:
     """Applies inputs to the store, and claims what is to be done next. Used by one thread at a time.
 
-    `in_flight(homeserver)` says how many requests a homeserver gets at the most, `looks_in_flight(sfu)` the same for looks.
+    `in_flight(homeserver)` says how many requests a homeserver gets at the most, `looks_in_flight(sfu)` the same for looks, and
+    `limited(homeserver)` whether its rate limit holds for us; None: that is to be found out.
     """
 
     def __init__(
@@ -226,6 +238,7 @@ class Engine:
         *,
         in_flight: Callable[[str], int] = lambda _: 16,
         looks_in_flight: Callable[[str], int] = lambda _: 4,
+        limited: Callable[[str], bool | None] = lambda _: None,
     ):
         self.store = store
         self.policy = policy
@@ -234,12 +247,26 @@ class Engine:
         self._random = random.random
         self._in_flight = in_flight
         self._looks_in_flight = looks_in_flight
+        self._limited = limited
         census = store.census()
         self.states: Counter[tuple[str, str, str]] = Counter(census.states)  # (homeserver, state, presence) → delayed events
         self._due: dict[str, float] = dict(census.schedule)  # by homeserver: nothing is due before
         self._rooms_due: dict[str, float] = dict(census.rooms)  # by SFU: no look is due before
+        self._now = -inf
         self._paces: dict[str, Pace] = {}
-        self._looks: dict[str, Pace] = {}
+        self._plans: dict[str, Plan] = {}
+        self._replan: set[str] = set(census.schedule)  # homeservers without a plan, or whose plan may be too hopeful: there are new deadlines
+        self._waiting: dict[str, frozenset[Wait]] = {}  # what could not be begun when it was last asked for
+        self._known_homeservers = {known.name: known for known in census.homeservers}
+        self._reaches: dict[str, Reach] = {}
+        self._known_sfus = {known.name: known for known in census.sfus}
+        # By event, restarts that were answered since the last transaction: when they were sent, and whether they got through.
+        self._kept_alive: dict[int, tuple[float, bool]] = {}
+        self._unclaimed = 0  # restarts that were made without a claim
+        self._was_exempt: dict[str, bool] = {}  # homeservers that the configuration exempted from rate limits
+        self._learned: set[str] = set()  # homeservers and SFUs of which something new is known
+        self._ask: set[str | None] = set()  # SFUs all of whose rooms are to be looked at; None: every SFU's
+        self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
         self._under_way: set[tuple[str, int | str, int]] = set()  # (homeserver, event, claim) and (SFU, room, claim)
         self._open: Counter[str] = Counter()  # delayed events by homeserver that are not finished
         for (homeserver, state, _), count in census.states.items():
@@ -253,6 +280,7 @@ class Engine:
 
         An input that raises is answered with its exception, alone. Raises StoreUnavailable when nothing could be kept.
         """
+        self._now = now
         self._came_back(inputs, now)
         try:
             step, work, due, rooms_due = self.store.atomically(lambda tx: self._step(tx, inputs, now))
@@ -268,8 +296,47 @@ class Engine:
         self._count(work)
         for task in step.tasks:
             self._under_way.add((task.homeserver or task.sfu, task.event or task.room, task.claim))
-            (self._look_pace(task.sfu) if task.action is Action.LOOK else self._pace(task.homeserver)).began()
+            if task.action is Action.LOOK:
+                self._reach(task.sfu).began()
+            else:
+                self._pace(task.homeserver).began(now, alone=task.token is not None)
         return replace(step, wake=self._wake(now))
+
+    def keep_alive(self, now: float) -> list[Task]:
+        """Restarts to be made while the database takes no transaction, but can be read: nobody who is connected should be dropped because a disk
+        is full. They are not claimed; a restart too many harms nobody. Hand in the answers as always. Raises StoreUnavailable."""
+        if self.stopping:
+            return []
+        self._now = now
+        late = [homeserver for homeserver, due in self._due.items() if due <= now]
+        rows = self.store.reading(lambda tx: [row for homeserver in late for row in self._overdue(tx, homeserver, now)])
+        tasks: list[Task] = []
+        for homeserver in late:
+            pace = self._pace(homeserver)
+            candidates = [row for row in rows if row.homeserver == homeserver]
+            for row in choose(candidates, pace, self._plans.get(homeserver, NOTHING_PLANNED), now).rows:
+                self._unclaimed += 1
+                task = _task(row._replace(claim=-self._unclaimed, due=now + self.policy.lease))
+                self._under_way.add((homeserver, row.id, task.claim))
+                pace.began(now, alone=row.token is not None)
+                tasks.append(task)
+        return tasks
+
+    def _overdue(self, tx: Transaction, homeserver: str, now: float) -> list[DelayedEvent]:
+        # What was kept alive already is in the way of nobody: it is as many rows as were tried, and the most urgent come first.
+        most = self._pace(homeserver).places(now) + len(self._kept_alive)
+        rows = tx.todo(homeserver, Lane.RESTART, most, now)
+        return [self._as_kept(row) for row in rows if row.state is State.LIVE and self._needs_keeping(row, now)]
+
+    def _as_kept(self, row: DelayedEvent) -> DelayedEvent:
+        sent_at, done = self._kept_alive.get(row.id, (-inf, False))
+        return row._replace(harm=sent_at + row.delay) if done else row
+
+    def _needs_keeping(self, row: DelayedEvent, now: float) -> bool:
+        sent_at, done = self._kept_alive.get(row.id, (-inf, False))
+        again = sent_at + (row.delay * self.policy.restart_at if done else self.policy.retry_first)
+        under_way = any(homeserver == row.homeserver and event == row.id for homeserver, event, _ in self._under_way)
+        return now >= again and not under_way and not self._reach(row.sfu).lost(row.sfu, now, self.policy)
 
     def _one_by_one(self, inputs: Sequence[Input], now: float) -> Step:
         steps: list[Step] = []
@@ -303,27 +370,30 @@ class Engine:
                     undo()
                 del work.changes[changes:]
                 replies.append(error)
+        self._schedule_looks(work)
+        self._fail_looks(work)
         tasks, asked = self._claim(work)
         self._schedule_looks(work)
         looks, rooms_asked = self._claim_looks(work)
         notes = work.save()
+        rooms_asked += self._write_down(work)
         due = {homeserver: tx.next_due(homeserver) for homeserver in asked}
         rooms_due = {sfu: tx.next_room_due(sfu) for sfu in rooms_asked}
         step = Step(replies, tasks + looks, None, work.changes, notes)
         return step, work, self._merged_due(work, due), self._merged_rooms_due(work, rooms_due)
 
     def _merged_due(self, work: _Work, asked: dict[str, float | None]) -> dict[str, float]:
-        due = {homeserver: (at if at is not None else float("inf")) for homeserver, at in asked.items()}
+        due = {homeserver: (at if at is not None else inf) for homeserver, at in asked.items()}
         for id, row in work.rows.items():
             if row.due is not None and id not in work.deleted and row.homeserver not in asked and work.before[id] is not row:
-                due[row.homeserver] = min(row.due, due.get(row.homeserver, self._due.get(row.homeserver, float("inf"))))
+                due[row.homeserver] = min(row.due, due.get(row.homeserver, self._due.get(row.homeserver, inf)))
         return due
 
     def _merged_rooms_due(self, work: _Work, asked: dict[str, float | None]) -> dict[str, float]:
-        due = {sfu: (at if at is not None else float("inf")) for sfu, at in asked.items()}
+        due = {sfu: (at if at is not None else inf) for sfu, at in asked.items()}
         for (sfu, _), room in work.rooms.items():
             if room is not None and room.due is not None and sfu not in asked:
-                due[sfu] = min(room.due, due.get(sfu, self._rooms_due.get(sfu, float("inf"))))
+                due[sfu] = min(room.due, due.get(sfu, self._rooms_due.get(sfu, inf)))
         return due
 
     # ── inputs ──
@@ -335,16 +405,33 @@ class Engine:
                 key = (given.homeserver, given.event, given.claim)
                 if key in self._under_way:
                     self._under_way.discard(key)
-                    pace = self._pace(given.homeserver)
-                    pace.ended(answered=given.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN, Verdict.LIMITED))
-                    if given.verdict is Verdict.LIMITED and not given.alone:
-                        wait = LIMITED_WAIT if given.retry_after is None else min(given.retry_after, self.policy.retry_most)
-                        pace.limited(wait * (1.0 + self._random() / 10), now)  # those who were told the same time do not come at once
+                    self._answer_came(given, now)
             elif isinstance(given, Looked):
                 look = (given.sfu, given.room, given.claim)
                 if look in self._under_way:
                     self._under_way.discard(look)
-                    self._look_pace(given.sfu).ended(answered=given.participants is not None)
+                    reach = self._reach(given.sfu)
+                    if reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None):
+                        self._ask.add(given.sfu)  # what happened while it could not be asked is found out now
+                    self._learned.add(given.sfu)
+            elif isinstance(given, Seen | RoomChanged):
+                self.heard(given.sfu, now)
+
+    def _answer_came(self, given: Answered, now: float) -> None:
+        pace = self._pace(given.homeserver)
+        if given.verdict is Verdict.LIMITED and not given.alone:
+            pace.refused(given.sent_at, given.retry_after, now)
+            self._replan.add(given.homeserver)
+        else:
+            answered = given.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN)
+            pace.ended(given.sent_at, now, ending=given.action is not Action.RESTART, answered=answered, alone=given.alone)
+        self._learned.add(given.homeserver)
+        if given.action is Action.RESTART:
+            self._kept_alive[given.event] = (given.sent_at, given.verdict is Verdict.DONE)
+
+    def heard(self, sfu: str, now: float) -> None:
+        """A webhook came from this SFU, perhaps one that is no input. May be called from any thread."""
+        self._reach(sfu).heard_at = now
 
     def _apply(self, work: _Work, given: Input) -> Reply:
         match given:
@@ -366,67 +453,170 @@ class Engine:
                 return Found(tuple(rows), tuple(work.tx.history([row.id for row in rows])))
             case RoomChanged():
                 return self._room_changed(work, given)
+            case Missed():
+                self._ask.add(given.sfu)
+                return Touched(0)
+            case SfuLost():
+                raise TypeError("SfuLost is not given from outside")
             case Due():
                 row = work.get(given.event)
                 return Touched(0 if row is None else len([self._advance(work, row, given)]))
 
-    def _advance(self, work: _Work, row: DelayedEvent, given: Seen | Looked | Answered | Withdraw | Due | Accept) -> DelayedEvent:
+    def _advance(self, work: _Work, row: DelayedEvent, given: lifecycle.Given) -> DelayedEvent:
         new = lifecycle.advance(row, given, work.now, self.policy, self._random())
         work.put(new, given)
         return new
 
     def _seen(self, work: _Work, seen: Seen) -> Touched:
         rows = [row for row in work.participant(seen.sfu, seen.room, seen.identity) if row.state is not State.DONE]
+        if not rows:
+            return Touched(0)
+        reach = self._reach(seen.sfu)
+        late = reach.is_late(seen.created_at, work.now, self.policy.late_after)
+        seen = replace(seen, late=late, made_at=reach.made_at(seen.created_at, work.now))
+        if late:
+            # A look says nothing about somebody who has just been heard of.
+            self._suspect(work, seen.sfu, seen.room, self.policy.settled if seen.what is Sighting.JOINED else 0.0)
+        if seen.what is Sighting.JOINED:
+            self._in_room(work, seen)
         for row in rows:
             new = self._advance(work, row, seen)
             if seen.what is Sighting.LEFT and new.presence is Presence.CONNECTED and new.sessions != row.sessions:
-                self._doubt_if_late(work, row, new)
+                self._doubt_if_late(work, row, new, seen)
         return Touched(len(rows))
 
-    def _doubt_if_late(self, work: _Work, row: DelayedEvent, new: DelayedEvent) -> None:
-        """An old session ended and a newer one goes on. Usually that is told at once; long after, it shows that a node had been away, and then
-        lists are wrong for long (recorded with LiveKit 1.13: a connected participant was missing from the list until it published a track)."""
+    def _in_room(self, work: _Work, seen: Seen) -> None:
+        """A `joined` tells which instance of the room it is. The old instance's doubts do not concern another one."""
+        room = work.room(seen.sfu, seen.room)
+        if room is None or seen.late or not (room.finished or (seen.room_sid and seen.room_sid != room.room_sid)):
+            return
+        if seen.room_sid not in ("", room.room_sid):
+            doubt = 0.0 if room.room_sid else room.doubt_until
+            room = room._replace(started_by="", instance_at=seen.joined_at_ms / 1000, doubt_until=doubt)
+        work.put_room(seen.sfu, seen.room, room._replace(room_sid=seen.room_sid or room.room_sid, finished=False))
+
+    def _suspect(self, work: _Work, sfu: str, name: str, after: float = 0.0) -> None:
+        """Something was heard that is a reason to look at the room at once, or `after` seconds; not by the look that is under way."""
+        room = work.room(sfu, name)
+        if room is None:
+            return
+        room = room._replace(asked=work.now + after)
+        if not room.claimed and not (room.failures and room.due is not None):
+            due = max(work.now + after, room.looked_at + self.policy.look_gap)
+            if room.due is None or room.routine or due < room.due:
+                room = room._replace(due=due, routine=False)
+        work.put_room(sfu, name, room)
+
+    def _doubt_if_late(self, work: _Work, row: DelayedEvent, new: DelayedEvent, left: Seen) -> None:
+        """An old session ended and a newer one goes on. Usually the one ends as the other begins; long after, it shows that a node had been away,
+        and then lists are wrong for long (recorded with LiveKit 1.13: somebody connected was missing from the list until they published a track).
+        """
         room = work.room(row.sfu, row.room)
-        goes_on = max(session.heard_at for session in new.sessions if session.live)
-        if room is not None and new.live_sids < row.live_sids and work.now > goes_on + self.policy.doubt_after:
+        newest = max((session for session in new.sessions if session.live), key=lambda session: session.heard_at)
+        if left.created_at and newest.joined_at_ms:  # by the clocks of the SFU's nodes: a webhook may be late, and the daemon may have been away
+            late = left.created_at > newest.joined_at_ms / 1000 + self.policy.doubt_after
+        else:
+            late = work.now > newest.heard_at + self.policy.doubt_after
+        if room is not None and new.live_sids < row.live_sids and late:
             work.put_room(row.sfu, row.room, room._replace(doubt_until=work.now + self.policy.doubt))
+            self._several_nodes(row.sfu, work.now)
+
+    def _several_nodes(self, sfu: str, now: float) -> None:
+        self._reach(sfu).several_nodes_at = now
+        self._learned.add(sfu)
 
     def _room_changed(self, work: _Work, news: RoomChanged) -> Touched:
         room = work.room(news.sfu, news.room)
         if room is None:
             return Touched(0)
-        doubt = work.now + self.policy.doubt
-        if news.what is RoomNews.STARTED:
-            if news.id and news.id == room.started_by:
-                return Touched(1)  # told twice
-            # The same sid a second time: the room came up on another node of a distributed SFU.
-            again = bool(news.room_sid) and news.room_sid == room.room_sid
-            room = room._replace(room_sid=news.room_sid, started_by=news.id, started_at=work.now, doubt_until=doubt if again else 0.0)
-        elif any(row.presence is Presence.CONNECTED for row in work.in_room(news.sfu, news.room)):
-            room = room._replace(doubt_until=doubt)
+        if self._reach(news.sfu).is_late(news.created_at, work.now, self.policy.late_after):
+            news = replace(news, late=True)
+            self._suspect(work, news.sfu, news.room)
+        return self._room_started(work, room, news) if news.what is RoomNews.STARTED else self._room_finished(work, room, news)
+
+    def _room_started(self, work: _Work, room: Room, news: RoomChanged) -> Touched:
+        told_before = news.id and news.id == room.started_by
+        if told_before or (room.started_by and news.created_at and news.created_at < room.instance_at):
+            return Touched(0)
+        rows = work.in_room(news.sfu, news.room)
+        older = [row for row in rows if self._advance(work, row, news) is not row]
+        same = bool(news.room_sid) and news.room_sid == room.room_sid
+        # The same sid a second time: the room came up on another node of a distributed SFU, or again with the memory that they share.
+        # Where the first start was not heard, somebody's `joined` had told the sid, and this is the second one if it came after that.
+        again = same and bool(room.started_by or (older and news.created_at > room.instance_at > 0))
+        doubt = work.now + self.policy.doubt if again else room.doubt_until if same or not news.room_sid else 0.0
+        room = work.room(news.sfu, news.room) or room
+        sid = news.room_sid or room.room_sid
+        room = room._replace(room_sid=sid, started_by=news.id, instance_at=news.created_at, finished=False, doubt_until=doubt)
         work.put_room(news.sfu, news.room, room)
-        return Touched(1)
+        if again:
+            self._several_nodes(news.sfu, work.now)
+        if again or older:
+            self._suspect(work, news.sfu, news.room)
+        return Touched(len(older))
+
+    def _room_finished(self, work: _Work, room: Room, news: RoomChanged) -> Touched:
+        if news.room_sid and room.room_sid and news.room_sid != room.room_sid:
+            return Touched(0)  # another instance's end, told late
+        rows = work.in_room(news.sfu, news.room)
+        several = self._reach(news.sfu).several_nodes_at is not None
+        if several and room.doubt_until <= work.now and any(row.presence is Presence.CONNECTED for row in rows):
+            # A node that thaws finishes its own, empty instance of the room (recorded), while people are in the other one.
+            work.put_room(news.sfu, news.room, room._replace(doubt_until=work.now + self.policy.doubt))
+        for row in rows:
+            self._advance(work, row, news)
+        room = work.room(news.sfu, news.room) or room
+        work.put_room(news.sfu, news.room, room._replace(finished=True))
+        self._suspect(work, news.sfu, news.room)
+        return Touched(len(rows))
 
     def _looked(self, work: _Work, look: Looked) -> Touched:
         room = work.room(look.sfu, look.room)
         if room is None or not room.claimed or room.claim != look.claim:
             return Touched(0)
-        look = replace(look, doubtful=work.now < room.doubt_until)
+        return self._conclude(work, room, look)
+
+    def _conclude(self, work: _Work, room: Room, look: Looked) -> Touched:
+        """What a look at a room means for everybody in there, and when to look next."""
+        look = replace(
+            look, doubtful=work.now < room.doubt_until, doubted_until=room.doubt_until, finished=room.finished, recovered=room.failures > 0
+        )
         rows = [self._advance(work, row, look) for row in work.in_room(look.sfu, look.room)]
-        if not any(row.state is not State.DONE for row in rows):
+        rows = [row for row in rows if row.state is not State.DONE]
+        if not rows:
             work.put_room(look.sfu, look.room, None)
-            return Touched(len(rows))
-        at = min((row.look_at for row in rows if row.look_at is not None), default=None)
+            return Touched(0)
         failures = room.failures + 1 if look.participants is None else 0
-        if at is not None and failures:
-            pause = min(self.policy.look_again * 2.0 ** min(failures - 1, 10), self.policy.look_again_most) * (0.75 + self._random() / 4)
-            # Not even an SFU that does not answer holds up a departure, which has its own rule for that case.
-            departed = [row.look_at for row in rows if row.look_at is not None and row.presence is Presence.AWAY and not row.live_sids]
-            at = min([max(at, work.now + pause), *(max(due, work.now + self.policy.look_gap) for due in departed)])
-        elif at is not None:
-            at = max(at, look.sent_at + self.policy.look_gap)
-        work.put_room(look.sfu, look.room, room._replace(due=at, failures=failures, claimed=False))
+        asked = room.asked if room.asked is not None and (failures or look.sent_at < room.asked) else None
+        at = self._next_look(work.now, look.sent_at, failures, asked, rows)
+        routine = self._next_routine(work.now, room, rows)
+        soonest = min(at, routine)
+        room = room._replace(failures=failures, asked=asked, claimed=False, routine=routine < at, due=None if soonest == inf else soonest)
+        work.put_room(look.sfu, look.room, room)
         return Touched(len(rows))
+
+    def _next_look(self, now: float, sent_at: float, failures: int, asked: float | None, rows: Sequence[DelayedEvent]) -> float:
+        """When somebody needs the next look at a room, or the suspicion of `asked`; infinite: nobody."""
+        at = min([row.look_at for row in rows if row.look_at is not None] + ([] if asked is None else [asked]), default=inf)
+        if at == inf:
+            return inf
+        if not failures:
+            return max(at, sent_at + self.policy.look_gap)
+        pause = min(self.policy.look_again * 2.0 ** min(failures - 1, 10), self.policy.look_again_most) * (0.75 + self._random() / 4)
+        # Not even an SFU that does not answer holds up a departure, which has its own rule for that case.
+        departed = [row.look_at for row in rows if row.look_at is not None and row.presence is Presence.AWAY and not row.live_sids]
+        return min([max(at, now + pause), *(max(due, now + self.policy.look_gap) for due in departed)])
+
+    def _next_routine(self, now: float, room: Room, rows: Sequence[DelayedEvent]) -> float:
+        """When a room is looked at although nobody asks for it: each at its own time of the interval, so that they are spread evenly."""
+        there = [row for row in rows if row.presence is not Presence.GONE]
+        if not there:
+            return inf
+        changed_at = max(max(row.presence_since, *(s.heard_at for s in row.sessions)) if row.sessions else row.presence_since for row in there)
+        interval = self.policy.look_interval(now - changed_at)
+        phase = crc32(f"{room.sfu} {room.name}".encode()) / 2**32 * interval
+        # The last of its times that is not later than an interval from now: they are half an interval apart.
+        return floor((now + interval - phase) / (interval / 2)) * (interval / 2) + phase
 
     def _accept(self, work: _Work, accept: Accept) -> Accepted:
         rows = work.participant(accept.sfu, accept.room, accept.identity, finished=True)
@@ -459,6 +649,7 @@ class Engine:
             made.append(new)
         self._supersede_others(work, made[0])
         work.opened[accept.homeserver] += len(made)
+        work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
         return Accepted(accept.delegation, True, tuple(work.rows[row.id] for row in made), tuple(carried))
 
     def _refuse(self, work: _Work, refuse: Refuse) -> Withdrawn:
@@ -512,6 +703,23 @@ class Engine:
                 most,
                 f"{most} delayed events of this homeserver are delegated already, and that is the most. Try again later.",
             )
+        self._admit_load(work, current, accept)
+
+    def _admit_load(self, work: _Work, current: Sequence[DelayedEvent], accept: Accept) -> None:
+        """A homeserver's restarts must fit its rate, or there is one that comes too late. What the participant has delegated is replaced."""
+        pace = self._pace(accept.homeserver)
+        if pace.limit is not Limit.SOME or all(event.delay >= LONG_DELAY / pace.rate for event in accept.events):
+            return
+        load = self._load.get(accept.homeserver, 0.0) + work.load.get(accept.homeserver, 0.0)
+        load -= sum(1 / row.delay for row in current if row.homeserver == accept.homeserver)
+        if load + sum(1 / event.delay for event in accept.events) > pace.rate * FEASIBLE:
+            raise TooMany(
+                "homeservers.as_token",
+                round(load / pace.rate * 100),
+                f"This homeserver allows {pace.rate:.2g} actions a second, and restarting what is delegated already takes {load / pace.rate:.0%} of "
+                f"that. Schedule the event with a delay of at least {LONG_DELAY / pace.rate:.0f} s and delegate it again, or have the operators "
+                "lift the limit by an application service.",
+            )
 
     def _answered(self, work: _Work, answer: Answered) -> Touched:
         row = work.get(answer.event)
@@ -544,28 +752,93 @@ class Engine:
             if row.due is not None and row.due <= now and row.lane is not Lane.TIMER and work.before[id] is not row and id not in work.deleted:
                 fresh.setdefault(row.homeserver, []).append(row)
         late = [homeserver for homeserver, due in self._due.items() if due <= now]
+        crowded = [homeserver for homeserver in sorted({*self._plans, *self._replan}) if self._plan_is_stale(homeserver, now)]
+        crowded += [homeserver for homeserver, plan in self._plans.items() if plan.early <= now]
         tasks: list[Task] = []
         asked: list[str] = []
-        for homeserver in dict.fromkeys([*fresh, *late]):
-            free = 0 if self.stopping else self._pace(homeserver).free(now)
+        self._waiting.clear()
+        for homeserver in dict.fromkeys([*fresh, *late, *crowded]):
             candidates = {row.id: row for row in fresh.get(homeserver, ())}
-            if self._due.get(homeserver, float("inf")) <= now:
+            pace = self._pace(homeserver)
+            places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
+            if self._due.get(homeserver, inf) <= now:
                 asked.append(homeserver)
                 self._timers(work, homeserver)
-                if free > 0:
-                    found = work.tx.todo(homeserver, Lane.END, free, now)
-                    # Those whose deadline has passed must not hide those that can still make it.
-                    found += work.tx.todo(homeserver, Lane.RESTART, free, now, harmed_after=now)
-                    found += work.tx.todo(homeserver, Lane.RESTART, free, now)
-                    for row in work.taken(found):
+                if places:
+                    for row in self._found(work, homeserver, places):
                         # What this step has changed may be due no more.
                         if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
                             candidates[row.id] = row
-            for row in choose(candidates.values(), free, now):
+            if self.stopping:
+                continue
+            plan = self._plan(work, homeserver)
+            if places and plan.early <= now:
+                candidates.update((row.id, row) for row in self._not_due_yet(work, plan, places))
+            ready = [row for row in candidates.values() if not self._let_run(work, row)]
+            choice = choose(ready, pace, plan, now)
+            self._waiting[homeserver] = choice.waiting
+            for row in choice.rows:
                 claimed = lifecycle.claim(row, now, self.policy)
                 work.put(claimed, None)
                 tasks.append(_task(claimed))
         return tasks, asked
+
+    def _found(self, work: _Work, homeserver: str, places: int) -> list[DelayedEvent]:
+        found = work.tx.todo(homeserver, Lane.END, places, work.now)
+        # Those whose deadline has passed must not hide those that can still make it.
+        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed_after=work.now)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now)
+        return work.taken(found)
+
+    def _not_due_yet(self, work: _Work, plan: Plan, most: int) -> list[DelayedEvent]:
+        """Restarts that are made before they are due, because many deadlines come together."""
+        rows: list[DelayedEvent] = []
+        for event in plan.soonest:
+            row = work.get(event)
+            if row is None or row.lane is not Lane.RESTART or row.claimed or row.attempts or row.harm is None:
+                continue
+            if row.harm > work.now and may_be_restarted(row.harm, row.delay, work.now):
+                rows.append(row)
+                if len(rows) >= most:
+                    break
+        return rows
+
+    def _let_run(self, work: _Work, row: DelayedEvent) -> bool:
+        """Of an SFU that is lost nobody knows who is there: then nothing is restarted, and ghosts end."""
+        if row.lane is not Lane.RESTART or row.state is not State.LIVE:
+            return False
+        if not self._reach(row.sfu).lost(row.sfu, work.now, self.policy):
+            return False
+        return self._advance(work, row, SfuLost(row.sfu)).state is not State.LIVE
+
+    def _plan_is_stale(self, homeserver: str, now: float) -> bool:
+        pace = self._pace(homeserver)
+        plan = self._plans.get(homeserver, NOTHING_PLANNED)
+        if pace.limit is Limit.NONE or now < plan.holds_until():
+            return False
+        return homeserver in self._replan or now >= min(plan.early, plan.must - 1 / pace.rate)
+
+    def _plan(self, work: _Work, homeserver: str) -> Plan:
+        """When this homeserver's restarts must begin. What is planned once holds until it is time to act on it: only new deadlines can make it
+        worse, and those are remembered."""
+        pace = self._pace(homeserver)
+        if pace.limit is Limit.NONE:
+            self._plans.pop(homeserver, None)
+            self._replan.discard(homeserver)
+            return NOTHING_PLANNED
+        if self._plan_is_stale(homeserver, work.now):
+            countdowns = [self._as_changed(work, countdown) for countdown in work.tx.countdowns(homeserver)]
+            begin = pace.next_restart(work.now)
+            self._plans[homeserver] = plan_restarts((c for c in countdowns if c is not None), pace.rate, begin, work.now)
+            self._replan.discard(homeserver)
+        return self._plans.get(homeserver, NOTHING_PLANNED)
+
+    @staticmethod
+    def _as_changed(work: _Work, countdown: Countdown) -> Countdown | None:
+        row = work.rows.get(countdown.event)
+        if row is None or row is work.before[row.id]:
+            return countdown
+        return countdown._replace(harm=row.harm) if row.lane is Lane.RESTART and row.harm is not None else None
 
     def _timers(self, work: _Work, homeserver: str) -> None:
         for row in work.taken(work.tx.todo(homeserver, Lane.TIMER, TIMERS_A_STEP, work.now)):
@@ -583,23 +856,48 @@ class Engine:
         wanted: dict[tuple[str, str], float] = {}
         departed: set[tuple[str, str]] = set()
         for id, row in work.rows.items():
-            if row.look_at is not None and id not in work.deleted and row.state is not State.DONE:
-                before = work.before[id]
-                if before is None or before.look_at != row.look_at:
-                    key = (row.sfu, row.room)
-                    wanted[key] = min(row.look_at, wanted.get(key, row.look_at))
-                    if row.presence is Presence.AWAY:
-                        departed.add(key)
+            before = work.before[id]
+            if before is row or id in work.deleted or row.state is State.DONE:
+                continue
+            key = (row.sfu, row.room)
+            if row.presence is not Presence.GONE and (before is None or before.state is State.DONE or before.presence is Presence.GONE):
+                self._look_now_and_then(work, row)
+            if row.look_at is not None and (before is None or before.look_at != row.look_at):
+                wanted[key] = min(row.look_at, wanted.get(key, row.look_at))
+                if row.presence is Presence.AWAY:
+                    departed.add(key)
         for (sfu, name), at in wanted.items():
             room = work.room(sfu, name)
-            if room is None:
-                work.put_room(sfu, name, Room(sfu, name, "", "", 0.0, 0.0, 0.0, at, 0, 0, False))
-            elif not room.claimed:
-                if room.failures and room.due is not None and (sfu, name) not in departed:
-                    continue  # the SFU does not answer, and the next try is planned
-                due = max(at, room.looked_at + self.policy.look_gap)
-                if room.due is None or due < room.due:
-                    work.put_room(sfu, name, room._replace(due=due))
+            if room is None or room.claimed:
+                continue
+            if room.failures and room.due is not None and not room.routine and (sfu, name) not in departed:
+                continue  # the SFU does not answer, and the next try is planned
+            due = max(at, room.looked_at + self.policy.look_gap)
+            if room.due is None or room.routine or due < room.due:
+                work.put_room(sfu, name, room._replace(due=due if room.due is None else min(due, room.due), routine=False))
+
+    def _look_now_and_then(self, work: _Work, row: DelayedEvent) -> None:
+        """Its room is looked at although nobody asks for it."""
+        room = work.room(row.sfu, row.room) or Room(row.sfu, row.room, "", "", 0.0, False, 0.0, 0.0, None, None, True, 0, 0, False)
+        if room.due is None:
+            due = self._next_routine(work.now, room, [row])
+            work.put_room(row.sfu, row.room, room._replace(due=due, routine=True))
+
+    def _fail_looks(self, work: _Work) -> None:
+        """Looks at an SFU that keeps failing are not made, but for one now and then: they count as failed at once."""
+        for sfu, reach in list(self._reaches.items()):  # `heard` may add one meanwhile
+            if not reach.open(self.policy):
+                continue
+            rooms = {room.name: room for room in work.rooms.values() if room is not None and room.sfu == sfu}
+            if self._rooms_due.get(sfu, inf) <= work.now:
+                for stored in work.tx.rooms_due(sfu, ROOMS_A_STEP, work.now):
+                    room = work.room(sfu, stored.name)
+                    if room is not None:
+                        rooms[room.name] = room
+            due = sorted((room for room in rooms.values() if room.due is not None and room.due <= work.now), key=lambda room: room.due or 0.0)
+            # The first of them is for the look that tries whether it works again.
+            for room in due[1:] if reach.free(work.now, self.policy) else due:
+                self._conclude(work, room, Looked(sfu, room.name, room.claim, work.now, None, "it keeps failing"))
 
     def _claim_looks(self, work: _Work) -> tuple[list[Task], list[str]]:
         now = work.now
@@ -610,14 +908,14 @@ class Engine:
         late = [sfu for sfu, at in self._rooms_due.items() if at <= now]
         tasks: list[Task] = []
         for sfu in dict.fromkeys([*due, *late]):
-            free = 0 if self.stopping else self._look_pace(sfu).free(now)
+            free = 0 if self.stopping else self._reach(sfu).free(now, self.policy)
             rooms = due.get(sfu, {})
             if free > 0 and sfu in late:
                 for stored in work.tx.rooms_due(sfu, free, now):
                     room = work.room(sfu, stored.name)
                     if room is not None and room.due is not None and room.due <= now:
                         rooms[room.name] = room
-            for room in sorted(rooms.values(), key=lambda room: room.due or 0.0)[: max(0, free)]:
+            for room in sorted(rooms.values(), key=lambda room: (room.routine, room.due or 0.0))[: max(0, free)]:
                 claimed = room._replace(claim=room.claim + 1, claimed=True, due=now + self.policy.lease, looked_at=now)
                 work.put_room(sfu, room.name, claimed)
                 tasks.append(Task(Action.LOOK, 0, claimed.claim, sfu, room.name, lease_ends=now + self.policy.lease))
@@ -627,15 +925,47 @@ class Engine:
         """When something can be done next that is not set off by an input."""
         times = []
         for homeserver, due in self._due.items():
-            pace = self._pace(homeserver)
-            if due <= now and pace.free(max(now, pace.blocked_until)) <= 0:
-                continue  # an answer will come first
-            times.append(max(due, pace.blocked_until))
-        for sfu, due in self._rooms_due.items():
-            if due > now or self._look_pace(sfu).free(now) > 0:
+            if due > now:
                 times.append(due)
-        soonest = min(times, default=float("inf"))
-        return None if soonest == float("inf") else soonest
+                continue
+            waits = self._waiting.get(homeserver) or (Wait(urgent=True, ending=False),)
+            times += [self._pace(homeserver).next_for(wait, now) for wait in waits]
+        for homeserver, waiting in self._waiting.items():
+            if waiting and self._due.get(homeserver, inf) > now:  # for what is not due yet
+                times += [self._pace(homeserver).next_for(wait, now) for wait in waiting]
+        for homeserver in sorted({*self._plans, *self._replan}):
+            pace = self._pace(homeserver)
+            if pace.limit is not Limit.NONE:
+                plan = self._plans.get(homeserver, NOTHING_PLANNED)
+                act = now if homeserver in self._replan else min(plan.early, plan.must - 1 / pace.rate)
+                times.append(max(act, plan.holds_until(), now))
+        for sfu, due in self._rooms_due.items():
+            reach = self._reach(sfu)
+            if due > now or reach.free(now, self.policy) > 0 or reach.open(self.policy):
+                times.append(due)
+        soonest = min(times, default=inf)
+        return None if soonest == inf else soonest
+
+    def _write_down(self, work: _Work) -> list[str]:
+        """Keep what was learned, and have rooms looked at in bulk; returns the SFUs of those."""
+        for name in self._learned:
+            pace, before = self._paces.get(name), self._known_homeservers.get(name)
+            if pace is not None and self._limited(name) is None:
+                known = KnownHomeserver(name, pace.limit, pace.rate, pace.burst)
+                if _is_news(before, known):
+                    work.tx.save_homeserver(known)
+                    work.learned[name] = known
+            reach = self._reaches.get(name)
+            if reach is not None:
+                seen = KnownSfu(name, reach.failing_since, reach.several_nodes_at)
+                if seen != self._known_sfus.get(name, KnownSfu(name, None, None)):
+                    work.tx.save_sfu(seen)
+                    work.learned_sfus[name] = seen
+        sfus: list[str] = []
+        for sfu in self._ask:
+            work.tx.ask_rooms(sfu, work.now)
+            sfus += [*self._rooms_due] if sfu is None else [sfu]
+        return sfus
 
     # ── counts ──
 
@@ -643,13 +973,23 @@ class Engine:
         pace = self._paces.get(homeserver)
         if pace is None:
             pace = self._paces[homeserver] = Pace(self._in_flight(homeserver))
+            known = self._known_homeservers.get(homeserver)
+            self._was_exempt[homeserver] = self._limited(homeserver) is False
+            if self._was_exempt[homeserver]:
+                pace.reset(Limit.NONE)
+            elif self._limited(homeserver):
+                pace.reset(Limit.SOME)
+            elif known is not None:
+                pace.recall(known.limit, known.rate, known.burst, self._now)
         return pace
 
-    def _look_pace(self, sfu: str) -> Pace:
-        pace = self._looks.get(sfu)
-        if pace is None:
-            pace = self._looks[sfu] = Pace(self._looks_in_flight(sfu))
-        return pace
+    def _reach(self, sfu: str) -> Reach:
+        reach = self._reaches.get(sfu)
+        if reach is None:
+            known = self._known_sfus.get(sfu, KnownSfu(sfu, None, None))
+            new = Reach(self._looks_in_flight(sfu), failing_since=known.failing_since, several_nodes_at=known.several_nodes_at)
+            reach = self._reaches.setdefault(sfu, new)
+        return reach
 
     def _count(self, work: _Work) -> None:
         for id, row in work.rows.items():
@@ -659,29 +999,81 @@ class Engine:
                 continue
             if before is not None:
                 self.states[before.homeserver, before.state.value, before.presence.value] -= 1
-                self._open[before.homeserver] -= before.state is not State.DONE
             if not deleted:
                 self.states[row.homeserver, row.state.value, row.presence.value] += 1
-                self._open[row.homeserver] += row.state is not State.DONE
+                if row.lane is Lane.RESTART and row.harm is not None:
+                    new = before is None or before.lane is not Lane.RESTART or before.harm is None or row.harm < before.harm
+                    if new and self._pace(row.homeserver).limit is not Limit.NONE:
+                        self._replan.add(row.homeserver)
+            is_open = None if deleted or row.state is State.DONE else row
+            was_open = None if before is None or before.state is State.DONE else before
+            if is_open is None or was_open is None or is_open.delay != was_open.delay:
+                self._count_open(row.homeserver, was_open, is_open)
+        self._known_homeservers.update(work.learned)
+        self._known_sfus.update(work.learned_sfus)
+        self._learned.clear()
+        self._ask.clear()
+        self._kept_alive.clear()
+
+    def _count_open(self, homeserver: str, was: DelayedEvent | None, is_now: DelayedEvent | None) -> None:
+        """A delayed event has begun or ended, or has another delay. Of a homeserver that has none any more, only what was written down is kept."""
+        self._open[homeserver] += (is_now is not None) - (was is not None)
+        more = (1 / is_now.delay if is_now else 0.0) - (1 / was.delay if was else 0.0)
+        self._load[homeserver] = max(0.0, self._load.get(homeserver, 0.0) + more)
+        pace = self._paces.get(homeserver)
+        if self._open[homeserver] <= 0:
+            del self._open[homeserver], self._load[homeserver]
+            self._plans.pop(homeserver, None)
+            self._replan.discard(homeserver)
+            if pace is not None and not pace.in_flight and pace.blocked_until <= self._now:
+                del self._paces[homeserver]
 
     def reconfigure(self, policy: Policy, limits: Limits) -> None:
-        """Take new rules from the next step on. In-flight limits are asked for anew, too."""
+        """Take new rules from the next step on. In-flight limits, and who is exempt from rate limits, are asked for anew, too."""
         self.policy = policy
         self.limits = limits
         for homeserver, pace in self._paces.items():
             pace.most = self._in_flight(homeserver)
-        for sfu, pace in self._looks.items():
-            pace.most = self._looks_in_flight(sfu)
+            limited = self._limited(homeserver)
+            if limited is False and pace.limit is not Limit.NONE:
+                pace.reset(Limit.NONE)
+            elif limited is not False and self._was_exempt[homeserver]:
+                pace.reset(Limit.UNKNOWN)
+                self._replan.add(homeserver)
+            self._was_exempt[homeserver] = limited is False
+        for sfu, reach in list(self._reaches.items()):
+            reach.most = self._looks_in_flight(sfu)
 
     def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
         """By homeserver and lane: how many rows are due, and since when the first of them. Asks the database only where something is."""
         late = [homeserver for homeserver, due in self._due.items() if due <= now]
         return {(homeserver, lane): found for homeserver in late for lane, found in self.store.backlog(homeserver, now).items()}
 
+    def forecast(self, now: float) -> dict[str, float]:
+        """By homeserver: the seconds by which the most endangered restart will miss its deadline at the current rate, 0 when all is well."""
+        late = {homeserver for homeserver, due in self._due.items() if due <= now}
+        lateness: dict[str, float] = {}
+        for homeserver in self._paces:
+            plan = self._plans.get(homeserver, NOTHING_PLANNED)
+            overdue = self.store.overdue(homeserver, now) if homeserver in late else None
+            lateness[homeserver] = max(plan.lateness, 0.0 if overdue is None else now - overdue)
+        return lateness
+
+    def rates(self) -> Mapping[str, tuple[Limit, float]]:
+        """By homeserver: what is known about its rate limit, and the actions a second that it allows."""
+        return {homeserver: (pace.limit, pace.rate) for homeserver, pace in self._paces.items()}
+
     @property
     def in_flight(self) -> int:
         """Actions that were claimed and not answered yet."""
         return len(self._under_way)
+
+
+def _is_news(before: KnownHomeserver | None, known: KnownHomeserver) -> bool:
+    """Is it worth writing down?"""
+    if before is None:
+        return known.limit is not Limit.UNKNOWN
+    return (known.limit, known.burst) != (before.limit, before.burst) or abs(known.rate / before.rate - 1) > RATE_CHANGE
 
 
 def _task(row: DelayedEvent) -> Task:

@@ -317,9 +317,9 @@ def _delegation(id: str, rows: Sequence[DelayedEvent], settings: Settings) -> di
 
 
 def _state(rows: Sequence[DelayedEvent]) -> str:
-    """Live while one of the events is kept alive; ending until the last of them has ended."""
+    """Live while one of the events is kept alive, or let run; ending until the last of them has ended."""
     states = {row.state for row in rows}
-    if State.LIVE in states:
+    if states & {State.LIVE, State.ADRIFT}:
         return State.LIVE.value
     return State.DONE.value if states == {State.DONE} else State.ENDING.value
 

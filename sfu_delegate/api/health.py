@@ -4,7 +4,6 @@
 is down shows in the detail only, since taking the daemon out of service would help nobody.
 """
 
-import asyncio
 from typing import Any, Final
 
 from aiohttp import web
@@ -29,11 +28,7 @@ class Health:
 
     async def ready(self, _: web.Request) -> web.Response:
         """200 when delegations and webhooks can be taken, else 503; with the detail."""
-        try:
-            async with asyncio.timeout(READY_TIMEOUT):
-                readiness = await self._services.readiness()
-        except TimeoutError:
-            readiness = Readiness(Phase.RUNNING, database=f"it does not answer within {READY_TIMEOUT:.0f} seconds")
+        readiness = await self._services.readiness(READY_TIMEOUT)
         ready = readiness.phase is Phase.RUNNING and not readiness.database
         return json_response(_detail(readiness, ready), status=200 if ready else 503)
 

@@ -87,6 +87,6 @@ class Readiness:
 class AdminServices:
     """What the admin listener works with."""
 
-    readiness: Callable[[], Awaitable[Readiness]]
+    readiness: Callable[[float], Awaitable[Readiness]]  # answers within so many seconds, whatever hangs
     registry: CollectorRegistry
     log: BoundLogger

@@ -5,6 +5,7 @@ must come at once, but never before what it acknowledges is durable; and a webho
 Nothing of a body or a token may be logged or repeated.
 """
 
+from contextlib import suppress
 from time import perf_counter
 from typing import Final
 
@@ -14,6 +15,7 @@ from sfu_delegate.api.body import read_body
 from sfu_delegate.api.errors import MatrixError
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import Services
+from sfu_delegate.delegation.model import Missed
 from sfu_delegate.livekit import webhook
 from sfu_delegate.livekit.webhook import WebhookRefused
 from sfu_delegate.observe.logs import Seldom
@@ -33,6 +35,10 @@ FAILED: Final = "failed"
 
 RESULTS: Final = (STORED, IGNORED, TOO_LARGE, UNREADABLE, OVERLOADED, UNAVAILABLE, FAILED, *(reason.value for reason in webhook.Refusal))
 """What `on_webhook` may be told as the result."""
+
+
+_OUT_OF_TIME = frozenset({webhook.Refusal.EXPIRED, webhook.Refusal.NOT_YET_VALID})
+"""Genuine, so perhaps our clock is wrong: LiveKit takes the 401 for delivered, and what the webhook told has to be found out by looks."""
 
 
 class Webhooks:
@@ -60,6 +66,9 @@ class Webhooks:
             told(sfu, UNKNOWN, refused.reason.value)
             if times := self._refused.times(refused.reason.value):
                 services.log.warning("webhook_refused", reason=refused.reason.value, sfu=sfu, times=times)
+                if refused.reason in _OUT_OF_TIME:
+                    with suppress(Overloaded, Unavailable):
+                        await services.port.put(Missed())
             if refused.unauthorized:
                 raise MatrixError(401, "M_UNAUTHORIZED", refused.sentence) from None
             raise MatrixError(400, "M_BAD_JSON", refused.sentence) from None
@@ -74,14 +83,19 @@ class Webhooks:
             result = STORED
         except Overloaded:
             result = OVERLOADED
-            raise
+            raise _try_again() from None
         except Unavailable:
             result = UNAVAILABLE
-            raise
+            raise _try_again() from None
         finally:
             told(sfu, event, result)
         services.hooks.on_acknowledged(perf_counter() - began)
         return _ok()
+
+
+def _try_again() -> MatrixError:
+    """Without a `Retry-After`: LiveKit 1.13 tries five times, and obeys it. By itself it waits longer, for 15 s in all."""
+    return MatrixError(503, "M_UNKNOWN", "Nothing can be stored at the moment. Try again later.")
 
 
 def _ok() -> web.Response:

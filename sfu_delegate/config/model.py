@@ -28,7 +28,7 @@ from sfu_delegate.config.values import (
     SfuUrl,
     Size,
 )
-from sfu_delegate.delegation.policy import DEPARTURES, OTHER, Departure, Policy, Unasked
+from sfu_delegate.delegation.policy import DEPARTURES, LOST_AFTER, OTHER, Departure, Policy, Unasked
 
 EXAMPLE_SECRET: Final = "put-the-secret-of-this-key-here-"  # noqa: S105 (it is no secret, and a warning says so)
 
@@ -100,6 +100,12 @@ class Sfu(Section):
     api_key: str | None = Field(None, description="Which of the keys asks the SFU who is in a room. Not set: the first one.", examples=["APIexample"])
     request_timeout: Duration = Field(5.0, gt=0, le=60, description="How long the SFU may take to answer.")
     in_flight: Count = Field(4, ge=1, le=1000, description="How many questions to this SFU may be open at the same time.")
+    lost_after: Duration = Field(
+        LOST_AFTER,
+        gt=0,
+        description="When it has neither answered nor sent a webhook for this long, its delegations are let run, neither restarted nor ended, until "
+        "it is back: an SFU that is gone for good must not keep ghosts in calls.",
+    )
 
 
 class Homeserver(Section):
@@ -123,6 +129,11 @@ class Homeserver(Section):
     as_token_file: Path | None = Field(None, description="The same in a file.", examples=["/etc/sfu-delegate/as-token"])
     ca_file: Path | None = Field(
         None, description="Certificates (PEM) to trust for it, in place of the system's.", examples=["/etc/ssl/private-ca.pem"]
+    )
+    rate_limited: bool | None = Field(
+        None,
+        description="Does its rate limit for delayed events (Synapse: rc_delayed_event_mgmt) hold for the daemon? Not set: not with an as_token, and "
+        "otherwise it is found out, which costs a few refused requests.",
     )
     in_flight: Count = Field(16, ge=1, le=1000, description="How many requests may be open there at the same time.")
     allow_private_addresses: bool = Field(
@@ -188,6 +199,17 @@ class Presence(Section):
     look_again_most: Duration = Field(_POLICY.look_again_most, gt=0, description="… up to this.")
     look_gap: Duration = Field(_POLICY.look_gap, description="The least time between two looks at one room.")
     settled: Duration = Field(_POLICY.settled, description="A look says nothing about what had changed less than this before it was sent.")
+    interval: Duration = Field(
+        _POLICY.interval,
+        gt=0,
+        description="Between two looks at a room where nothing is the matter: webhooks get lost without a trace. One request for a whole room.",
+    )
+    interval_most: Duration = Field(_POLICY.interval_most, gt=0, description="… up to this, where nothing has changed for long.")
+    late_after: Duration = Field(
+        _POLICY.late_after,
+        gt=0,
+        description="A webhook that arrives this much later than others, counted from when it was made, is a reason to look at once.",
+    )
     doubt: Duration = Field(
         _POLICY.doubt,
         description="For an SFU of several nodes: how long absences prove nothing after one of its nodes was away, since its lists are then wrong.",
@@ -265,11 +287,12 @@ class Timeouts(Section):
     connect: Duration = Field(5.0, gt=0, le=60, description="To connect to a homeserver.")
     request: Duration = Field(10.0, gt=0, le=300, description="For a whole request to a homeserver, from connecting to the answer's end.")
     shutdown: Duration = Field(
-        10.0,
+        5.0,
         ge=0,
         le=300,
-        description="How long a shutdown waits for requests in flight, and then for the database. The systemd unit (TimeoutStopSec) and the "
-        "container (--stop-timeout) allow 45 s for all of it: raise those, too.",
+        description="How long a shutdown waits for requests in flight; meanwhile everything is refused, and LiveKit tries a webhook for 15 s. The "
+        "process ends 7 s after that at the latest, whatever hangs. The systemd unit (TimeoutStopSec) and the container (--stop-timeout) allow 45 s "
+        "for all of it: raise those, too.",
     )
 
 
@@ -324,7 +347,8 @@ class Config(Section):
         "is asked whether the participant is back (0s: it is believed at once, and not asked). `unasked` says what counts while the SFU cannot "
         "be asked: `gone`, `connected`, or `after`: gone when `unasked_after` has passed. Shorter times end memberships sooner, and let people "
         "who only reconnect vanish from the call. MISSING is somebody whom the SFU no longer lists without having said why; ROOM_MISSING the "
-        "same of a whole room, as after a restart of the SFU; OTHER stands for every reason that is not named here.",
+        "same of a whole room, as after a restart of the SFU; ROOM_RESTARTED somebody who had joined before the room came up anew, and has not "
+        "come back; OTHER stands for every reason that is not named here.",
     )
     presence: Presence = Field(Presence(), description="How the SFU is watched.")
     restart: Restart = Field(Restart(), description="When a connected participant's delayed events are restarted.")
@@ -364,6 +388,10 @@ class Config(Section):
             look_again=self.presence.look_again,
             look_again_most=self.presence.look_again_most,
             look_gap=self.presence.look_gap,
+            interval=self.presence.interval,
+            interval_most=self.presence.interval_most,
+            late_after=self.presence.late_after,
+            lost_after=MappingProxyType({name: sfu.lost_after for name, sfu in self.sfus.items()}),
             settled=self.presence.settled,
             doubt=self.presence.doubt,
             doubt_after=self.presence.doubt_after,

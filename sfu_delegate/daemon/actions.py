@@ -13,6 +13,9 @@ from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.sealing import CannotUnseal, Sealer
 
 TELL_ANOTHER_CAUSE_AFTER = 60.0  # seconds
+TOLD_AT_ONCE = 2  # lines about one homeserver or SFU within RECENTLY: a trouble and its end. Further changes are told when they have lasted
+RECENTLY = 60.0  # seconds
+LASTED = 5.0  # seconds
 CHECKED_ROOM = "sfu-delegate-check"  # there need not be such a room: it is looked at to see whether the SFU answers
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
 
@@ -49,6 +52,15 @@ class Reach:
     timeout: float  # seconds for a request to a homeserver
 
 
+@dataclass(slots=True)
+class _Told:
+    """What the log was told of a homeserver or an SFU."""
+
+    trouble: str = ""  # by the last line; "": it works, or there was no line yet
+    at: tuple[float, ...] = ()  # when the latest lines were written, TOLD_AT_ONCE at the most
+    lasting: asyncio.TimerHandle | None = None  # until a change has lasted
+
+
 class Actions:
     """Each claimed action is one asyncio task, and the engine's paces bound their number."""
 
@@ -59,7 +71,7 @@ class Actions:
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
         self.conditions: dict[tuple[str, str], str] = {}  # ("homeserver" | "sfu", name) → what is wrong with it, or ""; only who was asked
-        self._told: dict[tuple[str, str], tuple[float, str]] = {}  # when the log last named a trouble, and which
+        self._told: dict[tuple[str, str], _Told] = {}
         self._checks: set[asyncio.Task[None]] = set()
 
     def carry_out(self, task: Task) -> None:
@@ -79,6 +91,9 @@ class Actions:
             job.cancel()
         if pending:
             await asyncio.wait(pending)
+        for told in self._told.values():
+            if told.lasting is not None:
+                told.lasting.cancel()
         return len(pending)
 
     def check(self, homeservers: Iterable[str], sfus: Iterable[str]) -> None:
@@ -164,16 +179,33 @@ class Actions:
             return None, f"a defect of the daemon: {type(error).__name__}"
 
     def _condition(self, kind: str, name: str, trouble: str | None) -> None:
-        """One line for each change of a homeserver's or an SFU's condition, not for each try; another one for another cause, after a while."""
+        """One line for each change of a homeserver's or an SFU's condition, not for each try; another one for another cause, after a while.
+
+        What changes again and again is told now and then only, and in the end as it is.
+        """
         key = (kind, name)
-        before = self.conditions.get(key, "")
-        self.conditions[key] = trouble or ""
-        if trouble is None:
-            if before:
-                log.info(f"{kind}_works_again", **{kind: name})
-            return
-        now = self._clock()
-        told_at, told = self._told.get(key, (0.0, ""))
-        if not before or (trouble != told and now - told_at >= TELL_ANOTHER_CAUSE_AFTER):
-            self._told[key] = (now, trouble)
-            log.warning(f"{kind}_failed", **{kind: name}, problem=trouble)
+        now_so = self.conditions[key] = trouble or ""
+        told = self._told.setdefault(key, _Told())
+        if bool(now_so) is bool(told.trouble):
+            if told.lasting is not None:
+                told.lasting.cancel()
+                told.lasting = None
+            if now_so != told.trouble and self._clock() - told.at[-1] >= TELL_ANOTHER_CAUSE_AFTER:
+                self._tell(key)
+        elif len(told.at) < TOLD_AT_ONCE or self._clock() - told.at[0] >= RECENTLY:
+            self._tell(key)
+        elif told.lasting is None:
+            told.lasting = asyncio.get_running_loop().call_later(LASTED, self._tell, key)
+
+    def _tell(self, key: tuple[str, str]) -> None:
+        kind, name = key
+        told = self._told[key]
+        if told.lasting is not None:
+            told.lasting.cancel()
+            told.lasting = None
+        told.trouble = self.conditions[key]
+        told.at = (*told.at, self._clock())[-TOLD_AT_ONCE:]
+        if told.trouble:
+            log.warning(f"{kind}_failed", **{kind: name}, problem=told.trouble)
+        else:
+            log.info(f"{kind}_works_again", **{kind: name})

@@ -4,15 +4,16 @@ While one transaction runs in the engine's thread, inputs gather; the next takes
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Protocol, TypeVar
 
 from sfu_delegate.api.port import Overloaded, Unavailable
-from sfu_delegate.delegation.model import Answered, DelayedEvent, Input, Lane, Looked, Task
+from sfu_delegate.delegation.model import Answered, DelayedEvent, Input, Lane, Looked, Missed, RoomChanged, Seen, Task
 from sfu_delegate.delegation.replies import Reply
+from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Step
 from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.store.base import StoreUnavailable
@@ -23,9 +24,12 @@ BATCH = 512  # inputs in one transaction at the most, so that nobody waits for l
 FULL_RETRY_AFTER = 1.0  # seconds
 BROKEN_RETRY_AFTER = 2.0
 BROKEN_PAUSE = 0.5  # before the next try when the database does not work
+PATIENCE = 5.0  # seconds that an answer waits for a database that hangs: LiveKit 1.13 itself waits without limit, and a room's webhooks with it
+TICKS = 5  # … in so many parts
 IDLE_AFTER = 1.0  # without work, before housekeeping
 SURVEY_EVERY = 5.0  # how often the backlog is counted
-LONGEST_SLEEP = 30.0
+LONGEST_SLEEP = 5.0
+STOOD_STILL = 10.0  # a loop that was away for this much longer than it wanted to was stopped, or its machine slept
 
 log = get_logger(__name__)
 
@@ -38,6 +42,9 @@ class Observer(Protocol):
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """The backlog was counted."""
+
+    def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
+        """By homeserver: the seconds by which restarts will be late, and what is known about the rate limit."""
 
     def store(self, *, works: bool) -> None:
         """The database works, or does not."""
@@ -85,11 +92,16 @@ class Inbox:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._waiting: list[tuple[Input, asyncio.Future[Reply] | None]] = []
+        self._begun: Sequence[tuple[Input, asyncio.Future[Reply] | None]] = ()  # the batch of the present step
         self._news = asyncio.Event()
         self._watches: dict[str, list[DelegationWatch]] = {}
         self._stopping = False
         self._flushed = False
         self._surveyed = 0.0
+        self._missed = False  # webhooks were refused: LiveKit tries again for 15 s at the most
+        self._progress = 0  # steps that have come to an end
+        self._hung: str | None = None  # what is told to whoever comes while the present step does not end
+        self._ran_at: float | None = None  # when the loop was last seen running
 
     # ── for those who hand in ──
 
@@ -98,10 +110,14 @@ class Inbox:
         return self._clock()
 
     async def put(self, given: Input) -> Reply:
-        """See `api.port.Port`."""
+        """See `api.port.Port`. What was refused after PATIENCE seconds may be kept all the same: all inputs can be repeated."""
         if self._stopping:
             raise Overloaded("The daemon is stopping.", FULL_RETRY_AFTER)
+        if self._hung is not None:
+            self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+            raise Unavailable(self._hung, BROKEN_RETRY_AFTER)
         if len(self._waiting) >= self.most:
+            self._missed = self._missed or isinstance(given, Seen | RoomChanged)
             raise Overloaded("Too many requests wait for the database.", FULL_RETRY_AFTER)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting.append((given, future))
@@ -133,14 +149,55 @@ class Inbox:
     # ── the loop ──
 
     async def run(self) -> None:
-        """Step until `stop` was called and everything that had been handed in is kept."""
+        """Step until `stop` was called and everything that had been handed in is kept. Who still waits when it is cancelled is refused."""
+        watchdog = asyncio.create_task(self._watch_steps())
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            self._refuse([*self._begun, *self._waiting], Unavailable("The daemon is stopping.", FULL_RETRY_AFTER))
+            raise
+        finally:
+            watchdog.cancel()
+
+    async def _watch_steps(self) -> None:
+        """Nobody waits for a database that hangs without end. It is counted in ticks, since a process that was stopped for a while hangs nowhere."""
+        ticks, before = 0, self._progress
+        while True:
+            await asyncio.sleep(PATIENCE / TICKS)
+            ticks = ticks + 1 if self._progress == before and (self._begun or self._waiting) else 0
+            before = self._progress
+            if ticks < TICKS:
+                continue
+            self._hung = f"The database does not answer within {PATIENCE:g} seconds. Does its disk, or its file system, hang?"
+            self._broken(StoreUnavailable(self._hung))
+            for given, future in [*self._begun, *self._waiting]:
+                if future is not None and not future.done():
+                    self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+                    future.set_exception(Unavailable(self._hung, BROKEN_RETRY_AFTER))
+
+    async def _run(self) -> None:
         wake: float | None = self._clock()
         while True:
             await self._something_to_do(wake)
             if self._stopping and self._flushed and not self._waiting:
                 return
-            batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-            wake = await self._step(batch)
+            self._notice_gaps()
+            self._begun, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            wake = await self._step(self._begun)
+            self._begun = ()
+            self._progress += 1
+            self._hung = None
+
+    def _notice_gaps(self) -> None:
+        """What came while nobody could take it may be lost: the SFUs are asked."""
+        now = self._clock()
+        stood_still = self._ran_at is not None and now - self._ran_at > LONGEST_SLEEP + STOOD_STILL
+        self._ran_at = now
+        if stood_still:
+            log.warning("stood_still", consequence="webhooks may be lost: all rooms are looked at")
+        if stood_still or (self._missed and self.trouble is None and len(self._waiting) < self.most):
+            self._missed = False
+            self._waiting.append((Missed(), None))
 
     async def _something_to_do(self, wake: float | None) -> None:
         if self._waiting or self._stopping:
@@ -180,6 +237,7 @@ class Inbox:
         now = self._clock()
         self._surveyed = now
         self._observer.backlog(await self.in_thread(lambda: self._engine.backlog(now)), now)
+        self._observer.forecast(*await self.in_thread(lambda: (self._engine.forecast(now), dict(self._engine.rates()))))
 
     async def _step(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]]) -> float | None:
         begun = perf_counter()
@@ -191,6 +249,7 @@ class Inbox:
         except StoreUnavailable as error:
             self._refuse(batch, Unavailable(str(error), BROKEN_RETRY_AFTER))
             self._broken(error)
+            await self._keep_alive()
             await asyncio.sleep(BROKEN_PAUSE)
             return self._clock()
         except Exception as error:
@@ -235,9 +294,18 @@ class Inbox:
         for given, future in batch:
             if future is None:
                 again.append((given, None))
-            elif not future.done():
+                continue
+            self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+            if not future.done():
                 future.set_exception(why)
         self._waiting[:0] = again
+
+    async def _keep_alive(self) -> None:
+        """Who is connected stays, although nothing can be stored."""
+        now = self._clock()
+        with suppress(StoreUnavailable):
+            for task in await self.in_thread(lambda: self._engine.keep_alive(now)):
+                self._carry_out(task)
 
     def _broken(self, error: StoreUnavailable) -> None:
         if self.trouble is None:
@@ -264,6 +332,14 @@ class Inbox:
         self._flushed = True
         self._news.set()
 
-    def close(self) -> None:
-        """Close the engine's thread, after the last step."""
-        self._thread.shutdown(wait=True)
+    async def close(self, last: Callable[[], None], within: float) -> bool:
+        """Do a last thing in the engine's thread, after the last step, and let it end.
+
+        False if that takes longer than `within` seconds; it is done all the same when the thread comes back, if ever.
+        """
+        done = self._loop.run_in_executor(self._thread, last)
+        self._thread.shutdown(wait=False)
+        await asyncio.wait({done}, timeout=within)
+        if done.done():
+            done.result()
+        return done.done()

@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -13,12 +14,14 @@ from aiohttp import web
 
 from sfu_delegate import __version__
 from sfu_delegate.api.app import AdminServices, Phase, Readiness, Services, Settings, admin_app, public_app
+from sfu_delegate.api.webhooks import IGNORED
 from sfu_delegate.config import Config, ConfigInvalid, load, warnings
 from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Reach, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Task
+from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress
@@ -32,6 +35,10 @@ from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
 from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, StoreUnavailable
 from sfu_delegate.store.sqlite import SqliteStore
 
+KEPT_WITHIN = 2.0  # seconds for what waits to be kept, beyond `timeouts.shutdown`
+CLOSED_WITHIN = 1.0  # seconds for each of the listeners, and for the database
+FORCED_AFTER = 6.0  # seconds beyond `timeouts.shutdown`, when the process ends whatever hangs
+
 log = logs.get_logger(__name__)
 
 
@@ -44,6 +51,7 @@ class _Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._late: set[str] = set()  # homeservers where restarts will be late
 
     def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
         """See `inbox.Observer`."""
@@ -66,6 +74,20 @@ class _Observer:
         """See `inbox.Observer`."""
         self._metrics.backlog(counted, now)
 
+    def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.forecast(lateness, rates)
+        for homeserver, seconds in lateness.items():
+            if (seconds > 0) is (homeserver in self._late):
+                continue
+            if seconds > 0:
+                self._late.add(homeserver)
+                limit, rate = rates[homeserver]
+                log.warning("restarts_will_be_late", homeserver=homeserver, seconds=round(seconds, 1), limit=limit.value, rate=round(rate, 2))
+            else:
+                self._late.discard(homeserver)
+                log.info("restarts_in_time_again", homeserver=homeserver)
+
     def store(self, *, works: bool) -> None:
         """See `inbox.Observer`."""
         self._metrics.store(works=works)
@@ -73,6 +95,22 @@ class _Observer:
 
 def _line(row: DelayedEvent, note: Note) -> dict[str, str | int]:
     return {"delegation": row.delegation, "what": note.what, "row": row.id, "homeserver": row.homeserver}
+
+
+class _Hooks:
+    """Tells the metrics of webhooks, and the engine that the SFU is alive. See `api.services.Hooks`."""
+
+    def __init__(self, metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._engine = engine
+        self._clock = clock
+        self.on_acknowledged = metrics.on_acknowledged
+
+    def on_webhook(self, sfu: str, event: str, result: str) -> None:
+        """A webhook was answered."""
+        self._metrics.on_webhook(sfu, event, result)
+        if result == IGNORED:  # all others that are genuine are inputs
+            self._engine.heard(sfu, self._clock())
 
 
 class Daemon:
@@ -117,11 +155,11 @@ class Daemon:
 
     async def _wire(self, config: Config) -> None:
         clock = self.clock = Clock()
-        agrees = clock.agrees_with(self._store.clock_mark())
+        agrees = clock.agrees_with(await asyncio.to_thread(self._store.clock_mark))
         if not agrees:
             log.warning("clock_was_set", consequence="all delayed events are restarted soon, since their countdowns are not known")
-        recovered = self._store.recover(clock(), config.policy(), clock_unsure=not agrees)
-        self._store.save_clock_mark(clock.mark)
+        recovered = await asyncio.to_thread(self._store.recover, clock(), config.policy(), clock_unsure=not agrees)
+        await asyncio.to_thread(self._store.save_clock_mark, clock.mark)
 
         self.homeservers = Homeservers(_rules(config), self._egress, clock)
         self.client = ManagementClient(self._egress, clock)
@@ -130,7 +168,16 @@ class Daemon:
         self.metrics.known(homeserver.name for homeserver in config.homeservers)
         self.keys = KeyRing(_keys(config))
         random = Random()  # noqa: S311 — for jitter
-        self.engine = Engine(self._store, config.policy(), _limits(config), random, in_flight=self._in_flight, looks_in_flight=self._looks_in_flight)
+        self.engine = await asyncio.to_thread(
+            Engine,
+            self._store,
+            config.policy(),
+            _limits(config),
+            random,
+            in_flight=self._in_flight,
+            looks_in_flight=self._looks_in_flight,
+            limited=self._limited,
+        )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
         reach = Reach(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox)
@@ -146,7 +193,7 @@ class Daemon:
             management=self.client,
             sealer=self._sealer,
             settings=lambda: self._settings,
-            hooks=self.metrics,
+            hooks=_Hooks(self.metrics, self.engine, self.clock),
             log=log,
             stopping=lambda: self._phase is Phase.STOPPING,
         )
@@ -158,7 +205,7 @@ class Daemon:
         log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=f"{config.admin.host}:{self.admin_port}")
 
     async def _bind(self, app: web.Application, host: str, port: int, key: str) -> int:
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=self.config.timeouts.shutdown)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=CLOSED_WITHIN)
         await runner.setup()
         self._runners.append(runner)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -181,13 +228,16 @@ class Daemon:
     def _carry_out(self, task: Task) -> None:
         self.actions.carry_out(task)
 
-    async def _readiness(self) -> Readiness:
-        """Whether the database really takes a write now, and who is in trouble."""
+    async def _readiness(self, within: float) -> Readiness:
+        """Whether the database really takes a write now, and who is in trouble; what is known of it where it does not answer in time."""
         trouble = self.inbox.trouble or ""  # one more write may work where a transaction does not
         try:
-            await self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark))
+            async with asyncio.timeout(within):
+                await self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark))
         except StoreUnavailable as error:
             trouble = str(error)
+        except TimeoutError:
+            trouble = self.inbox.trouble or f"it does not answer within {within:g} seconds"
         conditions = self.actions.conditions
         homeservers = {name: conditions.get(("homeserver", name)) for name in _named(self.config)}
         # Of those that match a pattern, the ones in trouble: there may be many.
@@ -202,6 +252,12 @@ class Daemon:
     def _in_flight(self, homeserver: str) -> int:
         rule = self.homeservers.rule_for(homeserver)
         return 1 if rule is None else rule.max_in_flight
+
+    def _limited(self, homeserver: str) -> bool | None:
+        rule = self.homeservers.rule_for(homeserver)
+        if rule is None or rule.limited is not None:
+            return None if rule is None else rule.limited
+        return False if rule.as_token else None
 
     def _looks_in_flight(self, sfu: str) -> int:
         return self.config.sfus[sfu].in_flight if sfu in self.config.sfus else 1
@@ -246,26 +302,31 @@ class Daemon:
         logs.set_level(self.config.log.level)
 
     async def stop(self) -> None:
-        """Accept nothing more, finish what is in flight within `timeouts.shutdown`, and close the database."""
+        """Accept nothing more, finish what is in flight within `timeouts.shutdown`, and close the database: a few seconds more at the most.
+
+        A database that hangs is left as it is: what was acknowledged is in it.
+        """
         within = self.config.timeouts.shutdown
+        until = asyncio.get_running_loop().time() + within
         self._phase = Phase.STOPPING
         log.info("stopping", in_flight=self.engine.in_flight)
         self.inbox.stop()
         abandoned = await self.actions.finish(within)
         self.inbox.flush()
-        done, _ = await asyncio.wait({self.loop_task}, timeout=within + 1.0)
+        left = max(0.0, until - asyncio.get_running_loop().time())
+        done, _ = await asyncio.wait({self.loop_task}, timeout=left + KEPT_WITHIN)
         if not done:
             log.warning("not_everything_kept", reason=self.inbox.trouble or "the database takes too long")
             self.loop_task.cancel()
+            await asyncio.wait({self.loop_task})
         for runner in self._runners:
             await runner.cleanup()
         await self.homeservers.aclose()
         await self.client.aclose()
         await self._egress.aclose()
         await self._room_service.close()
-        self.inbox.close()
-        self._store.close()
-        log.info("stopped", abandoned=abandoned)
+        closed = await self.inbox.close(self._store.close, CLOSED_WITHIN)
+        log.info("stopped", abandoned=abandoned, database_closed=closed)
 
 
 # ── from the configuration to what each part takes ──
@@ -285,6 +346,7 @@ def _rules(config: Config) -> list[HomeserverRule]:
             ca_file=str(homeserver.ca_file) if homeserver.ca_file else None,
             allow_private=homeserver.allow_private_addresses,
             max_in_flight=homeserver.in_flight,
+            limited=homeserver.rate_limited,
         )
         for homeserver in config.homeservers
     ]
@@ -328,8 +390,14 @@ async def _serve(config: Config, path: Path) -> int:
     daemon = Daemon(config, lambda: load(path, os.environ))
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+
+    def stop_soon() -> None:
+        if not stop.is_set():
+            stop.set()
+            _end_by_force(daemon.config.timeouts.shutdown + FORCED_AFTER)
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop.set)
+        loop.add_signal_handler(name, stop_soon)
     try:
         await daemon.start()
     except CannotStart as error:
@@ -344,8 +412,30 @@ async def _serve(config: Config, path: Path) -> int:
         why = daemon.loop_task.exception()
         at = frames(why) if why else []
         log.critical("engine_ended", error=type(why).__name__, at=at, consequence="the process ends, to be started again")
+    stop_soon()
     await daemon.stop()
     return 1 if broken else 0
+
+
+def _end_by_force(after: float) -> None:
+    """End the process in so many seconds, unless it has ended by then.
+
+    A thread that hangs in the database, or in the resolver, cannot be stopped, and Python waits for all threads. Nothing is lost that a kill
+    would not lose, which is nothing that was acknowledged.
+    """
+
+    def tell() -> None:
+        log.critical("stop_forced", reason="something hangs, most likely the database", consequence="the process ends as if it was killed")
+
+    def end() -> None:
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        telling.join(1.0)  # the log may be what hangs
+        os._exit(1)
+
+    timer = threading.Timer(after, end)
+    timer.daemon = True
+    timer.start()
 
 
 def run(config: Config, path: Path) -> int:

@@ -80,22 +80,31 @@ DELAYED_EVENT = Machine(
     table=_plain(EVENTS),
     start=State.LIVE.value,
     places={
-        State.LIVE.value: Place(120, 330),
-        State.VANISHED.value: Place(480, 100),
-        State.ENDING.value: Place(480, 450),
-        State.SUPERSEDED.value: Place(480, 640),
-        State.DONE.value: Place(840, 330),
+        State.LIVE.value: Place(120, 370),
+        State.VANISHED.value: Place(480, 80),
+        State.ADRIFT.value: Place(550, 265),
+        State.ENDING.value: Place(430, 480),
+        State.SUPERSEDED.value: Place(560, 690),
+        State.DONE.value: Place(840, 370),
     },
     notes={
         State.LIVE.value: "restarted in time",
+        State.ADRIFT.value: "nobody can tell: let run",
         State.VANISHED.value: "404: wait and see",
         State.ENDING.value: "to be sent or cancelled",
         State.SUPERSEDED.value: "to be cancelled",
         State.DONE.value: "ended, with an outcome",
     },
-    at={(State.LIVE.value, State.DONE.value): 0.3, (State.DONE.value, State.LIVE.value): 0.3},
+    at={
+        (State.LIVE.value, State.DONE.value): 0.3,
+        (State.DONE.value, State.LIVE.value): 0.2,
+        (State.LIVE.value, State.SUPERSEDED.value): 0.48,
+        (State.VANISHED.value, State.DONE.value): 0.4,
+        (State.ADRIFT.value, State.ENDING.value): 0.72,
+        (State.ADRIFT.value, State.SUPERSEDED.value): 0.68,
+    },
     width=960,
-    height=710,
+    height=750,
 )
 
 MACHINES = (PARTICIPANT, DELAYED_EVENT)

@@ -35,14 +35,20 @@ from sfu_delegate.delegation.model import (
     OnEnd,
     Outcome,
     Presence,
+    RoomChanged,
     Seen,
     Session,
+    SfuLost,
     State,
     Verdict,
     Withdraw,
 )
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.presence import Finding, Sign
+from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
+
+VANISHED_WAITS = 10
+"""How often an event that the homeserver no longer knows waits for a look at the SFU, before the worst is assumed."""
 
 # ── is the participant there? ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -60,6 +66,8 @@ PRESENCE: dict[tuple[Presence, Sign], Presence] = {
     (Presence.CONNECTED, Sign.REMOVED): Presence.GONE,
     (Presence.CONNECTED, Sign.ABSENT): Presence.AWAY,  # "missing": a second look confirms it
     (Presence.CONNECTED, Sign.UNASKED): Presence.CONNECTED,
+    (Presence.CONNECTED, Sign.CONTRADICTED): Presence.CONNECTED,
+    (Presence.CONNECTED, Sign.BETWEEN): Presence.EXPECTED,
     (Presence.AWAY, Sign.DELEGATED): Presence.EXPECTED,  # who delegates is about to come back
     (Presence.AWAY, Sign.ARRIVED): Presence.CONNECTED,
     (Presence.AWAY, Sign.CONNECTING): Presence.AWAY,
@@ -67,6 +75,8 @@ PRESENCE: dict[tuple[Presence, Sign], Presence] = {
     (Presence.AWAY, Sign.REMOVED): Presence.GONE,
     (Presence.AWAY, Sign.GIVEN_UP): Presence.GONE,
     (Presence.AWAY, Sign.UNASKED): Presence.AWAY,
+    (Presence.AWAY, Sign.CONTRADICTED): Presence.AWAY,
+    (Presence.AWAY, Sign.BETWEEN): Presence.EXPECTED,
     (Presence.GONE, Sign.DELEGATED): Presence.EXPECTED,
     (Presence.GONE, Sign.ARRIVED): Presence.CONNECTED,
     (Presence.GONE, Sign.DEPARTED): Presence.GONE,
@@ -93,6 +103,8 @@ class Happening(StrEnum):
     WITHDRAWN = "withdrawn"  # the client takes it back
     DELEGATED = "delegated"  # the client hands it over (again)
     TIME_UP = "time_up"  # the time that the row had asked for has come
+    LET_RUN = "let_run"  # nobody can tell any more whether its participant is there
+    TOLD = "told"  # something can be said about its participant again
 
 
 EVENTS: dict[tuple[State, Happening], State] = {
@@ -106,6 +118,7 @@ EVENTS: dict[tuple[State, Happening], State] = {
     (State.LIVE, Happening.SUPERSEDED): State.SUPERSEDED,
     (State.LIVE, Happening.WITHDRAWN): State.DONE,
     (State.LIVE, Happening.DELEGATED): State.LIVE,
+    (State.LIVE, Happening.LET_RUN): State.ADRIFT,
     (State.ENDING, Happening.GONE): State.ENDING,
     (State.ENDING, Happening.BACK): State.LIVE,
     (State.ENDING, Happening.ENDED): State.DONE,
@@ -131,6 +144,13 @@ EVENTS: dict[tuple[State, Happening], State] = {
     (State.VANISHED, Happening.WITHDRAWN): State.DONE,
     (State.VANISHED, Happening.DELEGATED): State.LIVE,
     (State.VANISHED, Happening.TIME_UP): State.DONE,
+    (State.ADRIFT, Happening.GONE): State.ENDING,
+    (State.ADRIFT, Happening.TOLD): State.LIVE,
+    (State.ADRIFT, Happening.SUPERSEDED): State.SUPERSEDED,
+    (State.ADRIFT, Happening.WITHDRAWN): State.DONE,
+    (State.ADRIFT, Happening.DELEGATED): State.LIVE,
+    (State.ADRIFT, Happening.LET_RUN): State.ADRIFT,
+    (State.ADRIFT, Happening.TIME_UP): State.DONE,
     (State.DONE, Happening.DELEGATED): State.LIVE,
 }
 """From (state, happening) to state. A pair that is missing changes nothing (`TIME_UP` of a LIVE event, anything but `DELEGATED` of a DONE one)."""
@@ -139,7 +159,11 @@ EVENTS: dict[tuple[State, Happening], State] = {
 # ── the rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def advance(row: DelayedEvent, given: Seen | Looked | Answered | Withdraw | Due | Accept, now: float, policy: Policy, random: float) -> DelayedEvent:
+Given = Seen | RoomChanged | SfuLost | Looked | Answered | Withdraw | Due | Accept
+"""What one row is told of."""
+
+
+def advance(row: DelayedEvent, given: Given, now: float, policy: Policy, random: float) -> DelayedEvent:
     """The row after `given`, or the same object when nothing changes. `random` is in [0, 1), for jitter.
 
     An `Accept` here is one of the same participant: it tells that somebody is about to connect.
@@ -148,9 +172,19 @@ def advance(row: DelayedEvent, given: Seen | Looked | Answered | Withdraw | Due 
         return row
     match given:
         case Seen():
-            return _apply(row, looking.of_webhook(row, given, now, policy), now, policy, random)
+            finding = looking.of_webhook(row, given, now, policy)
+            return _apply(row if finding.sign is Sign.NOTHING else _told(row, now, policy, random), finding, now, policy, random)
+        case RoomChanged():
+            return _apply(row, looking.of_room(row, given, now, policy), now, policy, random)
         case Looked():
-            return _apply(row, looking.of_look(row, given, now, policy), now, policy, random)
+            finding = looking.of_look(row, given, now, policy)
+            if finding.sign is Sign.NOTHING and row.state is State.VANISHED and row.presence is Presence.CONNECTED and row.look_at is not None:
+                return row._replace(look_at=max(row.look_at, now + policy.look_again))  # too early to tell, or in doubt
+            if given.participants is not None and finding.sign is not Sign.CONTRADICTED:
+                row = _told(row, now, policy, random)
+            return _apply(row, finding, now, policy, random)
+        case SfuLost():
+            return _happen(row, Happening.LET_RUN, now, policy, random)
         case Accept():
             return _apply(row, Finding(Sign.DELEGATED, row.sessions), now, policy, random)
         case Answered():
@@ -207,7 +241,7 @@ def delegate(
         attempt_at=now,
         look_at=None if connected else _next_look(now, now, policy),
         state=State.LIVE,
-        running_since=now - event.delay,  # unknown: it may be about to run out
+        running_since=now - event.delay,  # unknown: it may be about to run out, but nobody schedules an event at the last moment
         restarts=0,
         attempts=0,
         end_tried=False,
@@ -216,11 +250,11 @@ def delegate(
         finished_at=None,
         lane=Lane.RESTART,
         due=now,
-        harm=now,
+        harm=now + event.delay * UNKNOWN_COUNTDOWN,
         claim=row.claim if row else 0,
         claimed=False,
     )
-    if row is not None and row.state in (State.ENDING, State.SUPERSEDED):
+    if row is not None and row.state in (State.ENDING, State.SUPERSEDED, State.ADRIFT):
         # An ending may have been under way: the restart will tell.
         base = base._replace(end_tried=_tried(row))
         if _ending_under_way(row):
@@ -269,12 +303,21 @@ def action(row: DelayedEvent) -> Action:
     return Action.RESTART
 
 
+def _told(row: DelayedEvent, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """Something can be said about the participant again: an event that was let run is looked after once more."""
+    return _happen(row, Happening.TOLD, now, policy, random) if row.state is State.ADRIFT else row
+
+
 # ── presence ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _next_look(since: float, now: float, policy: Policy) -> float:
     """When somebody who is EXPECTED is looked for next: soon after the delegation, then less and less often, last when the join timeout is over."""
     return next((since + wait for wait in policy.first_looks if since + wait > now), max(since + policy.join_timeout, now + policy.look_again))
+
+
+_ATTEMPTS = frozenset({Sign.CONNECTING, Sign.DELEGATED, Sign.BETWEEN})
+"""Signs that somebody is connecting, or about to: the join timeout begins anew."""
 
 
 def _apply(row: DelayedEvent, finding: Finding, now: float, policy: Policy, random: float) -> DelayedEvent:
@@ -288,10 +331,12 @@ def _apply(row: DelayedEvent, finding: Finding, now: float, policy: Policy, rand
         presence_since=row.presence_since if new is old else now,
         sessions=sessions,
         reason=_reason(row, new, finding),
-        attempt_at=now if sign in (Sign.CONNECTING, Sign.DELEGATED) else row.attempt_at,
+        attempt_at=now if sign in _ATTEMPTS else row.attempt_at,
         look_at=_look_at(row, new, finding, now, policy),
         ended_at=_ended_at(row, old, new, now),
     )
+    if sign is Sign.CONTRADICTED:
+        row = _happen(row, Happening.LET_RUN, now, policy, random)
     if row == given_row:
         return given_row
     if new is Presence.GONE and old is not Presence.GONE:
@@ -310,12 +355,22 @@ def _reason(row: DelayedEvent, new: Presence, finding: Finding) -> str:
 def _look_at(row: DelayedEvent, new: Presence, finding: Finding, now: float, policy: Policy) -> float | None:
     match new:
         case Presence.EXPECTED:
-            since = now if finding.sign in (Sign.CONNECTING, Sign.DELEGATED) else row.attempt_at
+            if finding.sign is Sign.CONNECTING:
+                return now + policy.look_again
+            since = now if finding.sign in _ATTEMPTS else row.attempt_at
             return _next_look(since, now, policy)
         case Presence.AWAY:
+            if finding.sign is Sign.CONTRADICTED:
+                return None  # routine looks go on
             if finding.sign in (Sign.DEPARTED, Sign.ABSENT):
                 return now + finding.look_after
-            return max(now + policy.look_again, row.look_at or 0.0)  # the time that the reason asks for is waited for
+            # Less and less often, but in time for what is to be decided then; and the time that the reason asks for is waited for.
+            patience = min(max(policy.look_again, (now - row.presence_since) / 4), policy.look_again_most)
+            decisions = [row.presence_since + limit for limit in (policy.departure(row.reason).unasked_after, policy.joining_limit)]
+            again = min([now + patience, *(at for at in decisions if at > now)])
+            return max(again, row.look_at or 0.0)
+        case Presence.CONNECTED if finding.sign is Sign.UNASKED:
+            return row.look_at
         case _:
             return None
 
@@ -337,9 +392,16 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
     match old, new:
         case _, State.DONE if what is Happening.WITHDRAWN:
             return _done(row, Outcome.WITHDRAWN, now, policy)
+        case _, State.DONE if what is Happening.TIME_UP:
+            return _done(row, Outcome.RAN_OUT, now, policy)
         case State.VANISHED, State.DONE:
             return _done(row, Outcome.ALREADY_ENDED, now, policy)
-        case State.LIVE, State.ENDING:
+        case State.LIVE, State.ADRIFT:
+            over = max(now, row.deadline) + policy.adrift_keep
+            return row._replace(state=new, lane=Lane.TIMER, due=over, harm=None, attempts=0, end_tried=_tried(row), claimed=False)
+        case State.ADRIFT, State.LIVE:
+            return _restart_at(row._replace(state=new), now if row.end_tried else None, now, policy, random)
+        case ((State.LIVE | State.ADRIFT), State.ENDING):
             # A restart that is under way must not hold up the goodbye: its claim is void.
             return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, end_tried=_tried(row), claimed=False)
         case State.ENDING, State.LIVE:
@@ -347,7 +409,7 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
                 # The ending is under way and cannot be called back. Its answer, or the end of its lease, says how to go on.
                 return row._replace(state=new, harm=row.deadline, attempts=0)
             return _restart_at(row._replace(state=new, attempts=0), now if row.end_tried else None, now, policy, random)
-        case ((State.LIVE | State.ENDING), State.SUPERSEDED):
+        case ((State.LIVE | State.ENDING | State.ADRIFT), State.SUPERSEDED):
             return row._replace(state=new, lane=Lane.RESTART, due=now, harm=row.deadline, attempts=0, end_tried=_tried(row), claimed=False)
         case _:
             return row
@@ -385,8 +447,9 @@ def _again(row: DelayedEvent, answer: Answered, now: float, policy: Policy, rand
     wait = min(policy.retry_first * 2.0 ** min(row.attempts, 16), policy.retry_most) * (0.5 + random / 2)
     if answer.retry_after is not None:
         wait = max(wait, min(answer.retry_after, policy.retry_most))
-    if row.state is State.LIVE and row.deadline > now:
-        wait = min(wait, max(policy.retry_first, (row.deadline - now) / 8))  # the deadline must not pass while nobody tries
+    latest = row.deadline if row.verified_at is not None else row.accepted_at + row.delay
+    if row.state is State.LIVE and latest > now:
+        wait = min(wait, max(policy.retry_first, (latest - now) / 8))  # the deadline must not pass while nobody tries
     return row._replace(attempts=row.attempts + 1, due=now + wait)
 
 
@@ -397,7 +460,7 @@ def _surely_over(row: DelayedEvent) -> float:
 
 def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, random: float) -> DelayedEvent:
     if not row.claimed or answer.claim != row.claim:
-        return row  # somebody else's turn by now: the answer cannot end anything
+        return _late_answer(row, answer, now, policy, random)
     restarting = answer.action is Action.RESTART
     if restarting is not (row.state is State.LIVE and row.lane is Lane.RESTART):
         return row  # not what was claimed
@@ -425,6 +488,15 @@ def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, r
             return _again(row, answer, now, policy, random)
 
 
+def _late_answer(row: DelayedEvent, answer: Answered, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """An answer to what is not claimed any more, or never was. It cannot end anything, but that a countdown began anew is a fact."""
+    restarted = answer.action is Action.RESTART and answer.verdict is Verdict.DONE
+    if not restarted or row.state is not State.LIVE or row.lane is not Lane.RESTART or answer.sent_at <= row.running_since:
+        return row
+    row = row._replace(running_since=answer.sent_at, restarts=row.restarts + 1, verified_at=row.verified_at or now)
+    return row._replace(harm=row.deadline) if row.claimed or row.end_tried else _restart_at(row, None, now, policy, random)
+
+
 def _ended_by_us(row: DelayedEvent, done: Action) -> Outcome:
     if row.state is State.SUPERSEDED:
         return Outcome.REPLACED
@@ -443,17 +515,21 @@ def _not_there(row: DelayedEvent, answer: Answered, now: float, policy: Policy) 
         return _done(row, Outcome.RAN_OUT if ran_out else Outcome.ALREADY_ENDED, now, policy)
     if row.verified_at is None:
         return _done(row, Outcome.UNKNOWN, now, policy)
-    # Nearly always a client that just hung up, or that scheduled a new event and is about to delegate it.
-    return row._replace(state=State.VANISHED, lane=Lane.TIMER, due=now + policy.vanished_wait, harm=None, attempts=0, claimed=False)
+    # Nearly always a client that just hung up, or that scheduled a new event and is about to delegate it: a look tells whether it is there.
+    look_at = now if row.presence is Presence.CONNECTED else row.look_at
+    due = now + policy.vanished_wait
+    return row._replace(state=State.VANISHED, lane=Lane.TIMER, due=due, harm=None, attempts=0, claimed=False, look_at=look_at)
 
 
 def _time_up(row: DelayedEvent, now: float, policy: Policy, random: float) -> DelayedEvent:
-    if row.state is not State.VANISHED or row.due is None or now < row.due:
+    if row.state not in (State.VANISHED, State.ADRIFT) or row.due is None or now < row.due:
         return row
+    if row.state is State.ADRIFT:
+        return _happen(row, Happening.TIME_UP, now, policy, random)
+    if row.look_at is not None and row.presence in (Presence.CONNECTED, Presence.AWAY) and row.attempts < VANISHED_WAITS:
+        return row._replace(due=now + policy.vanished_wait * (1 + random), attempts=row.attempts + 1)  # a look is about to decide
     if row.presence is Presence.CONNECTED:
         return _done(row, Outcome.LOST, now, policy)
-    if row.presence is Presence.AWAY:
-        return row._replace(due=now + policy.vanished_wait * (1 + random))  # a look is about to decide
     return _done(row, Outcome.ALREADY_ENDED, now, policy)
 
 

@@ -26,6 +26,7 @@ class State(StrEnum):
     ENDING = "ending"  # to be sent or cancelled now, until the homeserver gave a definite answer
     SUPERSEDED = "superseded"  # to be cancelled: a newer delegation of its participant took its place
     VANISHED = "vanished"  # the homeserver no longer knows it, and its participant is not known to have left: wait and see
+    ADRIFT = "adrift"  # nobody can tell whether its participant is there: neither restarted nor ended, so the homeserver's timer decides
     DONE = "done"  # ended, with an outcome
 
 
@@ -150,12 +151,15 @@ class Room(NamedTuple):
 
     sfu: str
     name: str
-    room_sid: str  # of the latest `room_started`; "" when unknown
-    started_by: str  # the id of that webhook, so that it can be told twice; "" when unknown
-    started_at: float  # when that was heard, 0 when never
-    doubt_until: float  # until then an absence in a list proves nothing: a node of a distributed SFU was away
+    room_sid: str  # of the latest `room_started` or `joined`; "" when unknown
+    started_by: str  # the id of that `room_started`, so that it can be told twice; "" when unknown
+    instance_at: float  # the `createdAt` of that webhook, or else when the first known participant joined, by the SFU node's clock; 0 when unknown
+    finished: bool  # `room_finished` was heard, and no `room_started` or `joined` since
+    doubt_until: float  # until then an absence in a list proves nothing: a node of a distributed SFU was away. 0: never, or another room since
     looked_at: float  # when the last look was sent, 0 when never
+    asked: float | None  # when something suspicious was heard: a look sent before that does not answer it
     due: float | None  # when to look next; while claimed, the end of the lease
+    routine: bool  # nobody waits for the look that is due: others go first
     failures: int  # looks in a row that failed
     claim: int
     claimed: bool
@@ -183,6 +187,10 @@ class Seen:
     sid: str = ""
     joined_at_ms: int = 0
     reason: str = ""  # LiveKit's DisconnectReason by name; a number as text for one that this version does not name
+    room_sid: str = ""
+    created_at: float = 0.0  # when the webhook was made, by the SFU node's clock; 0 when unknown
+    late: bool = False  # the engine knows that it arrived much later than it was made: it may be of the past
+    made_at: float = 0.0  # when it was made, by our clock, as far as the engine can tell; 0 when unknown
 
 
 class RoomNews(StrEnum):
@@ -201,6 +209,22 @@ class RoomChanged:
     what: RoomNews
     room_sid: str = ""
     id: str = ""  # the webhook's
+    created_at: float = 0.0  # when the webhook was made, by the SFU node's clock; 0 when unknown
+    late: bool = False  # as in `Seen`
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Webhooks may have been lost: all rooms of an SFU, or of every SFU, are to be looked at."""
+
+    sfu: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SfuLost:
+    """The SFU has neither answered nor sent a webhook for so long that nothing can be said about its participants any more."""
+
+    sfu: str
 
 
 class Listed(NamedTuple):
@@ -223,6 +247,9 @@ class Looked:
     participants: tuple[Listed, ...] | None
     error: str = ""
     doubtful: bool = False  # the engine knows of a reason why absences prove nothing
+    doubted_until: float = 0.0  # … or knew of one until then
+    finished: bool = False  # the room was told to be over
+    recovered: bool = False  # the looks before this one had failed
     _by_identity: dict[str, list[Listed]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -316,7 +343,7 @@ class Due:
     event: int
 
 
-Input = Accept | Withdraw | Refuse | Find | Seen | RoomChanged | Looked | Answered | Due
+Input = Accept | Withdraw | Refuse | Find | Seen | RoomChanged | Missed | SfuLost | Looked | Answered | Due
 
 
 # ── outputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

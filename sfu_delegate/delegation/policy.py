@@ -1,4 +1,4 @@
-"""The numbers and choices that the rules work with. All of them are configuration; the defaults here are the ones documented."""
+"""The numbers and choices that the rules work with. Nearly all of them are configuration; the defaults here are the ones documented."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,12 @@ from types import MappingProxyType
 
 MISSING = "MISSING"  # a look did not show a participant whose departure nobody announced
 ROOM_MISSING = "ROOM_MISSING"  # a look showed an empty room, and nobody's departure had been announced: an SFU that restarted knows nobody
+ROOM_RESTARTED = "ROOM_RESTARTED"  # the room came up anew after the participant had joined: its session belongs to a room that is gone
 NEVER_JOINED = "NEVER_JOINED"  # delegated, and not in the call when the join timeout was over
 OTHER = "OTHER"  # every reason that the table does not name
-OWN_REASONS = frozenset({MISSING, ROOM_MISSING, NEVER_JOINED, OTHER})
+LOST_AFTER = 600.0  # seconds; the default of `Policy.lost`
+STABLE_INTERVALS = 10  # a room is looked at less and less often with every so many intervals in which nothing changed
+OWN_REASONS = frozenset({MISSING, ROOM_MISSING, ROOM_RESTARTED, NEVER_JOINED, OTHER})
 
 
 class Unasked(StrEnum):
@@ -54,6 +57,8 @@ DEPARTURES: Mapping[str, Departure] = MappingProxyType(
         "MIGRATION": Departure(15.0, Unasked.CONNECTED),
         MISSING: Departure(10.0, Unasked.CONNECTED),
         ROOM_MISSING: Departure(90.0, Unasked.CONNECTED),
+        # Browsers try to reconnect for about a minute.
+        ROOM_RESTARTED: Departure(90.0, Unasked.CONNECTED),
         OTHER: _BROKEN,
     }
 )
@@ -61,7 +66,7 @@ DEPARTURES: Mapping[str, Departure] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Everything that the rules take from the configuration. All durations in seconds."""
+    """Everything that the rules take from the configuration, and a few numbers that nobody needs to change. All durations in seconds."""
 
     departures: Mapping[str, Departure] = field(default_factory=lambda: DEPARTURES)
     join_timeout: float = 120.0  # from the delegation, or the last sign of a connection attempt, until an absent participant is given up
@@ -77,8 +82,15 @@ class Policy:
     look_again: float = 5.0  # between looks that could not decide; doubled with each look that failed
     look_again_most: float = 60.0
     look_gap: float = 1.0  # between two looks at one room
+    interval: float = 60.0  # between two looks at a room where nothing is suspicious
+    interval_most: float = 180.0  # the same, where nothing has changed for long
+    late_after: float = 5.0  # a webhook that arrives this much later than its fellows, measured from when it was made, is a reason to look
+    lost_after: Mapping[str, float] = field(default_factory=dict)  # by SFU: silence after which its delegations are let run; see `lost`
+    breaker_after: int = 3  # looks at an SFU that failed in a row, until it is asked one at a time
+    adrift_keep: float = 3600.0  # how long an event that was let run is kept after it must have fired
     settled: float = 2.0  # a look concludes only about what had been so for this long when it was sent
     doubt: float = 3600.0  # how long absences prove nothing after a node of a distributed SFU was away
+    instance_margin: float = 5.0  # a session that joined this much before its room came up belongs to another instance of the room
     doubt_after: float = 5.0  # an old session that ends this long after the newer one joined shows that a node was away
     restart_at: float = 0.75  # of the delay: the latest normal time of a restart
     restart_spread: float = 0.10  # of the delay: restarts come up to this much earlier, so that the members of a call do not come at once
@@ -91,3 +103,12 @@ class Policy:
     def departure(self, reason: str) -> Departure:
         """How a departure with this reason is checked; reasons of the future are treated as OTHER."""
         return self.departures.get(reason) or self.departures.get(OTHER) or DEPARTURES[OTHER]
+
+    def lost(self, sfu: str) -> float:
+        """How long an SFU may be silent until nothing can be said about its participants any more, in seconds."""
+        return self.lost_after.get(sfu, LOST_AFTER)
+
+    def look_interval(self, stable: float) -> float:
+        """Seconds between two routine looks at a room in which nothing has changed for `stable` seconds."""
+        longest = max(1, int(self.interval_most / self.interval))
+        return self.interval * min(longest, 1 + int(max(0.0, stable) / (STABLE_INTERVALS * self.interval)))

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, Seen, Session, Sighting
-from sfu_delegate.delegation.policy import MISSING, NEVER_JOINED, ROOM_MISSING, Policy, Unasked
+from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, RoomChanged, RoomNews, Seen, Session, Sighting
+from sfu_delegate.delegation.policy import MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, Policy, Unasked
 
+ROUNDED = 1.0  # seconds; webhooks say in whole ones when they were made
 KEPT_SESSIONS = 8  # of each kind; a participant who reconnects for days must not make its row grow
+
+
+SHUT_DOWN = "SERVER_SHUTDOWN"
 
 
 class Sign(StrEnum):
@@ -30,6 +34,8 @@ class Sign(StrEnum):
     ABSENT = "absent"  # a look does not show it, and it is too early to conclude from that
     GIVEN_UP = "given_up"  # a look does not show it, and that is conclusive; or nobody could be asked for so long that it has to be
     UNASKED = "unasked"  # the SFU could not be asked
+    BETWEEN = "between"  # its last session had ended before it delegated: it is about to come back
+    CONTRADICTED = "contradicted"  # a look does not show it, a `joined` without its `left` says otherwise, and time did not tell
     NOTHING = "nothing"
 
 
@@ -100,7 +106,11 @@ def _ended(row: DelayedEvent, seen: Seen, known: Session | None, policy: Policy)
     if row.presence is Presence.EXPECTED:
         # Clients open a first short session, or are about to come back: whoever was never seen gets more time.
         return Finding(Sign.DEPARTED, kept, seen.reason, max(look_after, policy.unseen_departure))
+    if was_live and seen.made_at and seen.made_at + ROUNDED < row.accepted_at:
+        return Finding(Sign.BETWEEN, kept)
     if was_live and look_after <= 0:
+        if seen.late:  # they may be back already, with a session that nobody has told of yet
+            return Finding(Sign.DEPARTED, kept, seen.reason, policy.look_gap)
         return Finding(Sign.REMOVED, kept, seen.reason)
     return Finding(Sign.DEPARTED, kept, seen.reason, look_after)
 
@@ -119,6 +129,27 @@ def _looks_older(session: Session, ended: Session, order: Sequence[Session], end
 
 def _older_than_another(ended: Session, sessions: Sequence[Session]) -> bool:
     return bool(ended.joined_at_ms) and any(not s.live and s.joined_at_ms > ended.joined_at_ms for s in sessions)
+
+
+def of_room(row: DelayedEvent, news: RoomChanged, now: float, policy: Policy) -> Finding:
+    """What a room webhook means for this participant.
+
+    A room that comes up (again) is another instance of it: sessions that had joined long before are gone with the old one, whatever a list says
+    (recorded with LiveKit 1.13 and Redis: whoever vanished with a node that was killed stayed ACTIVE for as long as the room lived). Both times
+    come from SFU nodes; the newer instance's are one node's, so a session of that instance can never seem older than the room.
+    """
+    if news.what is RoomNews.FINISHED:
+        if row.presence is Presence.AWAY and row.reason == ROOM_MISSING:
+            wait = max(policy.look_gap, row.presence_since + policy.departure(MISSING).look_after - now)
+            return Finding(Sign.DEPARTED, row.sessions, MISSING, wait)
+        return Finding(Sign.NOTHING, row.sessions)
+    over = [s for s in row.sessions if s.live and s.joined_at_ms and s.joined_at_ms / 1000 + policy.instance_margin < news.created_at]
+    if not over:
+        return Finding(Sign.NOTHING, row.sessions)
+    sessions = _kept([s._replace(live=False) if s in over else s for s in row.sessions if s.sid or s not in over])
+    if any(s.live for s in sessions) or row.presence not in (Presence.CONNECTED, Presence.AWAY):
+        return Finding(Sign.NOTHING, sessions)
+    return Finding(Sign.DEPARTED, sessions, ROOM_RESTARTED, policy.departure(ROOM_RESTARTED).look_after)
 
 
 def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Finding:
@@ -141,7 +172,9 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
         case Presence.CONNECTED:
             if connecting or look.doubtful or look.sent_at < _news_at(row, now) + policy.settled:
                 return Finding(Sign.NOTHING, row.sessions)
-            reason = MISSING if look.participants else ROOM_MISSING
+            if _contradicted(row, look):
+                return Finding(Sign.CONTRADICTED, row.sessions)
+            reason = MISSING if look.participants or look.finished else ROOM_MISSING
             return Finding(Sign.ABSENT, row.sessions, reason, policy.departure(reason).look_after)
         case Presence.AWAY:
             if look.sent_at < row.presence_since:
@@ -150,13 +183,25 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
             if connecting:
                 over = time_has_come and now >= row.presence_since + policy.joining_limit
                 return Finding(Sign.GIVEN_UP if over else Sign.CONNECTING, row.sessions, row.reason)
+            departure = policy.departure(row.reason)
+            if look.recovered and departure.unasked is Unasked.CONNECTED and not (look.doubtful and row.live_sids):
+                # They could not come back before the SFU was: it gets as long as one that was shut down.
+                wait = min(departure.look_after, policy.departure(SHUT_DOWN).look_after)
+                return Finding(Sign.DEPARTED, row.sessions, row.reason, max(wait, (row.look_at or now) - now))
             if not time_has_come:
                 return Finding(Sign.NOTHING, row.sessions)
             if look.doubtful and row.live_sids:
                 return Finding(Sign.UNASKED, row.sessions, row.reason)
+            if _contradicted(row, look):
+                return Finding(Sign.CONTRADICTED, row.sessions, row.reason)
             return Finding(Sign.GIVEN_UP, row.sessions, row.reason)
         case _:
             return Finding(Sign.NOTHING, row.sessions)
+
+
+def _contradicted(row: DelayedEvent, look: Looked) -> bool:
+    """Did somebody's session begin when the SFU's lists were in doubt, or before? Lists stay wrong then, in either direction."""
+    return any(s.live and s.heard_at <= look.doubted_until for s in row.sessions)
 
 
 def _news_at(row: DelayedEvent, now: float) -> float:

@@ -160,11 +160,15 @@ def to_input(sfu: str, webhook: Webhook) -> Seen | RoomChanged | None:
     what = _PARTICIPANT_EVENTS.get(webhook.event)
     if what is not None:
         if webhook.room and webhook.identity:
-            return Seen(sfu, webhook.room, webhook.identity, what, webhook.sid, webhook.joined_at_ms, webhook.reason)
+            return Seen(
+                *(sfu, webhook.room, webhook.identity, what, webhook.sid, webhook.joined_at_ms, webhook.reason),
+                room_sid=webhook.room_sid,
+                created_at=float(webhook.created_at),
+            )
         return None
     news = _ROOM_EVENTS.get(webhook.event)
     if news is not None and webhook.room:
-        return RoomChanged(sfu, webhook.room, news, webhook.room_sid, webhook.id)
+        return RoomChanged(sfu, webhook.room, news, webhook.room_sid, webhook.id, float(webhook.created_at))
     return None
 
 

@@ -67,12 +67,15 @@ def read_reply(answer: HttpAnswer, now: float) -> Reply:
 
 def read_retry_after(header: str | None, content: Mapping[str, Any] | None, now: float) -> float | None:
     """Seconds until a server wants to be asked again: the larger of the `Retry-After` header (seconds or a date) and `retry_after_ms` in
-    the body.
+    the body; the latter where the header is the same in whole seconds (Synapse 1.163), since it tells the rate exactly.
 
     Between MIN_RETRY_AFTER and MAX_RETRY_AFTER; None where neither says anything that can be understood. Without jitter, which the caller
     adds.
     """
-    asked = [s for s in (_from_header(header, now), _from_body(content)) if s is not None]
+    in_header, in_body = _from_header(header, now), _from_body(content)
+    if in_header is not None and in_body is not None and 0 <= in_header - in_body <= 1:
+        in_header = None
+    asked = [s for s in (in_header, in_body) if s is not None]
     return min(max(*asked, MIN_RETRY_AFTER), MAX_RETRY_AFTER) if asked else None
 
 
@@ -116,7 +119,7 @@ def understand(reply: Reply, *, own_token: bool) -> Answer:
 
     status, errcode = reply.status, reply.errcode
     if 200 <= status < 300:
-        if reply.content is not None and "errcode" not in reply.content:
+        if reply.content == {}:  # to the letter: `{"status": "maintenance"}` is what a proxy says, and a repetition does no harm
             return is_(Verdict.DONE)
         return is_(Verdict.UNCERTAIN, "the answer is not the homeserver's: is there a proxy that answers in its place?")
     if 300 <= status < 400:

@@ -24,7 +24,7 @@ MAX_REDIRECTS: Final = 5
 MIN_LIFE: Final = 300.0  # seconds that a found URL is kept at least, whatever Cache-Control says
 MAX_LIFE: Final = 86_400.0
 DEFAULT_LIFE: Final = 3600.0
-FAILURE_LIFE: Final = 60.0  # seconds until a failed lookup is repeated
+FAILURE_LIFE: Final = 10.0  # seconds until a failed lookup is repeated
 STALE_LIFE: Final = 86_400.0  # seconds beyond its time that a found URL is used while it cannot be looked up again
 STALE_PATIENCE: Final = 2.0  # seconds that somebody with a stale URL waits for a new one
 MAX_CACHED: Final = 10_000  # names
@@ -52,6 +52,7 @@ class HomeserverRule:
     allow_http: bool = False  # may the URL that is discovered be without TLS?
     allow_private: bool = False  # may discovery lead into private networks?
     max_in_flight: int = 32  # requests at a time, for whoever plans them
+    limited: bool | None = None  # does its rate limit hold for us? None: that depends on the as_token, or is to be found out
 
     def __post_init__(self) -> None:
         if not is_pattern(self.pattern):

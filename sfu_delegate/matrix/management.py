@@ -27,7 +27,7 @@ __all__ = ["Answer", "Generation", "ManagementClient", "Scope", "generations_off
 
 CHOICE_LASTS: Final = 3600.0  # seconds that a homeserver's generation is remembered
 DELAYED_EVENTS_OFF: Final = "the homeserver has delayed events switched off (Synapse: set max_event_delay_duration)"
-OFF_LASTS: Final = 60.0  # seconds that it is remembered that a homeserver has delayed events off, or lacks the endpoint that it announces
+OFF_LASTS: Final = 10.0  # seconds that it is remembered that a homeserver has delayed events off, or lacks the endpoint that it announces
 MAX_REMEMBERED: Final = 10_000  # homeservers
 
 # Versions of the specification that contain MSC4140: none is known. Once one does, it and all later ones belong here.
@@ -76,6 +76,7 @@ class _Known:
     expires: float
     proved: dict[Action, Generation] = field(default_factory=dict)  # by an answer that only this endpoint gives
     lacking: dict[Action, float] = field(default_factory=dict)  # none of the offered is there; until when that is believed
+    worked: bool = False  # a request of ours has proved once that delayed events can be managed there
 
 
 class _NotNegotiated(Exception):
@@ -198,7 +199,11 @@ class ManagementClient:
                 if not fresh and used is None:
                     used = known
                     continue
-                known.lacking[request.action] = self._now() + OFF_LASTS
+                if known.worked:
+                    # A worker that is starting, a proxy's rule that is being changed: whoever plans the next try waits long enough.
+                    known.expires = self._now()
+                else:
+                    known.lacking[request.action] = self._now() + OFF_LASTS
             return Answer(
                 Verdict.FAILED,
                 None,
@@ -223,6 +228,7 @@ class ManagementClient:
                 answer = understand(reply, own_token=request.own_token)
                 if answer.verdict is Verdict.DONE or reply.errcode:
                     known.proved[request.action] = generation
+                    known.worked = True
                 return answer
         return None
 
@@ -288,6 +294,8 @@ class ManagementClient:
             reply = await self._get(homeserver, "/_matrix/client/versions", {}, deadline)
             if reply.status != 200 or reply.content is None:
                 raise _NotNegotiated(_not_negotiated(f"{reply.status} {reply.errcode}".strip(), reply))
+            if not _are_versions(reply.content):
+                raise _NotNegotiated(_not_negotiated("the answer is not the homeserver's: is there a proxy that answers in its place?", reply))
             offered = generations_offered(reply.content)
         except (HttpFailed, _NotNegotiated) as error:
             old = self._known.get(base_url)
@@ -296,12 +304,23 @@ class ManagementClient:
                 return old
             unknown = error if isinstance(error, _NotNegotiated) else _NotNegotiated(_not_negotiated(error.reason))
             raise unknown from None
-        known = _Known(offered, self._now() + (CHOICE_LASTS if offered else OFF_LASTS))
+        before = self._known.get(base_url)
+        worked = before is not None and before.worked
+        lasts = CHOICE_LASTS if offered else 0.0 if worked else OFF_LASTS
+        known = _Known(offered, self._now() + lasts, worked=worked)
         self._known[base_url] = known
         self._known.move_to_end(base_url)
         if len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)
         return known
+
+
+def _are_versions(content: Mapping[str, Any]) -> bool:
+    """Is it what a homeserver answers to `/versions`, and not just some object? The client-server API requires the list of versions."""
+    versions, features = content.get("versions"), content.get("unstable_features")
+    if not isinstance(versions, list) or not versions or not all(isinstance(version, str) for version in versions):
+        return False
+    return features is None or isinstance(features, dict)
 
 
 def generations_offered(versions: Mapping[str, Any]) -> tuple[Generation, ...]:

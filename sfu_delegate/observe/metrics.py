@@ -2,6 +2,7 @@
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
+from math import inf
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
@@ -9,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from sfu_delegate import __version__
 from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
+from sfu_delegate.delegation.urgency import Limit
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
@@ -98,6 +100,19 @@ class Metrics:
         self.lateness = Gauge(
             "sfu_delegate_backlog_lateness_seconds", "How long the oldest of them has been due.", ("homeserver", "lane"), registry=at
         )
+        self.late = Gauge(
+            "sfu_delegate_restart_forecast_lateness_seconds",
+            "The seconds by which the most endangered restart will miss its deadline at the current rate; 0 when all is well. Alert on it: harm "
+            "has not been done yet.",
+            ("homeserver",),
+            registry=at,
+        )
+        self.rate = Gauge(
+            "sfu_delegate_homeserver_rate_limit",
+            "The requests a second that a homeserver allows, as far as it has shown; 0: it does not limit them, or that is not known yet.",
+            ("homeserver",),
+            registry=at,
+        )
         self.commit_seconds = Histogram(
             "sfu_delegate_commit_seconds", "From the begin of a transaction to its durable end.", buckets=_FAST, registry=at
         )
@@ -115,6 +130,8 @@ class Metrics:
         for homeserver in homeservers:
             self.lost.labels(homeserver)
             self.accepted.labels(homeserver)
+            self.late.labels(homeserver)
+            self.rate.labels(homeserver)
             for outcome in ENDED:
                 self.ended.labels(homeserver, outcome.value)
 
@@ -163,6 +180,22 @@ class Metrics:
     def store(self, *, works: bool) -> None:
         """The database works, or does not."""
         self.database_works.set(1 if works else 0)
+
+    def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
+        """How late restarts will be, and the rates that are known; of the homeservers behind one label the worst."""
+        worst: dict[str, float] = {}
+        slowest: dict[str, float] = {}
+        for homeserver, seconds in lateness.items():
+            label = self.label(homeserver)
+            worst[label] = max(seconds, worst.get(label, 0.0))
+        for homeserver, (limit, rate) in rates.items():
+            label = self.label(homeserver)
+            known = rate if limit is Limit.SOME else inf
+            slowest[label] = min(known, slowest.get(label, inf))
+        for label, seconds in worst.items():
+            self.late.labels(label).set(seconds)
+        for label, rate in slowest.items():
+            self.rate.labels(label).set(0.0 if rate == inf else rate)
 
     def backlog(self, counted: Mapping[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """The backlog was counted."""

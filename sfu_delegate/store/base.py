@@ -1,10 +1,11 @@
 """What the engine asks of a store, whichever database it is."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room
 from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.delegation.urgency import Countdown, Limit
 
 T = TypeVar("T")
 
@@ -19,6 +20,23 @@ class DatabaseTooNew(Exception):
 
 class DatabaseInUse(Exception):
     """Another process has the embedded database open."""
+
+
+class KnownHomeserver(NamedTuple):
+    """What was learned about one homeserver."""
+
+    name: str
+    limit: Limit
+    rate: float  # actions a second
+    burst: float  # actions
+
+
+class KnownSfu(NamedTuple):
+    """What was learned about one SFU. Times in Unix seconds."""
+
+    name: str
+    failing_since: float | None
+    several_nodes_at: float | None
 
 
 class Transaction(Protocol):
@@ -42,6 +60,9 @@ class Transaction(Protocol):
     def next_due(self, homeserver: str) -> float | None:
         """When the next row of this homeserver is due."""
 
+    def countdowns(self, homeserver: str) -> Iterable[Countdown]:
+        """All restarts that are to come at a homeserver, by deadline."""
+
     def new_id(self) -> int:
         """A fresh id for a row."""
 
@@ -58,7 +79,7 @@ class Transaction(Protocol):
         """One room."""
 
     def rooms_due(self, sfu: str, limit: int, now: float) -> list[Room]:
-        """Rooms that are to be looked at, the longest overdue first."""
+        """Rooms that are to be looked at: first those that somebody waits for, and then the longest overdue first."""
 
     def next_room_due(self, sfu: str) -> float | None:
         """When the next room of this SFU is to be looked at."""
@@ -68,6 +89,15 @@ class Transaction(Protocol):
 
     def delete_room(self, sfu: str, name: str) -> None:
         """Forget a room."""
+
+    def ask_rooms(self, sfu: str | None, now: float) -> None:
+        """All rooms of an SFU, or of every SFU, are to be looked at now, those that somebody waits for first."""
+
+    def save_homeserver(self, known: KnownHomeserver) -> None:
+        """Add or replace what is known about a homeserver."""
+
+    def save_sfu(self, known: KnownSfu) -> None:
+        """Add or replace what is known about an SFU."""
 
     def note(self, notes: Sequence[Note]) -> None:
         """Add lines to the history."""
@@ -82,6 +112,9 @@ class Census(Protocol):
     states: dict[tuple[str, str, str], int]
     schedule: dict[str, float]
     rooms: dict[str, float]
+    load: dict[str, float]
+    homeservers: list[KnownHomeserver]
+    sfus: list[KnownSfu]
 
 
 class Store(Protocol):
@@ -90,15 +123,22 @@ class Store(Protocol):
     def atomically(self, work: Callable[[Transaction], T]) -> T:
         """Run `work` in one transaction, durable when this returns. Raises StoreUnavailable, and then nothing was kept."""
 
+    def reading(self, work: Callable[[Transaction], T]) -> T:
+        """Run `work`, which only reads. May work where `atomically` does not, as on a full disk. Raises StoreUnavailable."""
+
     def census(self) -> Census:
-        """Counts by (homeserver, state, presence), the next due time by homeserver, and the next look by SFU."""
+        """Counts by (homeserver, state, presence), the next due time by homeserver, the next look by SFU, by homeserver the restarts a second
+        that its open events need at the least (the sum of 1/delay), and what was learned."""
 
     def recover(self, now: float, policy: Policy, *, clock_unsure: bool) -> int:
-        """At the start: what was claimed by a process that is gone is due at once; the number of such rows. With `clock_unsure` all countdowns
-        count as unknown, and are due too."""
+        """At the start: what was claimed by a process that is gone is due at once, and all rooms are to be looked at; the number of such rows.
+        With `clock_unsure` all countdowns count as unknown, and are due too."""
 
     def backlog(self, homeserver: str, now: float) -> dict[Lane, tuple[int, float]]:
         """By lane: how many rows of a homeserver are due, and since when the first of them."""
+
+    def overdue(self, homeserver: str, now: float) -> float | None:
+        """The earliest deadline of the restarts that are due at a homeserver and not made, of events that it has confirmed; None: there is none."""
 
     def clock_mark(self) -> str | None:
         """What `save_clock_mark` was given last."""

@@ -8,6 +8,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, inspect, text
 from sqlalchemy.dialects import sqlite as dialect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
@@ -31,8 +32,17 @@ def _engine(connection: sqlite3.Connection) -> Engine:
 def upgrade(connection: sqlite3.Connection, path: Path) -> None:
     """Upgrade the database behind an open connection, which stays open; the caller holds the lock that keeps other processes out.
 
-    Raises DatabaseTooNew, and then nothing was touched.
+    Raises DatabaseTooNew, and then nothing was touched; and sqlite3.Error.
     """
+    try:
+        _upgrade(connection, path)
+    except DBAPIError as error:
+        if isinstance(error.orig, sqlite3.Error):
+            raise error.orig from None
+        raise
+
+
+def _upgrade(connection: sqlite3.Connection, path: Path) -> None:
     config = alembic_config()
     script = ScriptDirectory.from_config(config)
     engine = _engine(connection)

@@ -64,7 +64,7 @@ def changed(old: DelayedEvent, new: DelayedEvent) -> tuple[int, ...]:
 def room_of(values: Sequence[Any]) -> Room:
     """A row of the room table as the model has it."""
     room = Room._make(values)
-    return room._replace(claimed=bool(room.claimed))
+    return room._replace(claimed=bool(room.claimed), finished=bool(room.finished), routine=bool(room.routine))
 
 
 FIELDS = _FIELDS

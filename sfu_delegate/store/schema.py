@@ -63,14 +63,36 @@ room = Table(
     Column("name", String, primary_key=True),
     Column("room_sid", String, nullable=False),
     Column("started_by", String, nullable=False),
-    Column("started_at", Float, nullable=False),
+    Column("instance_at", Float, nullable=False),
+    Column("finished", Integer, nullable=False),
     Column("doubt_until", Float, nullable=False),
     Column("looked_at", Float, nullable=False),
+    Column("asked", Float),
     Column("due", Float),
+    Column("routine", Integer, nullable=False),
     Column("failures", Integer, nullable=False),
     Column("claim", Integer, nullable=False),
     Column("claimed", Integer, nullable=False),
-    Index("ix_room_schedule", "sfu", "due", sqlite_where=text("due IS NOT NULL")),
+    Index("ix_room_schedule", "sfu", "routine", "due", sqlite_where=text("due IS NOT NULL")),
+    sqlite_with_rowid=False,
+)
+
+homeserver = Table(
+    "homeserver",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("rate_limit", String, nullable=False),
+    Column("rate", Float, nullable=False),
+    Column("burst", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+sfu = Table(
+    "sfu",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("failing_since", Float),
+    Column("several_nodes_at", Float),
     sqlite_with_rowid=False,
 )
 

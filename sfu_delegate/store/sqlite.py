@@ -7,12 +7,12 @@ process out. SQLAlchemy Core compiles the few statements once, and the driver ru
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from sqlalchemy import Select, Update, asc, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy import Select, Table, Update, asc, bindparam, case, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.dialects import sqlite as dialect
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.sql import ClauseElement, ColumnElement
@@ -20,14 +20,23 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room, State
 from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.delegation.urgency import Countdown, Limit
 from sfu_delegate.store import migrate, schema
-from sfu_delegate.store.base import DatabaseInUse, StoreUnavailable, Transaction
+from sfu_delegate.store.base import DatabaseInUse, KnownHomeserver, KnownSfu, StoreUnavailable, Transaction
 from sfu_delegate.store.rows import FIELDS, SESSIONS_AT, changed, delayed_event_of, room_of, sessions_text, values_of
 
 T = TypeVar("T")
 
 CHECKPOINT_ABOVE = 64 * 1024 * 1024  # bytes of write-ahead log
 CHECKPOINT_IDLE_ABOVE = 1024 * 1024
+PATIENCE = 1.0  # seconds that a lock of another process is waited for; whoever asks is better served by a reason than by waiting
+
+# Bytes of a database that is checked at the start. On two shared cores, 57 MB (100,000 rows) took 0.6 s, and 1.2 s from the disk; 577 MB 2.6 and
+# 15 s, and LiveKit 1.13 tries a webhook for 15 s only.
+CHECKED_UP_TO = 256 * 1024 * 1024
+
+# Damage does not mend itself, and what does not need the damaged part would still work: the first error holds until the next start.
+_DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 # What is wrong with a value, not with the database.
 _OF_ONE_INPUT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.NotSupportedError)
@@ -37,6 +46,8 @@ _event = schema.delayed_event
 _room = schema.room
 _history = schema.history
 _meta = schema.meta
+_homeserver = schema.homeserver
+_sfu = schema.sfu
 
 
 def _sql(statement: ClauseElement, *names: str) -> str:
@@ -91,9 +102,22 @@ _HISTORY = _sql(
 )
 _ROOM = _sql(select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.name == _p("b")), "a", "b")
 _ROOMS_DUE = _sql(
-    select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.due <= _p("b")).order_by(_room.c.due).limit(_p("c")), "a", "b", "c", "param_1"
+    select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.routine == _p("b"), _room.c.due <= _p("c")).order_by(_room.c.due).limit(_p("d")),
+    *("a", "b", "c", "d", "param_1"),
 )
-_NEXT_ROOM_DUE = _sql(select(func.min(_room.c.due)).where(_room.c.sfu == _p("a"), _room.c.due.is_not(None)), "a")
+_NEXT_ROOM_DUE = _sql(select(func.min(_room.c.due)).where(_room.c.sfu == _p("a"), _room.c.routine == _p("b"), _room.c.due.is_not(None)), "a", "b")
+_COUNTDOWNS = _sql(
+    select(_event.c.harm, _event.c.delay, _event.c.id, _event.c.verified_at.is_not(None))
+    .where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None), _event.c.harm.is_not(None))
+    .order_by(_event.c.harm),
+    *("a", "b"),
+)
+_OVERDUE = _sql(
+    select(func.min(_event.c.harm)).where(
+        _event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"), _event.c.verified_at.is_not(None)
+    ),
+    *("a", "b", "c"),
+)
 _new_room = upsert(_room)
 _SAVE_ROOM = _sql(
     _new_room.on_conflict_do_update(
@@ -109,6 +133,9 @@ _SCHEDULE = _sql(select(_event.c.homeserver, func.min(_event.c.due)).where(_even
 _BACKLOG = _sql(
     select(func.count(), func.min(_event.c.due)).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c")),
     *("a", "b", "c"),
+)
+_LOAD = _sql(
+    select(_event.c.homeserver, func.sum(1.0 / _event.c.delay)).where(_event.c.state != _p("b")).group_by(_event.c.homeserver), "delay_1", "b"
 )
 _ROOM_SCHEDULE = _sql(select(_room.c.sfu, func.min(_room.c.due)).where(_room.c.due.is_not(None)).group_by(_room.c.sfu))
 
@@ -126,7 +153,7 @@ class SqliteTransaction:
         except _OF_ONE_INPUT:
             raise
         except sqlite3.Error as error:
-            raise _unavailable(self._store.path, error) from error
+            raise self._store.failed(error) from error
 
     def _rows(self, sql: str, parameters: Sequence[Any]) -> list[DelayedEvent]:
         return [delayed_event_of(values) for values in self._fetch(sql, parameters)]
@@ -159,6 +186,10 @@ class SqliteTransaction:
         found = [self._fetch(_NEXT_DUE, (homeserver, lane.value))[0][0] for lane in Lane]
         return min((due for due in found if due is not None), default=None)
 
+    def countdowns(self, homeserver: str) -> Iterator[Countdown]:
+        for harm, delay, event, known in self._fetch(_COUNTDOWNS, (homeserver, Lane.RESTART.value)):
+            yield Countdown(harm, delay, event, bool(known))
+
     def new_id(self) -> int:
         self._store.last_id += 1
         return self._store.last_id
@@ -183,11 +214,32 @@ class SqliteTransaction:
         return room_of(found[0]) if found else None
 
     def rooms_due(self, sfu: str, limit: int, now: float) -> list[Room]:
-        return [room_of(values) for values in self._fetch(_ROOMS_DUE, (sfu, now, limit, 0))]
+        found = self._fetch(_ROOMS_DUE, (sfu, 0, now, limit, 0))
+        if len(found) < limit:
+            found += self._fetch(_ROOMS_DUE, (sfu, 1, now, limit - len(found), 0))
+        return [room_of(values) for values in found]
 
     def next_room_due(self, sfu: str) -> float | None:
-        due: float | None = self._fetch(_NEXT_ROOM_DUE, (sfu,))[0][0]
-        return due
+        found = [self._fetch(_NEXT_ROOM_DUE, (sfu, routine))[0][0] for routine in (0, 1)]
+        return min((due for due in found if due is not None), default=None)
+
+    def ask_rooms(self, sfu: str | None, now: float) -> None:
+        c = _room.c
+        where = [] if sfu is None else [c.sfu == sfu]
+        self._store.execute(update(_room).where(*where).values(asked=now))
+        self._store.execute(update(_room).where(*where, c.due.is_(None)).values(routine=1))
+        self._store.execute(update(_room).where(*where, c.claimed == 0, or_(c.due.is_(None), c.due > now)).values(due=now))
+
+    def save_homeserver(self, known: KnownHomeserver) -> None:
+        self._upsert(_homeserver, {"name": known.name, "rate_limit": known.limit.value, "rate": known.rate, "burst": known.burst})
+
+    def save_sfu(self, known: KnownSfu) -> None:
+        self._upsert(_sfu, known._asdict())
+
+    def _upsert(self, table: Table, values: dict[str, Any]) -> None:
+        new = upsert(table).values(values)
+        rest = {name: new.excluded[name] for name in values if name != "name"}
+        self._store.execute(new.on_conflict_do_update(index_elements=["name"], set_=rest))
 
     def save_room(self, room: Room) -> None:
         self._connection.execute(_SAVE_ROOM, room)
@@ -210,6 +262,9 @@ class SqliteCensus:
     states: dict[tuple[str, str, str], int] = field(default_factory=dict)
     schedule: dict[str, float] = field(default_factory=dict)
     rooms: dict[str, float] = field(default_factory=dict)
+    load: dict[str, float] = field(default_factory=dict)
+    homeservers: list[KnownHomeserver] = field(default_factory=list)
+    sfus: list[KnownSfu] = field(default_factory=list)
 
 
 class SqliteStore:
@@ -223,12 +278,13 @@ class SqliteStore:
         self._lock: IO[str] | None = None
         self._file: tuple[int, int] | None = None  # device and inode
         self._updates: dict[tuple[int, ...], str] = {}
+        self._damage: str | None = None  # the sentence about it, once it was met
         memory = self.path == ":memory:"
         try:
             if not memory:
                 self._lock = _locked(Path(self.path))
                 self._file = _create(Path(self.path))
-            self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=512)
+            self._connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False, cached_statements=512)
             try:
                 self._prepare(memory)
             except BaseException:
@@ -249,14 +305,40 @@ class SqliteStore:
             if memory:
                 migrate.create_all(self._connection)
             else:
+                self._check()
                 migrate.upgrade(self._connection, Path(self.path))
             self.last_id: int = run(f"SELECT coalesce(max(id), 0) FROM {_event.name}").fetchone()[0]  # noqa: S608
         except sqlite3.Error as error:
-            raise _unavailable(self.path, error) from error
+            raise self.failed(error) from error
+
+    def _check(self) -> None:
+        """Look for damage while there is somebody to tell: what is in a part that is seldom read would come out in the middle of a call.
+
+        Not in databases above CHECKED_UP_TO, whose check would hold up the start for too long: there damage is told when it is met.
+        """
+        if os.stat(self.path).st_size > CHECKED_UP_TO:
+            return
+        (found,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            self._damage = _sentence(self.path, " ".join(str(found).split()), "SQLITE_CORRUPT")
+            raise StoreUnavailable(self._damage)
+
+    def failed(self, error: sqlite3.Error) -> StoreUnavailable:
+        """What an error of the driver means, for the operator. Damage is remembered."""
+        name = "_".join((getattr(error, "sqlite_errorname", None) or "").split("_")[:2])
+        sentence = _sentence(self.path, str(error), name)
+        if name in _DAMAGE:
+            self._damage = self._damage or sentence
+        return StoreUnavailable(sentence)
+
+    def _still_sound(self) -> None:
+        if self._damage is not None:
+            raise StoreUnavailable(self._damage)
 
     # ── the work ──
 
     def atomically(self, work: Callable[[Transaction], T]) -> T:
+        self._still_sound()
         run = self._connection.execute
         last_id = self.last_id
         try:
@@ -272,8 +354,19 @@ class SqliteStore:
         except _OF_ONE_INPUT:
             raise
         except sqlite3.Error as error:
-            raise _unavailable(self.path, error) from error
+            raise self.failed(error) from error
         return result
+
+    def reading(self, work: Callable[[Transaction], T]) -> T:
+        try:
+            self._connection.execute("BEGIN")
+            try:
+                return work(SqliteTransaction(self._connection, self))
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
 
     def update_statement(self, columns: tuple[int, ...]) -> str:
         """The UPDATE of just these columns, by id."""
@@ -291,32 +384,55 @@ class SqliteStore:
                 states={(homeserver, state, presence): n for homeserver, state, presence, n in run(_CENSUS)},
                 schedule=dict(run(_SCHEDULE)),
                 rooms=dict(run(_ROOM_SCHEDULE)),
+                load=dict(run(_LOAD, (1.0, State.DONE.value))),
+                homeservers=[
+                    KnownHomeserver(name, Limit(limit), rate, burst)
+                    for name, limit, rate, burst in self.execute(select(*_homeserver.columns["name", "rate_limit", "rate", "burst"]))
+                ],
+                sfus=[KnownSfu(*values) for values in self.execute(select(*_sfu.columns["name", "failing_since", "several_nodes_at"]))],
             )
         except sqlite3.Error as error:
-            raise _unavailable(self.path, error) from error
+            raise self.failed(error) from error
 
     def recover(self, now: float, policy: Policy, *, clock_unsure: bool) -> int:
-        def work(_: Transaction) -> int:
+        def work(tx: Transaction) -> int:
             # Whether an ending that was under way got through is not known: a 404 will tell.
             ending = or_(_event.c.lane == Lane.END.value, _event.c.state == State.SUPERSEDED.value)
-            self._execute(update(_event).where(_event.c.claimed == 1, ending).values(end_tried=1))
-            count = self._execute(update(_event).where(_event.c.claimed == 1).values(due=now, claimed=0)).rowcount
-            self._execute(update(_room).where(_room.c.claimed == 1).values(due=now, claimed=0))
+            self.execute(update(_event).where(_event.c.claimed == 1, ending).values(end_tried=1))
+            count = self.execute(update(_event).where(_event.c.claimed == 1).values(due=now, claimed=0)).rowcount
+            self._add_rooms()
+            self.execute(update(_room).where(_room.c.claimed == 1).values(due=now, claimed=0))
             if clock_unsure:
                 self._forget_times(now, policy)
+            # Webhooks that came while nobody listened are lost.
+            tx.ask_rooms(None, now)
             return count
 
         return self.atomically(work)
 
+    def _add_rooms(self) -> None:
+        """A room for each open delegation: databases of the first version kept rooms only while somebody waited for a look."""
+        c = _event.c
+        values = {"room_sid": "", "started_by": "", "instance_at": 0, "finished": 0, "doubt_until": 0, "looked_at": 0}
+        values |= {"asked": None, "due": None, "routine": 1, "failures": 0, "claim": 0, "claimed": 0}
+        there = exists().where(_room.c.sfu == c.sfu, _room.c.name == c.room)
+        missing = select(c.sfu, c.room, *(literal(value).label(name) for name, value in values.items())).distinct()
+        missing = missing.where(c.state != State.DONE.value, ~there)
+        self.execute(insert(_room).from_select(["sfu", "name", *values], missing))
+
     def _forget_times(self, now: float, policy: Policy) -> None:
         """Stored times may lie in the future, or longer ago than they say: what waits for one is due, and nothing happened later than now."""
         c = _event.c
-        self._execute(
+        self.execute(
             update(_event)
             .where(c.state != State.DONE.value)
             .values(
-                due=case((c.state == State.VANISHED.value, now + policy.vanished_wait), else_=now),
-                harm=func.min(c.harm, now + c.delay),
+                due=case(
+                    (c.state == State.VANISHED.value, now + policy.vanished_wait),
+                    (c.state == State.ADRIFT.value, now + c.delay + policy.adrift_keep),
+                    else_=now,
+                ),
+                harm=func.min(c.harm, now + c.delay / 2),
                 running_since=func.min(c.running_since, now),
                 presence_since=func.min(c.presence_since, now),
                 attempt_at=func.min(c.attempt_at, now),
@@ -325,12 +441,12 @@ class SqliteStore:
                 accepted_at=func.min(c.accepted_at, now),
             )
         )
-        self._execute(update(_event).where(c.state == State.DONE.value).values(due=func.min(c.due, now + (c.due - c.finished_at))))
-        self._execute(
+        self.execute(update(_event).where(c.state == State.DONE.value).values(due=func.min(c.due, now + (c.due - c.finished_at))))
+        self.execute(
             update(_room).values(
                 due=case((_room.c.due.is_not(None), now), else_=None),
                 looked_at=func.min(_room.c.looked_at, now),
-                started_at=func.min(_room.c.started_at, now),
+                asked=None,
                 doubt_until=func.min(_room.c.doubt_until, now + policy.doubt),
             )
         )
@@ -339,16 +455,26 @@ class SqliteStore:
         try:
             found = [(lane, *self._connection.execute(_BACKLOG, (homeserver, lane.value, now)).fetchone()) for lane in Lane]
         except sqlite3.Error as error:
-            raise _unavailable(self.path, error) from error
+            raise self.failed(error) from error
         return {lane: (count, oldest) for lane, count, oldest in found if count}
 
-    def _execute(self, statement: ClauseElement) -> sqlite3.Cursor:
+    def overdue(self, homeserver: str, now: float) -> float | None:
+        try:
+            harm: float | None = self._connection.execute(_OVERDUE, (homeserver, Lane.RESTART.value, now)).fetchone()[0]
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
+        return harm
+
+    def execute(self, statement: ClauseElement) -> sqlite3.Cursor:
         """Run a statement that is not on a hot path."""
         sql, names, values = _compiled(statement)
         return self._connection.execute(sql, [values[name] for name in names])
 
     def clock_mark(self) -> str | None:
-        found = self._execute(select(_meta.c.value).where(_meta.c.key == "clock")).fetchone()
+        try:
+            found = self.execute(select(_meta.c.value).where(_meta.c.key == "clock")).fetchone()
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
         return None if found is None else str(found[0])
 
     def save_clock_mark(self, mark: str) -> None:
@@ -356,7 +482,7 @@ class SqliteStore:
         statement = new.on_conflict_do_update(index_elements=["key"], set_={"value": new.excluded.value})
         if self._file is not None:
             self._still_there()
-        self.atomically(lambda _: self._execute(statement))
+        self.atomically(lambda _: self.execute(statement))
 
     # ── housekeeping ──
 
@@ -389,10 +515,11 @@ class SqliteStore:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        self._still_sound()
         try:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.Error as error:
-            raise _unavailable(self.path, error) from error
+            raise self.failed(error) from error
 
     def close(self) -> None:
         try:
@@ -440,8 +567,8 @@ def _for_us_only(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def _unavailable(path: str, error: sqlite3.Error) -> StoreUnavailable:
-    text = str(error)
+def _sentence(path: str, problem: str, name: str) -> str:
+    """The problem and its remedy; `name` is SQLite's primary result code."""
     remedy = {
         "SQLITE_FULL": "The disk is full: free some space; it goes on by itself.",
         "SQLITE_BUSY": "Another process holds it: let go of it; it goes on by itself.",
@@ -449,5 +576,5 @@ def _unavailable(path: str, error: sqlite3.Error) -> StoreUnavailable:
         "SQLITE_CORRUPT": "It is damaged: stop the daemon, restore the last backup or move the file away to start with an empty one.",
         "SQLITE_NOTADB": "It is no SQLite database: check the key `database`.",
         "SQLITE_CANTOPEN": "Its directory must exist and be writable.",
-    }.get("_".join(getattr(error, "sqlite_errorname", "").split("_")[:2]), "")
-    return StoreUnavailable(f"The database {path} failed: {text}. {remedy}".rstrip())
+    }.get(name, "")
+    return f"The database {path} failed: {problem}. {remedy}".rstrip()

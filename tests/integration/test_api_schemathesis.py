@@ -97,7 +97,7 @@ def public(served: Served, bench: Bench) -> str:
 
 @pytest.fixture(scope="module")
 def admin(served: Served, bench: Bench) -> str:
-    async def ready() -> Readiness:
+    async def ready(_: float) -> Readiness:
         return Readiness(Phase.RUNNING, homeservers={"example.org": "no answer"}, sfus={"main": ""})
 
     return served.serve(admin_app(AdminServices(ready, CollectorRegistry(), bench.services.log)))

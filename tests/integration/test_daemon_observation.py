@@ -30,6 +30,8 @@ EXPECTED = {
     "sfu_delegate_restart_delay_fraction": "histogram",
     "sfu_delegate_backlog_actions": "gauge",
     "sfu_delegate_backlog_lateness_seconds": "gauge",
+    "sfu_delegate_restart_forecast_lateness_seconds": "gauge",
+    "sfu_delegate_homeserver_rate_limit": "gauge",
     "sfu_delegate_commit_seconds": "histogram",
     "sfu_delegate_batch_inputs": "histogram",
     "sfu_delegate_database_works": "gauge",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sfu_delegate.delegation.model import Looked, Missed
 from sfu_delegate.sandbox import tokens
 from sfu_delegate.sandbox.homeserver import End
 from sfu_delegate.sandbox.sfu import DeliveryFaults
@@ -94,7 +95,9 @@ async def test_a_forged_webhook_is_refused_and_changes_nothing(tmp_path: Path) -
                 assert await site.count("sfu_delegate_webhooks_total", result=result) == 1
             answer = await site.ask("POST", "/webhooks/livekit", data=webhook)
             assert answer.status == 401
-        assert seen == []
+        # For the one that is genuine, and of another time, the SFU is asked.
+        assert {type(one) for one in seen} <= {Missed, Looked}
+        assert Missed() in seen
         assert (await site.show(given))["participant"]["presence"] == "connected"
 
 
@@ -123,16 +126,15 @@ async def test_a_genuine_webhook_that_cannot_be_read_is_refused(tmp_path: Path, 
         assert (answer.status, answer.body["errcode"]) == (400, "M_BAD_JSON")
 
 
-async def test_a_webhook_that_cannot_be_kept_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the database fails the answer is 503 with `Retry-After`; LiveKit tries again, and then it is heard."""
-    monkeypatch.setattr("sfu_delegate.daemon.inbox.BROKEN_RETRY_AFTER", 1.0)
+async def test_a_webhook_that_cannot_be_kept_is_sent_again(tmp_path: Path) -> None:
+    """While the database fails the answer is 503; LiveKit tries again by itself, and then it is heard."""
     async with open_site(tmp_path) as site:
         alice = await site.participant()
         given = await site.in_call(alice)
         with broken_database(site):
             answer = await post(site, body("participant_joined", alice))
             assert answer.status == 503
-            assert int(answer.headers["Retry-After"]) >= 1
+            assert "Retry-After" not in answer.headers
             await site.leave(alice, "PARTICIPANT_REMOVED")
 
             async def refused() -> bool:

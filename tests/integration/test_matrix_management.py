@@ -201,7 +201,7 @@ async def test_who_gives_up_leaves_the_negotiation_to_the_others() -> None:
 
 
 async def test_switched_off() -> None:
-    """Delayed events off: not done, with a detail that says so; remembered for a minute, then asked again."""
+    """Delayed events off: not done, with a detail that says so; remembered for a while, then asked again."""
     stand_in = HomeserverStandIn(C, features={})
     async with at(stand_in) as d:
         answer = await d.act()
@@ -215,7 +215,7 @@ async def test_switched_off() -> None:
 
 
 async def test_announced_but_not_there() -> None:
-    """Announced, but no endpoint: not done, said so, and not tried at every request; after a minute it is."""
+    """Announced, but no endpoint: not done, said so, and not tried at every request; after a while it is."""
     stand_in = HomeserverStandIn()
     async with at(stand_in) as d:
         answer = await d.act()
@@ -227,6 +227,20 @@ async def test_announced_but_not_there() -> None:
         stand_in.generations = {C}
         d.clock.at += OFF_LASTS
         assert (await d.act()).verdict is Verdict.DONE
+
+
+@pytest.mark.parametrize("action", [Action.RESTART, Action.SEND])
+async def test_what_has_worked_is_tried_again_at_once(action: Action) -> None:
+    """A worker that is starting, a proxy's rule that is being changed: the next request finds what is back, in whatever form, of every action."""
+    stand_in = HomeserverStandIn(C)
+    async with at(stand_in) as d:
+        assert (await d.act(Action.RESTART)).verdict is Verdict.DONE
+        for lacking, features in (({D}, {"org.matrix.msc4140": True}), ({C}, {})):
+            stand_in.generations, stand_in.features = set(lacking), dict(features)
+            for _ in range(3):
+                assert (await d.act(action)).verdict is Verdict.FAILED
+            stand_in.generations, stand_in.features = {B}, {"org.matrix.msc4140": True}
+            assert (await d.act(action)).verdict is Verdict.DONE
 
 
 async def test_one_action_missing_does_not_harm_the_others() -> None:
@@ -241,7 +255,18 @@ async def test_one_action_missing_does_not_harm_the_others() -> None:
 
 @pytest.mark.parametrize(
     "versions",
-    [Scripted(500, b"<html>"), Scripted(200, b"<html>"), matrix_error(404, "M_UNRECOGNIZED"), Scripted(302, b""), Scripted(200, b"[]")],
+    [
+        Scripted(500, b"<html>"),
+        Scripted(200, b"<html>"),
+        matrix_error(404, "M_UNRECOGNIZED"),
+        Scripted(302, b""),
+        Scripted(200, b"[]"),
+        Scripted(200, {"status": "maintenance"}),
+        Scripted(200, {"versions": 17}),
+        Scripted(200, {"versions": []}),
+        Scripted(200, {"versions": [17]}),
+        Scripted(200, {"versions": ["v1.1"], "unstable_features": ["org.matrix.msc4140"]}),
+    ],
 )
 async def test_versions_cannot_be_asked(versions: Scripted) -> None:
     """As long as it is not known what a homeserver offers nothing is done, and the next request asks again."""
@@ -319,7 +344,7 @@ async def goes_down(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
         request = await read_request(reader)
         if VERSIONS.encode() not in request:
             return
-        body = b'{"unstable_features": {"org.matrix.msc4140": true}}'
+        body = b'{"versions": ["v1.1"], "unstable_features": {"org.matrix.msc4140": true}}'
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
 
 

@@ -1,11 +1,13 @@
 """Whatever happens to an action, its result comes back as an input; and trouble is told once, not for each try."""
 
 import asyncio
+import io
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
+from sfu_delegate.daemon import actions
 from sfu_delegate.daemon.actions import Actions, Reach, Sfu
 from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task, Verdict
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
@@ -69,6 +71,15 @@ class Bench:
         assert await self.actions.finish(20.0) == 0
         assert len(self.given) == before + 1
         return self.given[-1]
+
+    async def act_once(self, answer: Answer) -> None:
+        """Get this answer to one request; what is planned for later stays planned."""
+        self.act = saying(answer)
+        before = len(self.given)
+        self.actions.carry_out(Task(**{**_fields(SEND), "lease_ends": self.now + 15.0}))
+        async with asyncio.timeout(20.0):
+            while len(self.given) == before:  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0)
 
     async def answer(self, task: Task = SEND) -> Answered:
         given = await self.result(task)
@@ -297,6 +308,31 @@ async def test_another_cause_is_told_after_a_while() -> None:
             await bench.answer(Task(**{**_fields(SEND), "lease_ends": bench.now + 15.0}))
     told = [line["problem"] for line in map(json.loads, log.getvalue().splitlines())]
     assert told == ["refused", "502"]
+
+
+def turned(log: io.StringIO) -> list[str]:
+    """The events in the log."""
+    return [json.loads(line)["event"] for line in log.getvalue().splitlines()]
+
+
+async def test_what_comes_and_goes_is_told_when_it_has_lasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trouble and its end at once; what follows soon only when it stays so, and in the end the log says how it is."""
+    monkeypatch.setattr(actions, "LASTED", 0.01)
+    bench = Bench()
+    bad = Answer(Verdict.FAILED, None, "", None, "refused")
+    pair = ["homeserver_failed", "homeserver_works_again"]
+    with captured_log("info") as log:
+        for answer in (bad, DONE) * 50:
+            await bench.act_once(answer)
+        assert turned(log) == pair
+        await bench.act_once(bad)
+        async with asyncio.timeout(20.0):
+            while len(turned(log)) == len(pair):  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.005)
+        assert turned(log) == [*pair, "homeserver_failed"]
+        bench.now += actions.RECENTLY
+        await bench.act_once(DONE)
+        assert turned(log) == pair * 2
 
 
 # ── the end ──

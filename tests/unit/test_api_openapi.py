@@ -34,7 +34,7 @@ def routes(app: web.Application) -> set[tuple[str, str]]:
 def test_every_path_is_described_and_every_described_path_is_there() -> None:
     """No more and no less than the two applications have."""
 
-    async def ready() -> Readiness:
+    async def ready(_: float) -> Readiness:
         return Readiness(Phase.RUNNING)
 
     services: Services = Bench().services

@@ -245,7 +245,7 @@ def test_every_line_of_the_history_is_explained() -> None:
     """Each state, presence and outcome that a delegation's history can name is in docs/operating.md."""
     told = set(rows_of("operating.md", "| `what` | Meaning |"))
     known = {*State, *Presence, *Outcome, "delegated", "verified", "restart_failed", "send_failed", "cancel_failed"}
-    assert told == {str(word) for word in known} - {State.LIVE.value, State.DONE.value, Outcome.OPEN.value}
+    assert told == {str(word) for word in known} - {State.DONE.value, Outcome.OPEN.value}
 
 
 def test_every_outcome_is_explained_to_clients() -> None:

@@ -20,10 +20,12 @@ from sfu_delegate.delegation.model import (
     Lane,
     Listed,
     Looked,
+    Missed,
     OnEnd,
     Outcome,
     Presence,
     Refuse,
+    Room,
     RoomChanged,
     RoomNews,
     Seen,
@@ -32,10 +34,14 @@ from sfu_delegate.delegation.model import (
     Verdict,
     Withdraw,
 )
+from sfu_delegate.delegation.policy import MISSING
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
+from sfu_delegate.delegation.urgency import FIRST_WIDTH, UNKNOWN_WIDTH, Limit
 from sfu_delegate.engine import Engine, Limits, Step
-from sfu_delegate.store.base import StoreUnavailable
+from sfu_delegate.store import schema
+from sfu_delegate.store.base import KnownHomeserver, StoreUnavailable
 from sfu_delegate.store.sqlite import SqliteStore
+from sqlalchemy import update
 
 from tests.rows import (
     ALICE,
@@ -72,7 +78,7 @@ def fresh(**options: Any) -> Engine:
 
 
 def holding(*rows: DelayedEvent, **options: Any) -> Engine:
-    """An engine whose database has these rows."""
+    """An engine whose database has these rows, and their rooms, in which nothing is suspicious."""
     store = SqliteStore(":memory:")
 
     def insert(tx: Any) -> None:
@@ -80,6 +86,9 @@ def holding(*rows: DelayedEvent, **options: Any) -> Engine:
             tx.insert(there._replace(id=tx.new_id()))
 
     store.atomically(insert)
+    store.recover(NOW, POLICY, clock_unsure=False)  # makes the rooms
+    quiet = update(schema.room).values(due=NOW + 0.75 * POLICY.interval, asked=None)
+    store.atomically(lambda _: store.execute(quiet))
     return engine_on(store, **options)
 
 
@@ -281,29 +290,46 @@ def test_the_most_of_a_homeserver_holds_within_a_batch() -> None:
 
 
 def test_no_more_are_claimed_than_places_are_free() -> None:
-    """4 at first, twice as many after success; none while those are under way."""
+    """A few at first, more after success; none while those are under way."""
     engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(20)])
     first = engine.step((), NOW)
-    assert len(first.tasks) == 4
+    assert len(first.tasks) == FIRST_WIDTH
     assert engine.step((), NOW).tasks == []
     one = engine.step([reply_to(first.tasks[0])], NOW)
     assert len(one.tasks) == 1
     rest = engine.step([reply_to(task) for task in [*first.tasks[1:], *one.tasks]], NOW)
-    assert len(rest.tasks) == 8
+    assert len(rest.tasks) == UNKNOWN_WIDTH
 
 
 def test_a_limited_homeserver_is_left_alone_until_the_time_it_named() -> None:
-    """And a little longer, so that those who were told the same do not come at once; then one at a time."""
-    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(8)])
+    """The longest of what those were told that were on their way together; then departures go on one at a time."""
+    engine = holding(*[row(Presence.GONE, identity=f"p{n}") for n in range(8)])
     first = engine.step((), NOW)
-    step = engine.step([reply_to(first.tasks[0], Verdict.LIMITED, retry_after=7.0)], NOW)
-    assert step.tasks == []
+    assert len(first.tasks) == 4
+    assert engine.step([reply_to(first.tasks[0], Verdict.LIMITED, retry_after=7.0)], NOW).tasks == []
     step = engine.step([reply_to(task, Verdict.LIMITED, retry_after=1.0) for task in first.tasks[1:]], NOW)
-    assert step.tasks == []
-    assert step.wake is not None
-    assert NOW + 7.0 <= step.wake <= NOW + 7.7
-    assert engine.step((), step.wake - 0.01).tasks == []
-    assert len(engine.step((), step.wake).tasks) == 1
+    now = NOW
+    while not step.tasks:
+        assert step.wake is not None
+        now = max(now + 0.001, step.wake)
+        step = engine.step((), now)
+    assert NOW + 7.0 <= now <= NOW + 9.0
+    assert len(step.tasks) == 1
+
+
+def test_restarts_that_have_time_leave_a_limited_homeserver_to_departures() -> None:
+    """They wait until the bucket is full; a departure does not wait for them."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(8)])
+    tasks = engine.step((), NOW).tasks
+    engine.step([reply_to(task, Verdict.LIMITED, retry_after=1.0) for task in tasks], NOW + 0.5)
+    assert engine.step((), NOW + 1.4).tasks == []
+    assert actions(engine.step([left("S1", "ROOM_DELETED", identity="p5")], NOW + 1.5)) == [Action.SEND]
+    now = NOW + 1.5
+    while not (step := engine.step((), now)).tasks:
+        assert now < NOW + 20.0
+        assert step.wake is not None
+        now = max(now + 0.001, step.wake)
+    assert actions(step) == [Action.RESTART]
 
 
 def test_homeservers_do_not_wait_for_each_other() -> None:
@@ -529,7 +555,7 @@ def test_looks_at_one_room_keep_a_distance() -> None:
 
 
 def test_looks_that_fail_come_less_and_less_often() -> None:
-    """5, 10, 20, 40, 60 s, with a little jitter; and nobody is given up who has not said goodbye."""
+    """5, 10, 20, 40, 60 s, with a little jitter, and the routine looks between; and nobody is given up who has not said goodbye."""
     engine = fresh()
     delegate(engine, "p")
     times: list[float] = []
@@ -541,7 +567,9 @@ def test_looks_that_fail_come_less_and_less_often() -> None:
             step = engine.step([Looked(SFU, ROOM, look.claim, now, None, "timeout")], now)
         now = step.wake
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert all(0.75 * wait <= pause <= wait for pause, wait in zip(pauses, (5, 10, 20, 40, 60, 60, 60), strict=True)), pauses
+    assert all(0.75 * wait <= pause <= wait for pause, wait in zip(pauses[:3], (5, 10, 20), strict=True)), pauses
+    assert max(pauses) <= 60.0
+    assert sum(pauses[3:]) / len(pauses[3:]) >= 20.0, pauses
     assert only(engine).presence is Presence.EXPECTED
 
 
@@ -569,17 +597,32 @@ def test_a_room_is_forgotten_when_nothing_is_left_in_it() -> None:
 
 
 def test_in_doubt_an_empty_list_proves_nothing() -> None:
-    """The room came up a second time with the same sid, or finished while somebody was connected: a node had been away."""
-    for evidence in (
-        [RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM1"), RoomChanged(SFU, ROOM, RoomNews.STARTED, "RM1")],
-        [RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1")],
-    ):
-        engine = holding(row(identity="a"), row(identity="b"))
+    """The room came up a second time with the same sid; or it finished while somebody was connected, on an SFU that has shown to have several
+    nodes: one of them had been away."""
+    twice = [RoomChanged(SFU, room, RoomNews.STARTED, "RM1", id) for room in (ROOM, "elsewhere") for id in ("EV1", "EV2")]
+    for evidence in (twice[:2], [*twice[2:], RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1")]):
+        engine = holding(row(identity="a"), row(identity="b"), row(identity="c", room="elsewhere"))
         engine.step([left("S1", identity="b")], NOW)
-        engine.step(evidence, NOW + 0.5)
-        (look,) = looks(engine.step((), NOW + 2.0))
-        engine.step([look_at(look, sent_at=NOW + 2.0)], NOW + 2.1)
-        assert [there.presence for there in stored(engine)] == [Presence.CONNECTED, Presence.GONE]
+        at, step = NOW + 0.5, engine.step(evidence, NOW + 0.5)
+        while stored(engine)[1].presence is not Presence.GONE:
+            assert at < NOW + 4.0
+            step = engine.step([look_at(look, sent_at=at) for look in looks(step) if look.room == ROOM], at + 0.5)
+            at += 0.5
+        assert [there.presence for there in stored(engine)[:2]] == [Presence.CONNECTED, Presence.GONE]
+
+
+def test_a_room_that_finished_on_an_sfu_of_one_node_is_over() -> None:
+    """Whoever is connected goes missing in the next look, which comes at once, and is gone in the one that confirms it."""
+    engine = holding(row())
+    step = engine.step([RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1")], NOW)
+    now = NOW
+    while only(engine).presence is not Presence.GONE:
+        assert now < NOW + 20.0
+        inputs: list[Input] = [look_at(look, sent_at=now) for look in looks(step)]
+        step = engine.step(inputs, now)
+        assert step.wake is not None
+        now = now if looks(step) else step.wake
+    assert only(engine).reason == MISSING
 
 
 def test_a_new_room_sid_ends_the_doubt() -> None:
@@ -611,6 +654,7 @@ def test_the_wake_is_the_earliest_due() -> None:
     assert engine.step((), NOW).wake == NOW + 40
     assert engine.step([left("S1", identity="a")], NOW + 1).wake == NOW + 3
     assert fresh().step((), NOW).wake is None
+    assert holding(row(due=NOW + 2000)).step((), NOW).wake == NOW + 0.75 * POLICY.interval  # the routine look
 
 
 def test_nothing_is_done_before_the_wake_and_something_at_it() -> None:
@@ -621,22 +665,20 @@ def test_nothing_is_done_before_the_wake_and_something_at_it() -> None:
         engine.step([accept(f"D{n}", identity=f"p{n}", room=f"r{n % 2}", delay=random.choice([30.0, 100.0])) for n in range(8)], NOW)
         now, step = NOW, engine.step([joined(identity=f"p{n}", room=f"r{n % 2}") for n in range(0, 8, 2)], NOW)
         waiting = list(step.tasks) + engine.step((), NOW).tasks
-        idle = 0
+        idle, last = 0, NOW
         for count in range(600):
             inputs = answers(random, waiting, now)
             if count == 200:
                 inputs += [left("S1", identity=f"p{n}", room=f"r{n % 2}") for n in range(8)]
             before, step = step, engine.step(inputs, now)
             waiting = list(step.tasks)
-            if step.tasks or step.changes:
-                idle = 0
-            else:
-                idle += 1
-                assert idle < 3, f"busy loop at {now}: {before} {step}"
+            idle = 0 if step.tasks or step.changes or now > last + 0.9 else idle + 1
+            last = now
+            assert idle < 3, f"busy loop at {now}: {before} {step}"
             if step.wake is None:
                 break
             assert step.wake >= now or waiting
-            now = max(now, step.wake) if not waiting else now
+            now = max(now + 0.001, step.wake) if not waiting else now  # a step takes some time
 
 
 def answers(random: Random, tasks: Iterable[Task], now: float) -> list[Input]:
@@ -655,9 +697,11 @@ def test_what_is_finished_is_pruned_after_its_time() -> None:
     """With its history and its room."""
     engine = holding(row(delegation="D1"))
     engine.step([left("S1", "ROOM_DELETED"), Withdraw("D1")], NOW)
-    assert engine.step((), NOW + POLICY.keep - 1).wake == NOW + POLICY.keep
+    (look,) = looks(engine.step((), NOW + POLICY.keep - 2))  # the room's routine look; it finds nobody to look for
+    assert engine.step([look_at(look, sent_at=NOW + POLICY.keep - 2)], NOW + POLICY.keep - 1).wake == NOW + POLICY.keep
     assert len(stored(engine)) == 1
-    assert engine.step((), NOW + POLICY.keep).wake is None
+    wake = engine.step((), NOW + POLICY.keep).wake
+    assert wake is None or engine.step((), wake).wake is None
     assert stored(engine) == []
     assert engine.step([Find("D1")], NOW + POLICY.keep).replies == [Found((), ())]
     assert engine.store.atomically(lambda tx: tx.history([1])) == []
@@ -770,8 +814,10 @@ def test_an_answer_frees_its_place_once_though_it_could_not_be_kept(monkeypatch:
         engine.step(came_back, NOW)
     again = engine.step(came_back, NOW)
     assert [reply for reply in again.replies if reply != Touched(1)] == []
-    assert len(again.tasks) == 4
-    assert engine.step((), NOW).tasks == []
+    assert engine._pace(HOMESERVER).in_flight == len(again.tasks)
+    wake = engine.step((), NOW + 1.0).wake
+    assert wake is not None
+    assert wake <= NOW + 15.0
 
 
 def test_what_could_not_be_claimed_is_claimed_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1018,3 +1064,350 @@ def test_a_database_that_fails_between_two_of_a_split_batch_loses_no_claim() -> 
     assert isinstance(step.replies[0], Accepted)
     assert isinstance(step.replies[1], StoreUnavailable)
     assert [task.delegation for task in step.tasks] == ["D1"]
+
+
+# ── rooms are looked at although nobody asks for it ──
+
+
+def room_of(engine: Engine, name: str = ROOM) -> Room:
+    room = engine.store.atomically(lambda tx: tx.room(SFU, name))
+    assert room is not None
+    return room
+
+
+def run_for(engine: Engine, seconds: float, begin: float, see: Callable[[str, float], tuple[Listed, ...] | None]) -> list[tuple[float, str]]:
+    """Let time pass, with a homeserver that does everything and an SFU that is seen by `see`; returns when which room was looked at."""
+    looked_at: list[tuple[float, str]] = []
+    now, step = begin, engine.step((), begin)
+    while True:
+        inputs: list[Input] = []
+        for task in step.tasks:
+            if task.action is Action.LOOK:
+                looked_at.append((now, task.room))
+                inputs.append(Looked(SFU, task.room, task.claim, now, see(task.room, now)))
+            else:
+                inputs.append(reply_to(task, sent_at=now))
+        if not inputs:
+            if step.wake is None or step.wake > begin + seconds:
+                return looked_at
+            now = max(now + 0.001, step.wake)
+        step = engine.step(inputs, now)
+
+
+def all_there(*identities: str) -> Callable[[str, float], tuple[Listed, ...]]:
+    return lambda *_: tuple(listed("S1", identity=identity) for identity in identities)
+
+
+def test_every_room_with_somebody_in_it_is_looked_at_once_in_an_interval() -> None:
+    """Spread over it, at the same time of each."""
+    rooms = [f"r{n}" for n in range(40)]
+    engine = holding(*[row(identity="p", room=name, presence_since=NOW) for name in rooms])
+    looked_at = run_for(engine, 4 * POLICY.interval, NOW, all_there("p"))
+    for name in rooms:
+        times = [at for at, room in looked_at if room == name]
+        assert 3 <= len(times) <= 5
+        assert all(later - earlier == pytest.approx(POLICY.interval, abs=0.1) for earlier, later in itertools.pairwise(times[1:]))
+    last = [at for at, _ in looked_at if at >= NOW + 3 * POLICY.interval]
+    halves = Counter(at < NOW + 3.5 * POLICY.interval for at in last)
+    assert min(halves.values()) >= len(rooms) / 5
+    assert max(Counter(round(at) for at in last).values()) <= 6
+
+
+def test_a_room_where_nothing_changes_is_looked_at_less_often() -> None:
+    """But never less often than every `interval_most`; somebody new makes it usual again."""
+    engine = holding(row(identity="p", presence_since=NOW))
+    times = [at for at, _ in run_for(engine, 3600.0, NOW, all_there("p"))]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert pauses[1:5] == pytest.approx([POLICY.interval] * 4, abs=0.1)
+    assert pauses[-1] == pytest.approx(POLICY.interval_most, abs=0.1)
+    assert max(pauses) <= 1.5 * POLICY.interval_most
+    engine.step([accept("D2", "x", identity="q"), joined("S1", identity="q")], NOW + 3600.0)
+    again = [at for at, _ in run_for(engine, 400.0, NOW + 3600.0, all_there("p", "q"))]
+    assert max(later - earlier for earlier, later in itertools.pairwise(again[1:])) <= POLICY.interval + 0.1
+
+
+def test_a_room_where_nobody_is_any_more_is_not_looked_at() -> None:
+    """Whoever is being said goodbye is not looked for."""
+    engine = holding(row(Presence.GONE, due=NOW + 10**5), row(Presence.GONE, identity="q", due=NOW + 10**5))
+    assert len(run_for(engine, 2000.0, NOW, all_there())) == 1  # the one that had been planned
+
+
+def test_somebody_whose_left_was_lost_is_found_by_a_routine_look() -> None:
+    """Missing in it, and in the one that confirms it: gone within two intervals."""
+    engine = holding(row(identity="p"), row(identity="q"))
+    run_for(engine, 2 * POLICY.interval, NOW, all_there("q"))
+    assert [(there.identity, there.outcome) for there in stored(engine)] == [("p", Outcome.SENT), ("q", Outcome.OPEN)]
+
+
+def test_urgent_looks_go_before_routine_ones() -> None:
+    """However many rooms have their routine look due: whoever is departing is looked for in the first free place."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(50)])
+    engine.step([left("S1", identity="p", room="r7"), left("S1", identity="p", room="r33")], NOW + 44.0)
+    step = engine.step((), NOW + 46.0)  # all routine looks are due since 1 s
+    assert {task.room for task in looks(step)} >= {"r7", "r33"}
+
+
+@pytest.mark.parametrize("sfu", [SFU, None])
+def test_after_webhooks_may_have_been_missed_all_rooms_are_looked_at(sfu: str | None) -> None:
+    """Soon, a few at a time, and those of other SFUs only if all were missed."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(9)], row(identity="p", room="elsewhere", sfu="second"))
+    step = engine.step([Missed(sfu)], NOW)
+    rooms: list[tuple[str, str]] = []
+    for _ in range(10):
+        rooms += [(task.sfu, task.room) for task in looks(step)]
+        found = [Looked(task.sfu, task.room, task.claim, NOW + 0.1, all_there("p")("", 0.0)) for task in looks(step)]
+        step = engine.step(found, NOW + 0.1)
+    assert sorted(rooms) == sorted([*[(SFU, f"r{n}") for n in range(9)], *([] if sfu else [("second", "elsewhere")])])
+
+
+def test_a_look_that_was_under_way_when_webhooks_were_missed_does_not_count() -> None:
+    """It may have been sent before what was missed happened."""
+    engine = holding(row())
+    engine.step([left("S9", "DUPLICATE_IDENTITY", 2000)], NOW)
+    (look,) = looks(engine.step((), NOW + 46.0))
+    engine.step([Missed(SFU)], NOW + 46.1)
+    step = engine.step([look_at(look, listed(), sent_at=NOW + 46.0)], NOW + 46.2)
+    assert step.wake is not None
+    assert step.wake <= NOW + 46.0 + POLICY.look_gap
+    assert len(looks(engine.step((), NOW + 46.0 + POLICY.look_gap))) == 1
+
+
+# ── an SFU that cannot be asked ──
+
+
+def test_when_an_sfu_can_be_asked_again_all_its_rooms_are_looked_at() -> None:
+    """What happened meanwhile is found out within seconds: two of three left without a word."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(3)])
+    run_for(engine, 120.0, NOW, lambda *_: None)
+    assert engine._reach(SFU).open(POLICY)
+    looked_at = run_for(engine, 60.0, NOW + 120.0, lambda name, _: all_there("p")("", 0) if name == "r1" else (listed(identity="somebody else"),))
+    assert {room for _, room in looked_at} == {"r0", "r1", "r2"}
+    assert [there.outcome for there in stored(engine)] == [Outcome.SENT, Outcome.OPEN, Outcome.SENT]
+
+
+def test_one_look_at_a_time_tries_an_sfu_that_keeps_failing() -> None:
+    """Of a hundred rooms; and nobody is given up who has not said goodbye."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(100)])
+    looked_at = run_for(engine, 600.0, NOW, lambda *_: None)
+    assert 20 <= len(looked_at) <= 600 / POLICY.look_again + 10
+    assert {there.presence for there in stored(engine)} == {Presence.CONNECTED}
+
+
+def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
+    """Whoever hangs up is gone after 2 s by the rule for that case, however many do so, while the probe is under way."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(200)])
+    run_for(engine, 100.0, NOW, lambda *_: None)
+    now = NOW + 101.0
+    while not (probes := looks(engine.step((), now))):
+        now += 1.0
+        assert now < NOW + 130.0
+    (probe,) = probes
+    engine.step([left("S1", identity="p", room=f"r{n}") for n in range(200)], now)
+    ends = now + 2.0 + POLICY.look_again + 0.1
+    now += 2.0
+    for _ in range(50):
+        wake = engine.step((), now).wake  # nothing comes in that would set off another step
+        if wake is None or wake > ends:
+            break
+        now = max(now + 0.001, wake)
+    (waiting,) = [there.room for there in stored(engine) if there.presence is not Presence.GONE]
+    assert waiting == probe.room  # until the probe fails
+    engine.step([Looked(SFU, probe.room, probe.claim, now, None)], now)
+    engine.step((), now + POLICY.look_again + 0.1)
+    assert {there.presence for there in stored(engine)} == {Presence.GONE}
+
+
+def test_an_sfu_that_is_gone_for_good_keeps_nobody_alive() -> None:
+    """After ten minutes of silence nothing is restarted any more, nothing is sent either, and in the end nothing remains open."""
+    engine = holding(row(delay=60.0, running_since=NOW), row(identity="q", delay=3600.0, running_since=NOW))
+    run_for(engine, 1200.0, NOW, lambda *_: None)
+    short, long = stored(engine)
+    assert (short.state, long.state) == (State.ADRIFT, State.LIVE)
+    assert short.running_since >= NOW + 45.0 + 600.0 - 60.0
+    run_for(engine, 4 * 3600.0, NOW + 1200.0, lambda *_: None)
+    assert [(there.state, there.outcome) for there in stored(engine)] == [(State.DONE, Outcome.RAN_OUT)] * 2
+
+
+def test_who_was_let_run_is_looked_after_again_when_the_sfu_is_back() -> None:
+    """Connected still: restarted at once, since its time has come."""
+    engine = holding(row(delay=60.0, running_since=NOW))
+    run_for(engine, 700.0, NOW, lambda *_: None)
+    assert only(engine).state is State.ADRIFT
+    run_for(engine, POLICY.interval_most, NOW + 700.0, all_there(ALICE))
+    assert only(engine).state is State.LIVE
+    assert only(engine).running_since >= NOW + 700.0
+
+
+# ── rooms that come up, finish, and are told of late ──
+
+
+def started(room_sid: str, id: str, created_at: float = 0.0) -> RoomChanged:
+    return RoomChanged(SFU, ROOM, RoomNews.STARTED, room_sid, id, created_at)
+
+
+def test_a_second_start_ends_older_sessions_and_no_others() -> None:
+    """One joined a minute before the room, one after it, and of one it is not known when."""
+    sessions = [(live("S1", int((NOW - 60) * 1000)),), (live("S1", int((NOW + 1) * 1000)),), (live("S1", 0),)]
+    engine = holding(*[row(identity=f"p{n}", sessions=known) for n, known in enumerate(sessions)])
+    engine.step([started("RM1", "EV1", NOW - 100.0), started("RM1", "EV2", NOW)], NOW + 2)
+    assert [there.presence for there in stored(engine)] == [Presence.AWAY, Presence.CONNECTED, Presence.CONNECTED]
+    assert room_of(engine).doubt_until > NOW
+
+
+def test_an_older_start_that_is_told_after_a_newer_one_is_nothing() -> None:
+    """Nor is one that is told twice."""
+    engine = holding(row(sessions=(live("S1", int((NOW + 1) * 1000)),)))
+    engine.step([started("RM2", "EV2", NOW)], NOW + 2)
+    before = room_of(engine)[:7]  # all but when to look
+    engine.step([started("RM1", "EV1", NOW - 60.0), started("RM2", "EV2", NOW)], NOW + 3)
+    assert room_of(engine)[:7] == before
+    assert only(engine).presence is Presence.CONNECTED
+
+
+def test_a_start_that_comes_after_the_joined_of_its_room_is_no_second_one() -> None:
+    """Webhooks overtake each other. The instance before it had another sid, and its own start."""
+    engine = holding(row(sessions=()))
+    engine.step([started("RM1", "EV1", NOW), RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1", "EV2", NOW + 10)], NOW + 10)
+    engine.step([replace(joined("S5", int((NOW + 20) * 1000)), room_sid="RM2", created_at=NOW + 20)], NOW + 20)
+    engine.step([started("RM2", "EV3", NOW + 19)], NOW + 20.5)
+    assert room_of(engine).doubt_until == 0.0
+    assert engine._reach(SFU).several_nodes_at is None
+    assert only(engine).presence is Presence.CONNECTED
+
+
+@pytest.mark.parametrize("apart", [-4.0, 4.0, 3600.0, -3600.0])
+def test_sessions_of_a_room_are_not_older_than_it_by_another_clock(apart: float) -> None:
+    """The node's clock is not ours: both times are its own. The room's is in whole seconds."""
+    engine = holding(row(Presence.EXPECTED))
+    engine.step([replace(joined("S1", int((NOW + apart + 0.3) * 1000)), created_at=NOW + apart)], NOW + 0.4)
+    engine.step([started("RM1", "EV1", float(int(NOW + apart)))], NOW + 0.5)
+    assert only(engine).presence is Presence.CONNECTED
+
+
+def test_the_end_of_another_instance_of_the_room_is_nothing() -> None:
+    """Told late, when the next one is there."""
+    engine = holding(row())
+    engine.step([started("RM2", "EV2", NOW)], NOW)
+    before = room_of(engine)
+    engine.step([RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1", "EV9", NOW)], NOW + 1)
+    assert room_of(engine) == before
+
+
+def test_a_webhook_that_comes_much_later_than_others_is_a_reason_to_look() -> None:
+    """However far apart the clocks are; one that is in time is none."""
+    for apart in (0.0, 5000.0):
+        engine = holding(row())
+        engine.step([replace(joined("S1"), created_at=NOW + apart)], NOW)
+        assert looks(engine.step((), NOW + 3.0)) == []
+        step = engine.step([replace(joined("S1"), created_at=NOW + apart)], NOW + 10.0)
+        assert len(looks(step)) + len(looks(engine.step((), NOW + 10.0 + POLICY.settled))) == 1
+
+
+def test_a_removal_that_is_told_late_is_looked_at_and_not_believed() -> None:
+    """They may have come back since, and the joined of that be lost."""
+    engine = holding(row(), row(identity="bob"))
+    engine.step([replace(joined("S1", identity="bob"), created_at=NOW)], NOW)
+    step = engine.step([replace(left("S1", "PARTICIPANT_REMOVED"), created_at=NOW)], NOW + 30.0)
+    assert actions(step) == []
+    at = NOW + 30.0
+    while looks(step) or only_alice(engine).presence is Presence.AWAY:
+        assert at < NOW + 40.0
+        step = engine.step(
+            [look_at(look, listed("S2", joined_at_ms=2000), listed("S1", identity="bob"), sent_at=at) for look in looks(step)], at + 0.5
+        )
+        at += 0.5
+    assert only_alice(engine).presence is Presence.CONNECTED
+
+
+def only_alice(engine: Engine) -> DelayedEvent:
+    return next(there for there in stored(engine) if there.identity == ALICE)
+
+
+# ── what a homeserver can bear ──
+
+
+def limited_engine(rate: float, **options: Any) -> Engine:
+    """An engine that has learned that its homeserver allows so many actions a second."""
+    store = SqliteStore(":memory:")
+    store.atomically(lambda tx: tx.save_homeserver(KnownHomeserver(HOMESERVER, Limit.SOME, rate, 5.0)))
+    return engine_on(store, **options)
+
+
+def test_what_was_learned_of_a_homeserver_is_known_after_a_start() -> None:
+    """Its limit and its rate, from the first step on; what the SFU has shown, too."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(9)])
+    tasks = engine.step((), NOW).tasks
+    engine.step([reply_to(task, Verdict.LIMITED, retry_after=4.0) for task in tasks], NOW)
+    engine.step([started("RM1", "EV1"), started("RM1", "EV2")], NOW)
+    assert isinstance(engine.store, SqliteStore)
+    again = engine_on(engine.store)
+    again.step((), NOW)
+    assert again._pace(HOMESERVER).limit is Limit.SOME
+    assert again._pace(HOMESERVER).rate == engine._pace(HOMESERVER).rate < 1.0
+    assert again._reach(SFU).several_nodes_at == NOW
+
+
+def test_a_homeserver_that_the_configuration_speaks_of_is_not_learned() -> None:
+    """What it says holds; nothing is written down, and it takes all that is due at once."""
+    store = SqliteStore(":memory:")
+    store.atomically(lambda tx: tx.save_homeserver(KnownHomeserver(HOMESERVER, Limit.SOME, 0.1, 5.0)))
+    engine = Engine(store, POLICY, Limits(), Random(0), limited=lambda _: False)
+    engine.step([accept(f"D{n}", identity=f"p{n}") for n in range(4)], NOW)
+    assert engine.rates()[HOMESERVER][0] is Limit.NONE
+
+
+def test_more_restarts_than_a_homeserver_allows_are_refused() -> None:
+    """With an error that says so; long delays are taken on, and so are short ones where there is no limit."""
+    engine = limited_engine(1.0)
+    step = engine.step([accept(f"D{n}", identity=f"p{n}", delay=10.0) for n in range(12)], NOW)
+    taken = [isinstance(reply, Accepted) for reply in step.replies]
+    assert taken == sorted(taken, reverse=True)
+    assert 8 <= sum(taken) <= 10
+    assert isinstance(step.replies[-1], TooMany)
+    assert "longer" in str(step.replies[-1]) or "delay" in str(step.replies[-1])
+    assert isinstance(engine.step([accept("D-long", identity="x", delay=3600.0)], NOW).replies[0], Accepted)
+    assert isinstance(engine.step([accept("D-else", identity="x", delay=10.0, homeserver="other.test")], NOW).replies[0], Accepted)
+    engine.step([Withdraw("D0"), Withdraw("D1")], NOW)
+    assert isinstance(engine.step([accept("D-new", identity="y", delay=10.0)], NOW).replies[0], Accepted)
+
+
+def test_what_it_has_to_bear_is_counted_anew_after_a_start() -> None:
+    """From the database."""
+    engine = limited_engine(1.0)
+    engine.step([accept(f"D{n}", identity=f"p{n}", delay=10.0) for n in range(10)], NOW)
+    assert isinstance(engine.store, SqliteStore)
+    again = engine_on(engine.store)
+    assert isinstance(again.step([accept("D-more", identity="x", delay=10.0)], NOW).replies[0], TooMany)
+
+
+def test_restarts_that_will_be_late_are_forecast() -> None:
+    """30 deadlines within a few seconds at 1 action a second: some will miss theirs by many seconds; none, when all is well."""
+    store = holding(*[row(identity=f"p{n}", delay=60.0, running_since=NOW - 50.0, due=NOW, delay_id=f"d{n}") for n in range(30)]).store
+    assert isinstance(store, SqliteStore)
+    store.atomically(lambda tx: tx.save_homeserver(KnownHomeserver(HOMESERVER, Limit.SOME, 1.0, 5.0)))
+    engine = engine_on(store)
+    engine.step((), NOW)
+    engine.step((), NOW + 0.5)
+    assert 10.0 <= engine.forecast(NOW + 0.5)[HOMESERVER] <= 30.0
+    well = limited_engine(1.0)
+    delegate(well, "p")
+    well.step((), NOW + 5)
+    assert well.forecast(NOW + 5)[HOMESERVER] == 0.0
+
+
+def test_an_overdue_restart_is_forecast_as_late_as_it_is() -> None:
+    """Also at a homeserver without a limit, that does not answer."""
+    engine = holding(row(delay=60.0, running_since=NOW - 100.0, due=NOW - 50.0))
+    engine.step((), NOW)
+    engine.step((), NOW + 1)
+    assert engine.forecast(NOW + 20.0)[HOMESERVER] >= 40.0
+
+
+def test_thirty_short_delays_are_restarted_in_time_at_one_action_a_second() -> None:
+    """All of them joined in the same second. Planned ahead, none is late, and nothing is refused: half an hour of it."""
+    engine = limited_engine(1.0)
+    engine.step([accept(f"D{n}", identity=f"p{n}", delay=60.0) for n in range(30)], NOW)
+    engine.step([joined("S1", identity=f"p{n}") for n in range(30)], NOW)
+    run_for(engine, 1800.0, NOW, all_there(*[f"p{n}" for n in range(30)]))
+    assert {there.state for there in stored(engine)} == {State.LIVE}
+    assert all(there.running_since > NOW + 1700.0 for there in stored(engine))

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -10,12 +10,28 @@ import pytest
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.daemon import inbox as module
 from sfu_delegate.daemon.inbox import Inbox
-from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Find, Input, Lane, Looked, NewEvent, OnEnd, State, Task, Verdict
+from sfu_delegate.delegation.model import (
+    Accept,
+    Action,
+    Answered,
+    DelayedEvent,
+    Find,
+    Input,
+    Lane,
+    Looked,
+    Missed,
+    NewEvent,
+    OnEnd,
+    State,
+    Task,
+    Verdict,
+)
 from sfu_delegate.delegation.replies import Reply, TooMany, Touched
+from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Change, Engine, Step
 from sfu_delegate.store.base import StoreUnavailable
 
-from tests.rows import row
+from tests.rows import joined, row
 
 NOW = 1000.0
 GENEROUS = 20.0  # seconds until a test gives up
@@ -52,6 +68,8 @@ class FakeEngine:
         self.tasks: list[Task] = []
         self.changes: list[Change] = []
         self.wakes: list[float] = []
+        self.kept_alive = 0
+        self.keep_alive_error: Exception | None = None
 
     def step(self, inputs: Sequence[Input], now: float) -> Step:
         self.steps.append(list(inputs))
@@ -66,6 +84,18 @@ class FakeEngine:
     def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
         return {("hs.test", Lane.END): (3, now)}
 
+    def keep_alive(self, now: float) -> list[Task]:
+        self.kept_alive += 1
+        if self.keep_alive_error is not None:
+            raise self.keep_alive_error
+        return [Task(Action.RESTART, 5, 1, "main", "room", "hs.test")]
+
+    def forecast(self, now: float) -> dict[str, float]:
+        return {"hs.test": 7.0}
+
+    def rates(self) -> dict[str, tuple[Limit, float]]:
+        return {"hs.test": (Limit.SOME, 2.0)}
+
     @property
     def batches(self) -> list[list[Input]]:
         """The steps that had inputs."""
@@ -78,6 +108,7 @@ class Watched:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.backlogs: list[int] = []
+        self.forecasts: list[tuple[dict[str, float], dict[str, tuple[Limit, float]]]] = []
         self.works: list[bool] = []
 
     def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
@@ -85,6 +116,9 @@ class Watched:
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         self.backlogs += [count for count, _ in counted.values()]
+
+    def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
+        self.forecasts.append((dict(lateness), dict(rates)))
 
     def store(self, *, works: bool) -> None:
         self.works.append(works)
@@ -132,7 +166,7 @@ async def bench(most: int = 100) -> AsyncIterator[Bench]:
         made.inbox.flush()
         async with asyncio.timeout(GENEROUS):
             await made.loop_task
-        made.inbox.close()
+        assert await made.inbox.close(lambda: None, GENEROUS)
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +317,26 @@ async def test_results_outlive_a_broken_database() -> None:
         assert it.watched.works.count(False) == 3
 
 
+async def test_who_is_connected_is_kept_alive_while_nothing_can_be_stored() -> None:
+    """What the engine names then is carried out, at every failed step; where it cannot even read, the loop goes on all the same."""
+    async with bench() as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        assert it.engine.kept_alive == 0
+        it.engine.errors = [StoreUnavailable("The disk is full.") for _ in range(2)]
+        for n in (1, 2):
+            with pytest.raises(Unavailable):
+                await it.inbox.put(Find(f"{n}"))
+            await until(lambda n=n: len(it.carried) >= n)  # type: ignore[misc]
+        assert {task.action for task in it.carried} == {Action.RESTART}
+        carried = len(it.carried)
+        it.engine.keep_alive_error = StoreUnavailable("The disk is gone.")
+        it.engine.errors = [StoreUnavailable("The disk is gone.")]
+        with pytest.raises(Unavailable):
+            await it.inbox.put(Find("3"))
+        assert await it.inbox.put(Find("4")) == Touched(1)
+        assert len(it.carried) == carried
+
+
 async def test_housekeeping_that_fails_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint on a full disk is trouble, and the next step shows that it is over."""
     monkeypatch.setattr(module, "IDLE_AFTER", 0.01)
@@ -294,7 +348,7 @@ async def test_housekeeping_that_fails_does_not_stop_the_loop(monkeypatch: pytes
 
 
 async def test_the_backlog_is_counted_when_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In idle times, and now and then under load."""
+    """In idle times, and now and then under load; with it, whether restarts will be late."""
     monkeypatch.setattr(module, "IDLE_AFTER", 0.01)
     async with bench() as it:
         await until(lambda: it.engine.store.idled > 0 and bool(it.watched.backlogs))
@@ -302,6 +356,71 @@ async def test_the_backlog_is_counted_when_there_is_time(monkeypatch: pytest.Mon
         it.now += module.SURVEY_EVERY
         await it.inbox.put(Find("first"))
         await until(lambda: len(it.watched.backlogs) > counted)
+        await until(lambda: it.watched.forecasts[-1:] == [({"hs.test": 7.0}, {"hs.test": (Limit.SOME, 2.0)})])
+
+
+# ── webhooks that may be lost ──
+
+
+def missed(it: Bench) -> int:
+    return sum(isinstance(given, Missed) for step in it.engine.steps for given in step)
+
+
+async def test_when_webhooks_were_refused_the_rooms_are_looked_at() -> None:
+    """The database did not take one: LiveKit tries again for a while only. Once, and not before the database works again."""
+    async with bench() as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.errors = [StoreUnavailable("The disk is full.") for _ in range(3)]
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await it.inbox.put(joined())
+            assert missed(it) == 0
+        await until(lambda: missed(it) == 1)
+        assert not it.engine.errors
+        for n in range(3):
+            await it.inbox.put(Find(f"{n}"))
+        assert missed(it) == 1
+
+
+async def test_when_the_inbox_was_full_for_webhooks_the_rooms_are_looked_at() -> None:
+    """As soon as there is room again."""
+    async with bench(most=1) as it:
+        first = await it.busy(Find("first"))
+        waiting = asyncio.create_task(it.inbox.put(Find("other")))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await it.inbox.put(joined())
+        it.engine.gate.set()
+        await asyncio.gather(first, waiting)
+        await until(lambda: missed(it) == 1)
+
+
+async def test_other_requests_that_were_refused_are_no_reason_to_look() -> None:
+    """Their clients know."""
+    async with bench(most=1) as it:
+        first = await it.busy(Find("first"))
+        waiting = asyncio.create_task(it.inbox.put(Find("other")))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await it.inbox.put(Find("one too many"))
+        it.engine.gate.set()
+        await asyncio.gather(first, waiting)
+        await it.inbox.put(Find("again"))
+        assert missed(it) == 0
+
+
+async def test_a_machine_that_slept_looks_at_the_rooms() -> None:
+    """The clock went on, and the loop did not; a little lateness is none."""
+    async with bench() as it:
+        await it.inbox.put(Find("first"))
+        it.now += module.LONGEST_SLEEP + module.STOOD_STILL - 1.0
+        await it.inbox.put(Find("second"))
+        assert missed(it) == 0
+        it.now += module.LONGEST_SLEEP + module.STOOD_STILL + 1.0
+        await it.inbox.put(Find("third"))
+        await until(lambda: missed(it) == 1)
+        await it.inbox.put(Find("fourth"))
+        assert missed(it) == 1
 
 
 # ── defects ──

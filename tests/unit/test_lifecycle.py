@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,22 +22,28 @@ from sfu_delegate.delegation.model import (
     OnEnd,
     Outcome,
     Presence,
-    Seen,
+    RoomChanged,
+    RoomNews,
+    SfuLost,
     State,
     Verdict,
     Withdraw,
 )
+from sfu_delegate.delegation.policy import MISSING, ROOM_MISSING, ROOM_RESTARTED
+from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
 
 from tests.rows import (
     DELAY,
     NOW,
     POLICY,
     POSSIBLE,
+    SFU,
     aborted,
     accept,
     answered,
     assert_consistent,
     claimed,
+    ended,
     joined,
     left,
     listed,
@@ -45,7 +53,7 @@ from tests.rows import (
     row,
 )
 
-Given = Seen | Looked | Answered | Withdraw | Due | Accept
+Given = lifecycle.Given
 
 
 def possible_rows() -> Iterator[DelayedEvent]:
@@ -87,6 +95,10 @@ def every_input(there: DelayedEvent) -> Iterator[Given]:
         yield answered(there, act, verdict, claim=claim_, sent_at=sent_at)
         if verdict is Verdict.LIMITED:
             yield answered(there, act, verdict, claim=claim_, sent_at=sent_at, retry_after=7.0)
+    for what, created_at in itertools.product(RoomNews, (0.0, NOW - 3600.0, NOW)):
+        yield RoomChanged(SFU, "room", what, "RM1", "EV1", created_at)
+    yield SfuLost(SFU)
+    yield replace(looked(sent_at=NOW + 500), doubted_until=NOW)
     yield Withdraw(there.delegation)
     yield Due(there.id)
     yield accept("D2")
@@ -184,11 +196,18 @@ def test_what_is_done_is_done() -> None:
             assert advance(before, given_input, NOW, POLICY, 0.5) is before
 
 
-def test_an_answer_to_an_old_claim_changes_nothing() -> None:
-    """Nor does one to a claim that was never made, or an answer that nobody waits for."""
+def test_an_answer_to_an_old_claim_ends_nothing() -> None:
+    """Nor does one to a claim that was never made, or an answer that nobody waits for. Only that a countdown began anew is a fact all the same."""
     for before, given_input in CASES:
         if isinstance(given_input, Answered) and (given_input.claim != before.claim or not before.claimed):
-            assert advance(before, given_input, NOW, POLICY, 0.5) is before
+            after = advance(before, given_input, NOW, POLICY, 0.5)
+            restarted = before.state is State.LIVE and (given_input.action, given_input.verdict) == (Action.RESTART, Verdict.DONE)
+            if not restarted or before.lane is not Lane.RESTART or given_input.sent_at <= before.running_since:
+                assert after is before
+                continue
+            assert after.running_since == given_input.sent_at
+            assert (after.state, after.claimed, after.end_tried) == (before.state, before.claimed, before.end_tried)
+            assert not (before.claimed or before.end_tried) or after.due == before.due
 
 
 def test_nothing_is_ended_without_a_departure() -> None:
@@ -321,8 +340,22 @@ def test_a_404_on_a_restart_is_waited_out() -> None:
 
 
 def test_an_event_is_lost_when_its_participant_is_connected_30_seconds_later() -> None:
-    """The one outcome that must not happen."""
-    assert advance(vanished(), Due(1), NOW + 30.0, POLICY, 0.5).outcome is Outcome.LOST
+    """The one outcome that must not happen. A look that was made since then shows it."""
+    there = vanished()
+    assert there.look_at == NOW
+    assert advance(there, Due(1), NOW + 30.0, POLICY, 0.5).state is State.VANISHED
+    seen = advance(there, looked(listed(), sent_at=NOW + POLICY.settled), NOW + POLICY.settled, POLICY, 0.5)
+    assert advance(seen, Due(1), NOW + 30.0, POLICY, 0.5).outcome is Outcome.LOST
+
+
+def test_a_vanished_event_does_not_wait_for_a_look_for_ever() -> None:
+    """An SFU that cannot be asked: some minutes later the worst is assumed."""
+    there, waits = vanished(), 0
+    while there.state is State.VANISHED:
+        assert there.due is not None
+        there, waits = advance(there, Due(1), there.due, POLICY, 0.5), waits + 1
+        assert waits <= 20
+    assert there.outcome is Outcome.LOST
 
 
 def test_a_client_that_ended_its_event_and_then_left_has_ended_it() -> None:
@@ -501,10 +534,16 @@ def new_row(like: DelayedEvent | None, before: DelayedEvent | None = None, accep
 
 
 def test_a_fresh_delegation_is_restarted_at_once() -> None:
-    """Its countdown is at an unknown point, and may be about to run out."""
+    """Its countdown is at an unknown point, and may be about to run out: a part of it is assumed to be left."""
     made = new_row(None)
     assert_consistent(made)
-    assert (made.presence, made.state, made.lane, made.due, made.harm) == (Presence.EXPECTED, State.LIVE, Lane.RESTART, NOW, NOW)
+    assert (made.presence, made.state, made.lane, made.due, made.harm) == (
+        Presence.EXPECTED,
+        State.LIVE,
+        Lane.RESTART,
+        NOW,
+        NOW + DELAY * UNKNOWN_COUNTDOWN,
+    )
     assert made.look_at == NOW + 1.0
     assert made.verified_at is None
 
@@ -679,3 +718,187 @@ def test_sessions_of_a_finished_delegation_are_not_inherited_as_live() -> None:
     """Nobody told the finished row of their end."""
     withdrawn = advance(row(sessions=(live("S1"),)), Withdraw("D1"), NOW, POLICY, 0.5)
     assert not new_row(withdrawn).live_sids
+
+
+# ── let run ──
+
+
+def adrift(presence: Presence = Presence.CONNECTED, **changes: Any) -> DelayedEvent:
+    return row(presence, State.ADRIFT, **changes)
+
+
+@pytest.mark.parametrize("presence", POSSIBLE[State.ADRIFT])
+def test_when_the_sfu_is_lost_the_event_is_let_run(presence: Presence) -> None:
+    """Neither restarted nor ended, until an hour after it must have fired; it is still looked for, and the history says so."""
+    before = row(presence)
+    after = advance(before, SfuLost(SFU), NOW, POLICY, 0.5)
+    assert_consistent(after)
+    assert (after.state, after.presence, after.look_at) == (State.ADRIFT, presence, before.look_at)
+    assert (after.lane, after.due) == (Lane.TIMER, before.deadline + POLICY.adrift_keep)
+    assert [note.what for note in story(before, after, SfuLost(SFU), NOW)] == ["adrift"]
+    assert advance(after, SfuLost(SFU), NOW + 60.0, POLICY, 0.5) is after
+
+
+def test_an_event_whose_deadline_has_passed_is_kept_as_long() -> None:
+    """The client may have restarted it: an hour from now, not from then."""
+    after = advance(row(running_since=NOW - 2 * DELAY), SfuLost(SFU), NOW, POLICY, 0.5)
+    assert after.due == NOW + POLICY.adrift_keep
+
+
+@pytest.mark.parametrize("state", [State.ENDING, State.SUPERSEDED, State.VANISHED, State.DONE])
+def test_what_is_not_kept_alive_is_not_let_run(state: State) -> None:
+    """A goodbye that is due is said, whatever became of the SFU since."""
+    for presence in POSSIBLE[state]:
+        before = row(presence, state)
+        assert advance(before, SfuLost(SFU), NOW, POLICY, 0.5) is before
+
+
+def test_what_was_under_way_when_the_event_was_let_run() -> None:
+    """The answer to a restart ends nothing; a goodbye that may have got through is remembered."""
+    restarting = claimed(row())
+    after = advance(restarting, SfuLost(SFU), NOW, POLICY, 0.5)
+    assert (after.claimed, after.end_tried) == (False, False)
+    for verdict in Verdict:
+        assert advance(after, answered(restarting, Action.RESTART, verdict), NOW, POLICY, 0.5) is after
+    ending = claimed(row(lane=Lane.END))
+    after = advance(ending, SfuLost(SFU), NOW, POLICY, 0.5)
+    assert after.end_tried
+    told = advance(after, looked(listed()), NOW, POLICY, 0.5)
+    assert (told.state, told.due) == (State.LIVE, NOW)
+
+
+NEWS_OF_SOMEBODY: dict[str, tuple[Presence, Given, Presence]] = {
+    "joined anew": (Presence.CONNECTED, joined("S2", 2000), Presence.CONNECTED),
+    "joined, expected": (Presence.EXPECTED, joined("S2", 2000), Presence.CONNECTED),
+    "joined, away": (Presence.AWAY, joined("S2", 2000), Presence.CONNECTED),
+    "left": (Presence.CONNECTED, left(), Presence.AWAY),
+    "aborted": (Presence.EXPECTED, aborted(), Presence.EXPECTED),
+    "seen in a look": (Presence.CONNECTED, looked(listed()), Presence.CONNECTED),
+    "seen in a look, expected": (Presence.EXPECTED, looked(listed()), Presence.CONNECTED),
+    "missing in a look": (Presence.CONNECTED, looked(), Presence.AWAY),
+    "absent in a look, expected": (Presence.EXPECTED, looked(), Presence.EXPECTED),
+    "missing in a look in doubt": (Presence.CONNECTED, looked(doubtful=True), Presence.CONNECTED),
+}
+
+
+@pytest.mark.parametrize("what", list(NEWS_OF_SOMEBODY))
+def test_whoever_is_heard_of_again_is_looked_after_again(what: str) -> None:
+    """A webhook about the participant, or a look that was answered: restarted at its normal time, or at once where that has passed."""
+    presence, news, expected = NEWS_OF_SOMEBODY[what]
+    for running_since in (NOW - 60.0, NOW - 0.9 * DELAY):
+        after = advance(adrift(presence, running_since=running_since), news, NOW, POLICY, 0.5)
+        assert_consistent(after)
+        assert (after.state, after.presence) == (State.LIVE, expected)
+        assert after.due == max(NOW, running_since + 0.7 * DELAY)
+
+
+@pytest.mark.parametrize(
+    "news",
+    [look_failed(), joined("S1"), left("S0", joined_at_ms=500), Due(1), answered(row(), Action.RESTART, Verdict.DONE)],
+    ids=["a look that failed", "a joined told twice", "an old session's left", "its time is not up", "an old answer"],
+)
+def test_news_that_tell_nothing_leave_it_adrift(news: Given) -> None:
+    """Only what says something about where the participant is brings it back."""
+    before = adrift(sessions=(ended("S0"), live("S1")))
+    assert advance(before, news, NOW, POLICY, 0.5).state is State.ADRIFT
+
+
+@pytest.mark.parametrize("presence", [Presence.CONNECTED, Presence.AWAY])
+def test_when_doubt_ends_contradicted_the_event_is_let_run(presence: Presence) -> None:
+    """A list that was wrong for an hour does not show somebody whose joined has no left: neither kept alive for ever nor ended."""
+    before = row(presence, sessions=(live(heard_at=NOW - 100.0),))
+    look = replace(looked(), doubted_until=NOW - 50.0)
+    after = advance(before, look, NOW, POLICY, 0.5)
+    assert_consistent(after)
+    assert (after.state, after.presence) == (State.ADRIFT, presence)
+    assert advance(after, replace(look, sent_at=NOW + 60.0), NOW + 60.0, POLICY, 0.5).state is State.ADRIFT
+    back = advance(after, looked(listed(), sent_at=NOW + 60.0), NOW + 60.0, POLICY, 0.5)
+    assert (back.state, back.presence) == (State.LIVE, Presence.CONNECTED)
+
+
+def test_a_session_that_began_after_the_doubt_can_go_missing() -> None:
+    """Nothing contradicts the list then."""
+    before = row(sessions=(live(heard_at=NOW - 40.0),))
+    after = advance(before, replace(looked(), doubted_until=NOW - 50.0), NOW, POLICY, 0.5)
+    assert (after.state, after.presence) == (State.LIVE, Presence.AWAY)
+
+
+def test_who_is_found_to_be_gone_after_all_is_said_goodbye() -> None:
+    """By order of the SFU at once; of somebody away by a look."""
+    removed = advance(adrift(), left("S1", "PARTICIPANT_REMOVED"), NOW, POLICY, 0.5)
+    assert (removed.state, removed.due, removed.harm) == (State.ENDING, NOW, NOW)
+    away = adrift(Presence.AWAY, running_since=NOW - 2 * DELAY)
+    gone = advance(away, looked(sent_at=NOW), NOW, POLICY, 0.5)
+    assert (gone.state, gone.due, gone.harm, gone.end_tried) == (State.ENDING, NOW, away.presence_since, False)
+
+
+def test_an_event_that_nobody_could_tell_of_has_run_out() -> None:
+    """Not before an hour after its deadline, whatever the timer says."""
+    before = adrift()
+    assert before.due is not None
+    assert advance(before, Due(1), before.due - 1.0, POLICY, 0.5) is before
+    after = advance(before, Due(1), before.due, POLICY, 0.5)
+    assert_consistent(after)
+    assert (after.state, after.outcome) == (State.DONE, Outcome.RAN_OUT)
+
+
+def test_an_event_that_was_let_run_can_be_superseded_withdrawn_and_delegated_again() -> None:
+    """Cancelled like any other; forgotten; restarted at once, with what is known of its participant."""
+    assert action(supersede(adrift(), NOW, POLICY, 0.5)) is Action.CANCEL
+    assert advance(adrift(), Withdraw("D1"), NOW, POLICY, 0.5).outcome is Outcome.WITHDRAWN
+    for presence in POSSIBLE[State.ADRIFT]:
+        before = advance(adrift(presence), accept("D2"), NOW, POLICY, 0.5)
+        assert before.state is State.ADRIFT  # another event of the same participant: the new one does not tell where it is
+        again = new_row(before, before, accept("D2", "delay-1"))
+        assert_consistent(again)
+        connected = presence is Presence.CONNECTED
+        assert (again.state, again.due, again.verified_at, again.presence is Presence.CONNECTED) == (State.LIVE, NOW, None, connected)
+
+
+# ── a room that comes up anew ──
+
+
+def started(created_at: float) -> RoomChanged:
+    return RoomChanged(SFU, "room", RoomNews.STARTED, "RM1", "EV1", created_at)
+
+
+@pytest.mark.parametrize(
+    ("joined_at", "over"), [(0.0, False), (NOW - 60.0, True), (NOW - 5.1, True), (NOW - 4.9, False), (NOW, False), (NOW + 60.0, False)]
+)
+def test_a_session_of_an_older_instance_of_the_room_is_over(joined_at: float, over: bool) -> None:
+    """It began more than 5 s before the room. One whose beginning is unknown, or is within the error of clocks, is left alone."""
+    before = row(sessions=(live("S1", int(joined_at * 1000)),))
+    after = advance(before, started(NOW), NOW, POLICY, 0.5)
+    if over:
+        assert (after.presence, after.reason, after.look_at, after.live_sids) == (Presence.AWAY, ROOM_RESTARTED, NOW + 90.0, frozenset())
+        assert advance(after, joined("S1", int(joined_at * 1000)), NOW + 1, POLICY, 0.5) == after  # the ghost in the lists does not count
+        assert advance(after, looked(listed("S1"), sent_at=NOW + 30.0), NOW + 30.0, POLICY, 0.5).presence is Presence.AWAY
+        assert advance(after, looked(listed("S1"), sent_at=NOW + 90.0), NOW + 90.0, POLICY, 0.5).presence is Presence.GONE
+        assert advance(after, joined("S2", int(NOW * 1000)), NOW + 1, POLICY, 0.5).presence is Presence.CONNECTED
+    else:
+        assert after is before
+
+
+def test_whoever_has_a_session_in_the_new_instance_stays() -> None:
+    """Only the older one is over."""
+    before = row(sessions=(live("S1", int((NOW - 60) * 1000)), live("S2", int((NOW + 1) * 1000))))
+    after = advance(before, started(NOW), NOW + 2, POLICY, 0.5)
+    assert (after.presence, after.live_sids) == (Presence.CONNECTED, frozenset({"S2"}))
+
+
+def test_a_room_that_finished_makes_a_room_that_went_missing_a_usual_absence() -> None:
+    """An empty list may be an SFU that restarted: 90 s. When it says that the room is over, 10 s from when it went missing are enough."""
+    before = row(Presence.AWAY, reason=ROOM_MISSING, presence_since=NOW - 2.0, look_at=NOW + 88.0, sessions=(live(),))
+    finished = RoomChanged(SFU, "room", RoomNews.FINISHED, "RM1", "EV2", NOW)
+    after = advance(before, finished, NOW, POLICY, 0.5)
+    assert (after.presence, after.reason, after.look_at) == (Presence.AWAY, MISSING, NOW + 8.0)
+    for other in (row(), row(Presence.AWAY), row(Presence.EXPECTED), row(Presence.GONE)):
+        assert advance(other, finished, NOW, POLICY, 0.5) is other
+
+
+@pytest.mark.parametrize("reason", ["PARTICIPANT_REMOVED", "ROOM_DELETED"])
+def test_a_removal_that_is_told_late_is_checked(reason: str) -> None:
+    """They may be back already, with a session that nobody has told of yet."""
+    after = advance(row(), replace(left("S1", reason), late=True), NOW, POLICY, 0.5)
+    assert (after.presence, after.look_at) == (Presence.AWAY, NOW + POLICY.look_gap)
+    assert advance(row(), left("S1", reason), NOW, POLICY, 0.5).presence is Presence.GONE

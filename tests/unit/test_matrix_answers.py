@@ -29,7 +29,7 @@ def error(errcode: str, **more: object) -> dict[str, object]:
     ("status", "body", "verdict"),
     [
         (200, {}, Verdict.DONE),
-        (200, {"something": "new"}, Verdict.DONE),
+        (200, {"something": "else"}, Verdict.UNCERTAIN),
         (200, b"", Verdict.UNCERTAIN),
         (204, b"", Verdict.UNCERTAIN),
         (202, b" \n", Verdict.UNCERTAIN),
@@ -163,7 +163,11 @@ def test_done_needs_no_retry() -> None:
         (None, {"retry_after_ms": float("inf")}, None),
         (None, {"retry_after_ms": 10**400}, None),
         ("1", {"retry_after_ms": 1500}, 1.5),
-        ("2", {"retry_after_ms": 1500}, 2.0),
+        ("2", {"retry_after_ms": 1500}, 1.5),
+        ("2", {"retry_after_ms": 1000}, 1.0),
+        ("2", {"retry_after_ms": 999}, 2.0),
+        ("2", {"retry_after_ms": 2001}, 2.001),
+        ("7", {"retry_after_ms": 1500}, 7.0),
         ("garbage", {"retry_after_ms": 1500}, 1.5),
         ("2", {"retry_after_ms": "garbage"}, 2.0),
         ("Tue, 14 Nov 2023 22:13:30 GMT", None, 10.0),
@@ -175,7 +179,8 @@ def test_done_needs_no_retry() -> None:
     ],
 )
 def test_retry_after(header: str | None, body: dict[str, object] | None, seconds: float | None) -> None:
-    """Seconds, dates and retry_after_ms are understood; the larger counts, within bounds; garbage says nothing."""
+    """Seconds, dates and retry_after_ms are understood; the larger counts, within bounds, but a header that only rounds up
+    the milliseconds says nothing new; garbage says nothing."""
     assert read_retry_after(header, body, NOW) == (None if seconds is None else pytest.approx(seconds))
 
 

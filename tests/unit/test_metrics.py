@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
+from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.observe.metrics import ENDED, Metrics
 
 from tests.rows import NOW, row
@@ -124,6 +125,18 @@ def test_commits_and_the_database(metrics: Metrics) -> None:
     assert value(metrics, "sfu_delegate_database_works") == 1
     metrics.store(works=False)
     assert value(metrics, "sfu_delegate_database_works") == 0
+
+
+def test_the_forecast_of_several_homeservers_under_one_pattern_is_the_worst(metrics: Metrics) -> None:
+    """The longest lateness and the slowest rate; without a limit the rate is 0; and it goes back to 0 when all is well."""
+    limits = {"one.test": (Limit.SOME, 2.0), "two.test": (Limit.SOME, 0.5), "three.test": (Limit.NONE, 1.0)}
+    metrics.forecast({"one.test": 3.0, "two.test": 8.0, "three.test": 0.0}, limits)
+    late, rate = "sfu_delegate_restart_forecast_lateness_seconds", "sfu_delegate_homeserver_rate_limit"
+    assert value(metrics, late, homeserver=PATTERN) == 8.0
+    assert value(metrics, rate, homeserver=PATTERN) == 0.5
+    metrics.forecast({"one.test": 0.0, "two.test": 0.0}, {"one.test": (Limit.NONE, 1.0), "two.test": (Limit.UNKNOWN, 1.0)})
+    assert value(metrics, late, homeserver=PATTERN) == 0.0
+    assert value(metrics, rate, homeserver=PATTERN) == 0.0
 
 
 def test_the_backlog_of_several_homeservers_under_one_pattern(metrics: Metrics) -> None:

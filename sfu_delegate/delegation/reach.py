@@ -1,0 +1,75 @@
+"""Can an SFU be asked? How many looks it gets at a time, and when it counts as lost. No I/O, no clock."""
+
+from dataclasses import dataclass
+
+from sfu_delegate.delegation.policy import Policy
+
+LAG_OVER = 300.0
+"""Seconds over which the least lag of webhooks is looked for, and as long again in which it is remembered."""
+
+
+@dataclass(slots=True)
+class Reach:
+    """One SFU.
+
+    When `breaker_after` looks in a row have failed, the SFU is asked with one look at a time, with a pause between them, and all other looks
+    count as failed at once: departures have rules of their own for an SFU that cannot be asked, and nobody's waits for time-outs.
+    """
+
+    most: int
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    failing_since: float | None = None  # when the first of them was sent
+    heard_at: float = 0.0  # the last webhook
+    probe_at: float = 0.0
+    lag: float | None = None  # seconds by which webhooks arrive after they were made, as its clock and ours go: the least of the last minutes
+    _lag_before: float | None = None  # … of the minutes before
+    _lag_since: float = 0.0
+    several_nodes_at: float | None = None  # when it last showed that it has several nodes, or a memory that outlives them
+
+    def open(self, policy: Policy) -> bool:
+        """Has it failed so often that most looks are not even tried?"""
+        return self.failures >= policy.breaker_after
+
+    def free(self, now: float, policy: Policy) -> int:
+        """How many more looks may be sent now."""
+        if self.open(policy):
+            return 1 if self.in_flight == 0 and now >= self.probe_at else 0
+        return max(0, self.most - self.in_flight)
+
+    def began(self) -> None:
+        """A look is on its way."""
+        self.in_flight += 1
+
+    def ended(self, sent_at: float, now: float, policy: Policy, *, answered: bool) -> bool:
+        """A look came back; True when the SFU had failed and can be asked again."""
+        self.in_flight = max(0, self.in_flight - 1)
+        if answered:
+            recovered = self.failing_since is not None
+            self.failures, self.failing_since = 0, None
+            return recovered
+        self.failures += 1
+        self.probe_at = now + policy.look_again
+        if self.failing_since is None:
+            self.failing_since = sent_at
+        return False
+
+    def lost(self, sfu: str, now: float, policy: Policy) -> bool:
+        """Has it neither answered nor sent a webhook for so long that it counts as lost? Not before it was asked a few times, also after a start."""
+        return self.open(policy) and self.failing_since is not None and now >= max(self.failing_since, self.heard_at) + policy.lost(sfu)
+
+    def is_late(self, created_at: float, now: float, after: float) -> bool:
+        """Did a webhook, made at `created_at` by the SFU's clock, take much longer than others? The two clocks may differ by any amount."""
+        if not created_at:
+            return False
+        lag = now - created_at
+        if not 0 <= now - self._lag_since < LAG_OVER:  # clocks drift, and are set
+            self._lag_before, self.lag, self._lag_since = self.lag, None, now
+        self.lag = lag if self.lag is None else min(lag, self.lag)
+        if self._lag_before is not None:
+            return lag > min(self.lag, self._lag_before) + after
+        return lag > self.lag + after
+
+    def made_at(self, created_at: float, now: float) -> float:
+        """When a webhook was made, by our clock: it cannot have been made later than it arrived. 0 when unknown."""
+        return min(now, created_at + self.lag) if created_at and self.lag is not None else 0.0
