@@ -10,7 +10,8 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check lint types layers format unit bench docs lock clean
+MINUTES ?= 10
+.PHONY: help install demo test test-all check lint types layers format unit bench soak soak-daemon docs lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -58,8 +59,15 @@ layers: $(VENV)/.test
 unit: $(VENV)/.test ## the tests only (ARGS="-k webhook" chooses)
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.test ## the engine benchmark: µs per input by batch size and number of rows
+bench: $(VENV)/.test ## benchmarks: the engine (µs per input by batch size and number of rows), urgency under a rate limit
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+	$(BIN)/python -m benchmarks.rate_limit
+
+soak: $(VENV)/.test ## the simulation, with new seeds for MINUTES=10; prints a failing seed, and its history as small as it gets
+	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES) $(ARGS)
+
+soak-daemon: $(VENV)/.test ## the real daemon with thousands of people, faults and kills for MINUTES=10
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)
 
 docs: $(VENV)/.test ## write what is generated: the example configuration, the references, the diagram
 	$(BIN)/sfu-delegate example-config > config/sfu-delegate.yaml

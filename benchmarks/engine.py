@@ -89,7 +89,7 @@ def fill(store: SqliteStore, count: int, policy: Policy, random: Random) -> None
         for _ in numbers:
             tx.insert(connected(tx.new_id(), policy, NOW, random))
         for number in range(numbers.start // IN_A_ROOM, numbers.stop // IN_A_ROOM):
-            tx.save_room(Room("main", place(number * IN_A_ROOM)[0], "RM_x", "", NOW, 0.0, 0.0, None, 0, 0, False))
+            tx.save_room(Room("main", place(number * IN_A_ROOM)[0], "RM_x", "", NOW, False, 0.0, 0.0, None, NOW + 1e6, True, 0, 0, False))
 
     for start in range(0, count, 10_000):
         numbers = range(start, min(count, start + 10_000))
