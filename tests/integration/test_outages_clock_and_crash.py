@@ -175,7 +175,8 @@ async def test_departures_that_nobody_told_of_are_found_by_looking_after_a_start
 
 async def test_somebody_who_is_waited_for_does_not_put_off_the_look_after_a_start(tmp_path: Path) -> None:
     """A room in which a look is planned for the end of a join timeout is looked at after a start like all others."""
-    async with open_call(tmp_path, presence={"first_looks": [], "join_timeout": "1h"}) as (call, homeserver):
+    changes: dict[str, Any] = {"presence": {"first_looks": [], "join_timeout": "1h"}, "departures": {"ROOM_MISSING": {"look_after": "300ms"}}}
+    async with open_call(tmp_path, **changes) as (call, homeserver):
         anna, never = await homeserver.register("anna"), await homeserver.register("never")
         await call.open(anna, never)
         there, absent = call.client(anna), call.client(never)
