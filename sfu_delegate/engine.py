@@ -1,8 +1,8 @@
 """A batch of inputs becomes one transaction, and replies and claimed actions come out.
 
 The engine must never do I/O but through its store, never read a clock and never wait: `now` is an argument, and what it returns says when it wants
-to be called again. It keeps nothing about single delegations between steps; what is due is asked of the database. In memory are only counts, one
-`Pace` and one next due time for each homeserver and SFU.
+to be called again. It keeps no delegation between steps; what is due is asked of the database. In memory are counts, what is under way, and for
+each homeserver a `Pace` and a `Plan`, for each SFU a `Reach`.
 """
 
 from collections import Counter
@@ -32,6 +32,7 @@ from sfu_delegate.delegation.model import (
     RoomChanged,
     RoomNews,
     Seen,
+    SfuFound,
     SfuLost,
     Sighting,
     State,
@@ -49,6 +50,8 @@ from sfu_delegate.store.base import KnownHomeserver, KnownSfu, Store, StoreUnava
 TIMERS_A_STEP = 256  # a step stays short, however much there is to tidy up
 ROOMS_A_STEP = 64  # the same for rooms of an SFU that is not asked because it fails
 LONG_DELAY = 600.0  # restarts in so many actions' time: an event with such a delay hardly adds to what a homeserver has to bear
+NOT_ASKED = "it keeps failing"  # a look that was not made
+PLANNED_MOST = 5000  # open events of a homeserver whose limit is unknown; reading a million deadlines takes seconds
 RATE_CHANGE = 0.2  # a rate that changed by less is not worth writing down
 
 
@@ -323,10 +326,14 @@ class Engine:
         return tasks
 
     def _overdue(self, tx: Transaction, homeserver: str, now: float) -> list[DelayedEvent]:
-        # What was kept alive already is in the way of nobody: it is as many rows as were tried, and the most urgent come first.
-        most = self._pace(homeserver).places(now) + len(self._kept_alive)
-        rows = tx.todo(homeserver, Lane.RESTART, most, now)
-        return [self._as_kept(row) for row in rows if row.state is State.LIVE and self._needs_keeping(row, now)]
+        """Enough of them for the places that are free, however many others are due that are kept alive already, or are not to be."""
+        places, most = self._pace(homeserver).places(now), TIMERS_A_STEP
+        while True:
+            due = tx.todo(homeserver, Lane.RESTART, most, now) if places else []
+            rows = [self._as_kept(row) for row in due if row.state is State.LIVE and self._needs_keeping(row, now)]
+            if len(rows) >= places or len(due) < most:
+                return rows
+            most *= 4
 
     def _as_kept(self, row: DelayedEvent) -> DelayedEvent:
         sent_at, done = self._kept_alive.get(row.id, (-inf, False))
@@ -411,7 +418,7 @@ class Engine:
                 if look in self._under_way:
                     self._under_way.discard(look)
                     reach = self._reach(given.sfu)
-                    if reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None):
+                    if reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None, reached=given.reached):
                         self._ask.add(given.sfu)  # what happened while it could not be asked is found out now
                     self._learned.add(given.sfu)
             elif isinstance(given, Seen | RoomChanged):
@@ -456,8 +463,8 @@ class Engine:
             case Missed():
                 self._ask.add(given.sfu)
                 return Touched(0)
-            case SfuLost():
-                raise TypeError("SfuLost is not given from outside")
+            case SfuLost() | SfuFound():
+                raise TypeError("that is for the engine to find out")
             case Due():
                 row = work.get(given.event)
                 return Touched(0 if row is None else len([self._advance(work, row, given)]))
@@ -586,7 +593,7 @@ class Engine:
         if not rows:
             work.put_room(look.sfu, look.room, None)
             return Touched(0)
-        failures = room.failures + 1 if look.participants is None else 0
+        failures = 0 if look.participants is not None else max(1, room.failures) if look.error == NOT_ASKED else room.failures + 1
         asked = room.asked if room.asked is not None and (failures or look.sent_at < room.asked) else None
         at = self._next_look(work.now, look.sent_at, failures, asked, rows)
         routine = self._next_routine(work.now, room, rows)
@@ -598,6 +605,8 @@ class Engine:
     def _next_look(self, now: float, sent_at: float, failures: int, asked: float | None, rows: Sequence[DelayedEvent]) -> float:
         """When somebody needs the next look at a room, or the suspicion of `asked`; infinite: nobody."""
         at = min([row.look_at for row in rows if row.look_at is not None] + ([] if asked is None else [asked]), default=inf)
+        if at == inf and failures:
+            at = now  # that the SFU is back should be noticed, though nobody waits for it
         if at == inf:
             return inf
         if not failures:
@@ -649,7 +658,8 @@ class Engine:
             made.append(new)
         self._supersede_others(work, made[0])
         work.opened[accept.homeserver] += len(made)
-        work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
+        if accept.token is None:
+            work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
         return Accepted(accept.delegation, True, tuple(work.rows[row.id] for row in made), tuple(carried))
 
     def _refuse(self, work: _Work, refuse: Refuse) -> Withdrawn:
@@ -708,10 +718,10 @@ class Engine:
     def _admit_load(self, work: _Work, current: Sequence[DelayedEvent], accept: Accept) -> None:
         """A homeserver's restarts must fit its rate, or there is one that comes too late. What the participant has delegated is replaced."""
         pace = self._pace(accept.homeserver)
-        if pace.limit is not Limit.SOME or all(event.delay >= LONG_DELAY / pace.rate for event in accept.events):
+        if accept.token is not None or pace.limit is not Limit.SOME or all(event.delay >= LONG_DELAY / pace.rate for event in accept.events):
             return
         load = self._load.get(accept.homeserver, 0.0) + work.load.get(accept.homeserver, 0.0)
-        load -= sum(1 / row.delay for row in current if row.homeserver == accept.homeserver)
+        load -= sum(1 / row.delay for row in current if row.homeserver == accept.homeserver and row.token is None)
         if load + sum(1 / event.delay for event in accept.events) > pace.rate * FEASIBLE:
             raise TooMany(
                 "homeservers.as_token",
@@ -811,18 +821,23 @@ class Engine:
             return False
         return self._advance(work, row, SfuLost(row.sfu)).state is not State.LIVE
 
+    def _is_planned(self, homeserver: str) -> bool:
+        """Are its restarts planned? A homeserver of which nothing is known, but that it has served so many, has no limit such as Synapse's."""
+        limit = self._pace(homeserver).limit
+        return limit is Limit.SOME or (limit is Limit.UNKNOWN and self._open[homeserver] <= PLANNED_MOST)
+
     def _plan_is_stale(self, homeserver: str, now: float) -> bool:
         pace = self._pace(homeserver)
         plan = self._plans.get(homeserver, NOTHING_PLANNED)
-        if pace.limit is Limit.NONE or now < plan.holds_until():
+        if not self._is_planned(homeserver) or now < plan.holds_until():
             return False
-        return homeserver in self._replan or now >= min(plan.early, plan.must - 1 / pace.rate)
+        return homeserver in self._replan or plan.lateness > 0 or now >= min(plan.early, plan.must - 1 / pace.rate)
 
     def _plan(self, work: _Work, homeserver: str) -> Plan:
         """When this homeserver's restarts must begin. What is planned once holds until it is time to act on it: only new deadlines can make it
         worse, and those are remembered."""
         pace = self._pace(homeserver)
-        if pace.limit is Limit.NONE:
+        if not self._is_planned(homeserver):
             self._plans.pop(homeserver, None)
             self._replan.discard(homeserver)
             return NOTHING_PLANNED
@@ -845,6 +860,8 @@ class Engine:
             if row.lane is not Lane.TIMER or row.due is None or row.due > work.now:
                 continue
             if row.state is not State.DONE:
+                if row.state is State.ADRIFT and not self._reach(row.sfu).lost(row.sfu, work.now, self.policy):
+                    row = self._advance(work, row, SfuFound(row.sfu))  # noqa: PLW2901 - the same row
                 self._advance(work, row, Due(row.id))
                 continue
             work.delete(row)
@@ -894,10 +911,10 @@ class Engine:
                     room = work.room(sfu, stored.name)
                     if room is not None:
                         rooms[room.name] = room
-            due = sorted((room for room in rooms.values() if room.due is not None and room.due <= work.now), key=lambda room: room.due or 0.0)
+            due = sorted((room for room in rooms.values() if room.due is not None and room.due <= work.now), key=_probed_first)
             # The first of them is for the look that tries whether it works again.
             for room in due[1:] if reach.free(work.now, self.policy) else due:
-                self._conclude(work, room, Looked(sfu, room.name, room.claim, work.now, None, "it keeps failing"))
+                self._conclude(work, room, Looked(sfu, room.name, room.claim, work.now, None, NOT_ASKED))
 
     def _claim_looks(self, work: _Work) -> tuple[list[Task], list[str]]:
         now = work.now
@@ -908,14 +925,17 @@ class Engine:
         late = [sfu for sfu, at in self._rooms_due.items() if at <= now]
         tasks: list[Task] = []
         for sfu in dict.fromkeys([*due, *late]):
-            free = 0 if self.stopping else self._reach(sfu).free(now, self.policy)
+            reach = self._reach(sfu)
+            free = 0 if self.stopping else reach.free(now, self.policy)
             rooms = due.get(sfu, {})
             if free > 0 and sfu in late:
-                for stored in work.tx.rooms_due(sfu, free, now):
+                # Where some fail, more than are needed: those that do not fail come first.
+                for stored in work.tx.rooms_due(sfu, free if reach.failing_since is None else ROOMS_A_STEP, now):
                     room = work.room(sfu, stored.name)
                     if room is not None and room.due is not None and room.due <= now:
                         rooms[room.name] = room
-            for room in sorted(rooms.values(), key=lambda room: (room.routine, room.due or 0.0))[: max(0, free)]:
+            order = _probed_first if reach.open(self.policy) else _urgent_first
+            for room in sorted(rooms.values(), key=order)[: max(0, free)]:
                 claimed = room._replace(claim=room.claim + 1, claimed=True, due=now + self.policy.lease, looked_at=now)
                 work.put_room(sfu, room.name, claimed)
                 tasks.append(Task(Action.LOOK, 0, claimed.claim, sfu, room.name, lease_ends=now + self.policy.lease))
@@ -934,10 +954,10 @@ class Engine:
             if waiting and self._due.get(homeserver, inf) > now:  # for what is not due yet
                 times += [self._pace(homeserver).next_for(wait, now) for wait in waiting]
         for homeserver in sorted({*self._plans, *self._replan}):
-            pace = self._pace(homeserver)
-            if pace.limit is not Limit.NONE:
+            if self._is_planned(homeserver):
+                pace = self._pace(homeserver)
                 plan = self._plans.get(homeserver, NOTHING_PLANNED)
-                act = now if homeserver in self._replan else min(plan.early, plan.must - 1 / pace.rate)
+                act = now if homeserver in self._replan or plan.lateness > 0 else min(plan.early, plan.must - 1 / pace.rate)
                 times.append(max(act, plan.holds_until(), now))
         for sfu, due in self._rooms_due.items():
             reach = self._reach(sfu)
@@ -950,14 +970,15 @@ class Engine:
         """Keep what was learned, and have rooms looked at in bulk; returns the SFUs of those."""
         for name in self._learned:
             pace, before = self._paces.get(name), self._known_homeservers.get(name)
-            if pace is not None and self._limited(name) is None:
+            if pace is not None and self._limited(name) is not False:
                 known = KnownHomeserver(name, pace.limit, pace.rate, pace.burst)
                 if _is_news(before, known):
                     work.tx.save_homeserver(known)
                     work.learned[name] = known
             reach = self._reaches.get(name)
             if reach is not None:
-                seen = KnownSfu(name, reach.failing_since, reach.several_nodes_at)
+                since = None if reach.failing_since is None else max(reach.failing_since, reach.heard_at)
+                seen = KnownSfu(name, since, reach.several_nodes_at)
                 if seen != self._known_sfus.get(name, KnownSfu(name, None, None)):
                     work.tx.save_sfu(seen)
                     work.learned_sfus[name] = seen
@@ -977,10 +998,10 @@ class Engine:
             self._was_exempt[homeserver] = self._limited(homeserver) is False
             if self._was_exempt[homeserver]:
                 pace.reset(Limit.NONE)
+            elif known is not None and not (self._limited(homeserver) and known.limit is not Limit.SOME):
+                pace.recall(known.limit, known.rate, known.burst, self._now)
             elif self._limited(homeserver):
                 pace.reset(Limit.SOME)
-            elif known is not None:
-                pace.recall(known.limit, known.rate, known.burst, self._now)
         return pace
 
     def _reach(self, sfu: str) -> Reach:
@@ -1001,13 +1022,13 @@ class Engine:
                 self.states[before.homeserver, before.state.value, before.presence.value] -= 1
             if not deleted:
                 self.states[row.homeserver, row.state.value, row.presence.value] += 1
-                if row.lane is Lane.RESTART and row.harm is not None:
+                if row.lane is Lane.RESTART and row.harm is not None and row.token is None:
                     new = before is None or before.lane is not Lane.RESTART or before.harm is None or row.harm < before.harm
-                    if new and self._pace(row.homeserver).limit is not Limit.NONE:
+                    if new and self._is_planned(row.homeserver):
                         self._replan.add(row.homeserver)
             is_open = None if deleted or row.state is State.DONE else row
             was_open = None if before is None or before.state is State.DONE else before
-            if is_open is None or was_open is None or is_open.delay != was_open.delay:
+            if is_open is None or was_open is None or (is_open.delay, is_open.token is None) != (was_open.delay, was_open.token is None):
                 self._count_open(row.homeserver, was_open, is_open)
         self._known_homeservers.update(work.learned)
         self._known_sfus.update(work.learned_sfus)
@@ -1018,8 +1039,7 @@ class Engine:
     def _count_open(self, homeserver: str, was: DelayedEvent | None, is_now: DelayedEvent | None) -> None:
         """A delayed event has begun or ended, or has another delay. Of a homeserver that has none any more, only what was written down is kept."""
         self._open[homeserver] += (is_now is not None) - (was is not None)
-        more = (1 / is_now.delay if is_now else 0.0) - (1 / was.delay if was else 0.0)
-        self._load[homeserver] = max(0.0, self._load.get(homeserver, 0.0) + more)
+        self._load[homeserver] = max(0.0, self._load.get(homeserver, 0.0) + _load(is_now) - _load(was))
         pace = self._paces.get(homeserver)
         if self._open[homeserver] <= 0:
             del self._open[homeserver], self._load[homeserver]
@@ -1037,8 +1057,8 @@ class Engine:
             limited = self._limited(homeserver)
             if limited is False and pace.limit is not Limit.NONE:
                 pace.reset(Limit.NONE)
-            elif limited is not False and self._was_exempt[homeserver]:
-                pace.reset(Limit.UNKNOWN)
+            elif limited is not False and (self._was_exempt[homeserver] or (limited and pace.limit is not Limit.SOME)):
+                pace.reset(Limit.SOME if limited else Limit.UNKNOWN)
                 self._replan.add(homeserver)
             self._was_exempt[homeserver] = limited is False
         for sfu, reach in list(self._reaches.items()):
@@ -1065,8 +1085,17 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        """Actions that were claimed and not answered yet."""
+        """Requests that are under way, looks included."""
         return len(self._under_way)
+
+
+def _urgent_first(room: Room) -> tuple[bool, bool, float]:
+    return (room.failures > 0, room.routine, room.due or 0.0)
+
+
+def _probed_first(room: Room) -> tuple[int, float]:
+    """Where some rooms fail and others do not, one that has not failed shows that the SFU can be asked."""
+    return (room.failures, room.due or 0.0)
 
 
 def _is_news(before: KnownHomeserver | None, known: KnownHomeserver) -> bool:
@@ -1074,6 +1103,11 @@ def _is_news(before: KnownHomeserver | None, known: KnownHomeserver) -> bool:
     if before is None:
         return known.limit is not Limit.UNKNOWN
     return (known.limit, known.burst) != (before.limit, before.burst) or abs(known.rate / before.rate - 1) > RATE_CHANGE
+
+
+def _load(row: DelayedEvent | None) -> float:
+    """Restarts a second that an event needs at the least from what its homeserver allows us. A client's token has a limit of its own."""
+    return 0.0 if row is None or row.token is not None else 1 / row.delay
 
 
 def _task(row: DelayedEvent) -> Task:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK
 from sfu_delegate.delegation.model import (
     Accept,
     Action,
@@ -54,7 +55,7 @@ def row(presence: Presence = Presence.CONNECTED, state: State | None = None, **c
         State.ENDING: (Lane.END, NOW, gone_at),
         State.SUPERSEDED: (Lane.RESTART, NOW, running_since + delay),
         State.VANISHED: (Lane.TIMER, NOW + POLICY.vanished_wait, None),
-        State.ADRIFT: (Lane.TIMER, running_since + delay + POLICY.adrift_keep, None),
+        State.ADRIFT: (Lane.TIMER, NOW + ADRIFT_CHECK, running_since + delay + POLICY.adrift_keep),
         State.DONE: (Lane.TIMER, NOW + POLICY.keep, None),
     }[state]
     sessions = {
@@ -184,7 +185,7 @@ def assert_consistent(there: DelayedEvent) -> None:
     elif there.state in (State.LIVE, State.SUPERSEDED):
         assert there.harm == there.deadline
     else:
-        assert there.harm is None
+        assert (there.harm is not None) is (there.state is State.ADRIFT)
         assert not there.claimed
     if there.state is State.DONE:
         assert (there.token, there.look_at) == (None, None)

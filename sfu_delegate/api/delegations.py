@@ -16,7 +16,7 @@ from aiohttp import web
 
 from sfu_delegate.api.body import read_body
 from sfu_delegate.api.delegation_body import DelegationBody, read_delegation
-from sfu_delegate.api.errors import MatrixError, json_response
+from sfu_delegate.api.errors import MatrixError, json_response, of_exception
 from sfu_delegate.api.port import Overloaded, Unavailable, Watch
 from sfu_delegate.api.services import Services, Settings
 from sfu_delegate.delegation.model import Accept, DelayedEvent, Find, Lane, NewEvent, Note, OnEnd, Outcome, Presence, Refuse, State, Withdraw
@@ -68,9 +68,10 @@ class Delegations:
         """Take over delayed events; wait a short time for the homeserver to confirm them."""
         try:
             return await self._delegate(request)
-        except MatrixError as error:
-            if times := self._refused.times(f"{error.status} {error.errcode}"):
-                self._services.log.info("delegation_refused", status=error.status, errcode=error.errcode, times=times)
+        except Exception as error:
+            refused = of_exception(error)
+            if refused is not None and (times := self._refused.times(f"{refused.status} {refused.errcode}")):
+                self._services.log.info("delegation_refused", status=refused.status, errcode=refused.errcode, times=times)
             raise
 
     async def _delegate(self, request: web.Request) -> web.Response:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task, Verdict
-from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable
+from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeservers
 from sfu_delegate.matrix.management import Answer, ManagementClient
 from sfu_delegate.observe.logs import frames, get_logger
@@ -115,7 +115,7 @@ class Actions:
         self._condition("homeserver", name, trouble or None)
 
     async def _check_sfu(self, name: str) -> None:
-        participants, trouble = await self._participants(name, CHECKED_ROOM)
+        participants, trouble, _ = await self._participants(name, CHECKED_ROOM)
         self._condition("sfu", name, None if participants is not None else trouble)
 
     async def _manage(self, task: Task) -> None:
@@ -160,23 +160,23 @@ class Actions:
 
     async def _look(self, task: Task) -> None:
         sent_at = self._clock()
-        participants, trouble = await self._participants(task.sfu, task.room)
+        participants, trouble, reached = await self._participants(task.sfu, task.room)
         self._observer.look(task.sfu, "failed" if participants is None else "done", self._clock() - sent_at)
         self._condition("sfu", task.sfu, None if participants is not None else trouble)
-        self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, participants, trouble))
+        self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, participants, trouble, reached))
 
-    async def _participants(self, name: str, room: str) -> tuple[tuple[Listed, ...] | None, str]:
-        """Who is in the room; or None, and why the SFU could not be asked."""
+    async def _participants(self, name: str, room: str) -> tuple[tuple[Listed, ...] | None, str, bool]:
+        """Who is in the room; or None, why the SFU could not be asked, and whether it is there nevertheless."""
         sfu = self.reach.sfus.get(name)
         if sfu is None:
-            return None, "it is not configured any more"
+            return None, "it is not configured any more", False
         try:
-            return await self.reach.room_service.look(sfu.address, room, sfu.timeout), ""
+            return await self.reach.room_service.look(sfu.address, room, sfu.timeout), "", True
         except SfuUnavailable as error:
-            return None, str(error)
+            return None, str(error), error.trouble is Trouble.REFUSED
         except Exception as error:
             log.error("look_failed", sfu=name, error=type(error).__name__, at=frames(error))
-            return None, f"a defect of the daemon: {type(error).__name__}"
+            return None, f"a defect of the daemon: {type(error).__name__}", False
 
     def _condition(self, kind: str, name: str, trouble: str | None) -> None:
         """One line for each change of a homeserver's or an SFU's condition, not for each try; another one for another cause, after a while.

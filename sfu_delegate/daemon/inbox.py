@@ -23,7 +23,7 @@ T = TypeVar("T")
 BATCH = 512  # inputs in one transaction at the most, so that nobody waits for long
 FULL_RETRY_AFTER = 1.0  # seconds
 BROKEN_RETRY_AFTER = 2.0
-BROKEN_PAUSE = 0.5  # before the next try when the database does not work
+BROKEN_PAUSE = 0.2  # before the next try when the database does not work
 PATIENCE = 5.0  # seconds that an answer waits for a database that hangs: LiveKit 1.13 itself waits without limit, and a room's webhooks with it
 TICKS = 5  # … in so many parts
 IDLE_AFTER = 1.0  # without work, before housekeeping
@@ -298,7 +298,8 @@ class Inbox:
             self._missed = self._missed or isinstance(given, Seen | RoomChanged)
             if not future.done():
                 future.set_exception(why)
-        self._waiting[:0] = again
+        # Behind what has come meanwhile: the engine must hear of every answer, and takes only so many at a time.
+        self._waiting = [*self._waiting, *_without_repetition(again)]
 
     async def _keep_alive(self) -> None:
         """Who is connected stays, although nothing can be stored."""
@@ -343,3 +344,13 @@ class Inbox:
         if done.done():
             done.result()
         return done.done()
+
+
+def _without_repetition(
+    waiting: Sequence[tuple[Input, asyncio.Future[Reply] | None]],
+) -> Iterator[tuple[Input, asyncio.Future[Reply] | None]]:
+    """Of the restarts of one event that nobody had claimed, only the last one matters."""
+    last = {given.event: given for given, _ in waiting if isinstance(given, Answered) and given.claim < 0}
+    for given, future in waiting:
+        if not isinstance(given, Answered) or given.claim >= 0 or last[given.event] is given:
+            yield given, future

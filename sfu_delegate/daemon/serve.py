@@ -77,7 +77,8 @@ class _Observer:
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         """See `inbox.Observer`."""
         self._metrics.forecast(lateness, rates)
-        for homeserver, seconds in lateness.items():
+        over = {homeserver: 0.0 for homeserver in self._late if homeserver not in lateness}
+        for homeserver, seconds in {**lateness, **over}.items():
             if (seconds > 0) is (homeserver in self._late):
                 continue
             if seconds > 0:

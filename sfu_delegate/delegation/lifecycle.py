@@ -38,14 +38,18 @@ from sfu_delegate.delegation.model import (
     RoomChanged,
     Seen,
     Session,
+    SfuFound,
     SfuLost,
     State,
     Verdict,
     Withdraw,
 )
-from sfu_delegate.delegation.policy import Policy
+from sfu_delegate.delegation.policy import SFU_LOST, Policy
 from sfu_delegate.delegation.presence import Finding, Sign
 from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
+
+ADRIFT_CHECK = 60.0
+"""Seconds between two looks at whether the SFU of an event that was let run has been heard of again."""
 
 VANISHED_WAITS = 10
 """How often an event that the homeserver no longer knows waits for a look at the SFU, before the worst is assumed."""
@@ -77,6 +81,7 @@ PRESENCE: dict[tuple[Presence, Sign], Presence] = {
     (Presence.AWAY, Sign.UNASKED): Presence.AWAY,
     (Presence.AWAY, Sign.CONTRADICTED): Presence.AWAY,
     (Presence.AWAY, Sign.BETWEEN): Presence.EXPECTED,
+    (Presence.GONE, Sign.BETWEEN): Presence.GONE,  # looks that were made after it delegated had not found it
     (Presence.GONE, Sign.DELEGATED): Presence.EXPECTED,
     (Presence.GONE, Sign.ARRIVED): Presence.CONNECTED,
     (Presence.GONE, Sign.DEPARTED): Presence.GONE,
@@ -159,7 +164,7 @@ EVENTS: dict[tuple[State, Happening], State] = {
 # ── the rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-Given = Seen | RoomChanged | SfuLost | Looked | Answered | Withdraw | Due | Accept
+Given = Seen | RoomChanged | SfuLost | SfuFound | Looked | Answered | Withdraw | Due | Accept
 """What one row is told of."""
 
 
@@ -184,7 +189,11 @@ def advance(row: DelayedEvent, given: Given, now: float, policy: Policy, random:
                 row = _told(row, now, policy, random)
             return _apply(row, finding, now, policy, random)
         case SfuLost():
-            return _happen(row, Happening.LET_RUN, now, policy, random)
+            new = _happen(row, Happening.LET_RUN, now, policy, random)
+            present = row.presence in (Presence.CONNECTED, Presence.EXPECTED)
+            return new._replace(reason=SFU_LOST) if new is not row and present else new
+        case SfuFound():
+            return _told(row, now, policy, random) if row.reason == SFU_LOST else row
         case Accept():
             return _apply(row, Finding(Sign.DELEGATED, row.sessions), now, policy, random)
         case Answered():
@@ -398,9 +407,12 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
             return _done(row, Outcome.ALREADY_ENDED, now, policy)
         case State.LIVE, State.ADRIFT:
             over = max(now, row.deadline) + policy.adrift_keep
-            return row._replace(state=new, lane=Lane.TIMER, due=over, harm=None, attempts=0, end_tried=_tried(row), claimed=False)
+            return row._replace(
+                state=new, lane=Lane.TIMER, due=min(now + ADRIFT_CHECK, over), harm=over, attempts=0, end_tried=_tried(row), claimed=False
+            )
         case State.ADRIFT, State.LIVE:
-            return _restart_at(row._replace(state=new), now if row.end_tried else None, now, policy, random)
+            row = row._replace(state=new, reason="" if row.reason == SFU_LOST else row.reason)
+            return _restart_at(row, now if row.end_tried else None, now, policy, random)
         case ((State.LIVE | State.ADRIFT), State.ENDING):
             # A restart that is under way must not hold up the goodbye: its claim is void.
             return row._replace(state=new, lane=Lane.END, due=now, harm=row.ended_at, attempts=0, end_tried=_tried(row), claimed=False)
@@ -525,7 +537,8 @@ def _time_up(row: DelayedEvent, now: float, policy: Policy, random: float) -> De
     if row.state not in (State.VANISHED, State.ADRIFT) or row.due is None or now < row.due:
         return row
     if row.state is State.ADRIFT:
-        return _happen(row, Happening.TIME_UP, now, policy, random)
+        over = now if row.harm is None else row.harm
+        return _happen(row, Happening.TIME_UP, now, policy, random) if now >= over else row._replace(due=min(now + ADRIFT_CHECK, over))
     if row.look_at is not None and row.presence in (Presence.CONNECTED, Presence.AWAY) and row.attempts < VANISHED_WAITS:
         return row._replace(due=now + policy.vanished_wait * (1 + random), attempts=row.attempts + 1)  # a look is about to decide
     if row.presence is Presence.CONNECTED:

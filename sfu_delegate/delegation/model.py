@@ -126,7 +126,7 @@ class DelayedEvent(NamedTuple):
     finished_at: float | None
     lane: Lane | None  # None: nothing will ever be done any more
     due: float | None  # the earliest start; while claimed, the end of the lease
-    harm: float | None  # lateness hurts from here: the departure, or running_since + delay
+    harm: float | None  # lateness hurts from here: the departure, or running_since + delay; of one that was let run: when it is given up
     claim: int  # counts claims; an answer to an older one cannot end anything
     claimed: bool
 
@@ -227,6 +227,13 @@ class SfuLost:
     sfu: str
 
 
+@dataclass(frozen=True, slots=True)
+class SfuFound:
+    """The SFU that was lost has been heard of again."""
+
+    sfu: str
+
+
 class Listed(NamedTuple):
     """One entry of ListParticipants."""
 
@@ -246,6 +253,7 @@ class Looked:
     sent_at: float
     participants: tuple[Listed, ...] | None
     error: str = ""
+    reached: bool = False  # it did answer, and refused to say anything
     doubtful: bool = False  # the engine knows of a reason why absences prove nothing
     doubted_until: float = 0.0  # … or knew of one until then
     finished: bool = False  # the room was told to be over
@@ -343,7 +351,7 @@ class Due:
     event: int
 
 
-Input = Accept | Withdraw | Refuse | Find | Seen | RoomChanged | Missed | SfuLost | Looked | Answered | Due
+Input = Accept | Withdraw | Refuse | Find | Seen | RoomChanged | Missed | SfuLost | SfuFound | Looked | Answered | Due
 
 
 # ── outputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,11 +8,12 @@ from types import MappingProxyType
 MISSING = "MISSING"  # a look did not show a participant whose departure nobody announced
 ROOM_MISSING = "ROOM_MISSING"  # a look showed an empty room, and nobody's departure had been announced: an SFU that restarted knows nobody
 ROOM_RESTARTED = "ROOM_RESTARTED"  # the room came up anew after the participant had joined: its session belongs to a room that is gone
+SFU_LOST = "SFU_LOST"  # nobody can tell whether the participant is there, so its events are let run
 NEVER_JOINED = "NEVER_JOINED"  # delegated, and not in the call when the join timeout was over
 OTHER = "OTHER"  # every reason that the table does not name
 LOST_AFTER = 600.0  # seconds; the default of `Policy.lost`
 STABLE_INTERVALS = 10  # a room is looked at less and less often with every so many intervals in which nothing changed
-OWN_REASONS = frozenset({MISSING, ROOM_MISSING, ROOM_RESTARTED, NEVER_JOINED, OTHER})
+OWN_REASONS = frozenset({MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST, NEVER_JOINED, OTHER})
 
 
 class Unasked(StrEnum):
@@ -70,13 +71,8 @@ class Policy:
 
     departures: Mapping[str, Departure] = field(default_factory=lambda: DEPARTURES)
     join_timeout: float = 120.0  # from the delegation, or the last sign of a connection attempt, until an absent participant is given up
-    first_looks: tuple[float, ...] = (
-        1.0,
-        3.0,
-        8.0,
-        20.0,
-        45.0,
-    )  # after the delegation: somebody who is connected already is found by these
+    # After the delegation: somebody who is connected already is found by these.
+    first_looks: tuple[float, ...] = (1.0, 3.0, 8.0, 20.0, 45.0)
     unseen_departure: float = 10.0  # the least wait for a look when a participant leaves that was never seen under this delegation
     joining_limit: float = 60.0  # how long somebody who is AWAY may be seen joining before that counts as absent
     look_again: float = 5.0  # between looks that could not decide; doubled with each look that failed

@@ -106,7 +106,8 @@ def _ended(row: DelayedEvent, seen: Seen, known: Session | None, policy: Policy)
     if row.presence is Presence.EXPECTED:
         # Clients open a first short session, or are about to come back: whoever was never seen gets more time.
         return Finding(Sign.DEPARTED, kept, seen.reason, max(look_after, policy.unseen_departure))
-    if was_live and seen.made_at and seen.made_at + ROUNDED < row.accepted_at:
+    began = max((s.heard_at for s in was_live), default=row.accepted_at)
+    if began < row.accepted_at and seen.made_at and seen.made_at + ROUNDED < row.accepted_at:
         return Finding(Sign.BETWEEN, kept)
     if was_live and look_after <= 0:
         if seen.late:  # they may be back already, with a session that nobody has told of yet

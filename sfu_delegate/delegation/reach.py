@@ -1,8 +1,12 @@
 """Can an SFU be asked? How many looks it gets at a time, and when it counts as lost. No I/O, no clock."""
 
 from dataclasses import dataclass
+from math import inf
 
 from sfu_delegate.delegation.policy import Policy
+
+NONSENSE = 86400.0
+"""Seconds by which no SFU's clock is ahead of ours."""
 
 LAG_OVER = 300.0
 """Seconds over which the least lag of webhooks is looked for, and as long again in which it is remembered."""
@@ -25,6 +29,7 @@ class Reach:
     lag: float | None = None  # seconds by which webhooks arrive after they were made, as its clock and ours go: the least of the last minutes
     _lag_before: float | None = None  # … of the minutes before
     _lag_since: float = 0.0
+    _recovered_at: float = -inf
     several_nodes_at: float | None = None  # when it last showed that it has several nodes, or a memory that outlives them
 
     def open(self, policy: Policy) -> bool:
@@ -41,13 +46,20 @@ class Reach:
         """A look is on its way."""
         self.in_flight += 1
 
-    def ended(self, sent_at: float, now: float, policy: Policy, *, answered: bool) -> bool:
-        """A look came back; True when the SFU had failed and can be asked again."""
+    def ended(self, sent_at: float, now: float, policy: Policy, *, answered: bool, reached: bool = False) -> bool:
+        """A look came back; True when the SFU had failed and can be asked again, so that all its rooms should be looked at. That is not more than
+        once in an interval, unless it had failed again and again: where only some rooms fail, it would never end. `reached`: it refused to answer.
+        """
         self.in_flight = max(0, self.in_flight - 1)
         if answered:
-            recovered = self.failing_since is not None
+            was_open, failed = self.open(policy), self.failing_since is not None
             self.failures, self.failing_since = 0, None
-            return recovered
+            if not was_open and not (failed and now >= self._recovered_at + policy.interval):
+                return False
+            self._recovered_at = now
+            return True
+        if reached:
+            self.heard_at = max(self.heard_at, now)  # it is there, though it does not know our key, say
         self.failures += 1
         self.probe_at = now + policy.look_again
         if self.failing_since is None:
@@ -60,7 +72,7 @@ class Reach:
 
     def is_late(self, created_at: float, now: float, after: float) -> bool:
         """Did a webhook, made at `created_at` by the SFU's clock, take much longer than others? The two clocks may differ by any amount."""
-        if not created_at:
+        if not created_at or created_at > now + NONSENSE:
             return False
         lag = now - created_at
         if not 0 <= now - self._lag_since < LAG_OVER:  # clocks drift, and are set

@@ -120,6 +120,7 @@ class Metrics:
         self.database_works = Gauge("sfu_delegate_database_works", "1 while the database takes transactions, else 0.", registry=at)
         self.reloads = Counter("sfu_delegate_config_reloads_total", "SIGHUPs, by result.", ("result",), registry=at)
         self._backlogs: set[tuple[str, str]] = set()
+        self._forecasts: set[str] = set()
 
     def watch_states(self, states: Callable[[], Mapping[tuple[str, str, str], int]]) -> None:
         """Where the number of delayed events by (homeserver, state, presence) is to be had."""
@@ -192,8 +193,11 @@ class Metrics:
             label = self.label(homeserver)
             known = rate if limit is Limit.SOME else inf
             slowest[label] = min(known, slowest.get(label, inf))
+        for label in self._forecasts - set(worst):
+            self.late.labels(label).set(0.0)
         for label, seconds in worst.items():
             self.late.labels(label).set(seconds)
+        self._forecasts |= set(worst)
         for label, rate in slowest.items():
             self.rate.labels(label).set(0.0 if rate == inf else rate)
 

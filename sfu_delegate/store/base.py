@@ -61,7 +61,7 @@ class Transaction(Protocol):
         """When the next row of this homeserver is due."""
 
     def countdowns(self, homeserver: str) -> Iterable[Countdown]:
-        """All restarts that are to come at a homeserver, by deadline."""
+        """All restarts that are to come at a homeserver, by deadline; without those made with a client's token, which has a limit of its own."""
 
     def new_id(self) -> int:
         """A fresh id for a row."""
@@ -128,7 +128,7 @@ class Store(Protocol):
 
     def census(self) -> Census:
         """Counts by (homeserver, state, presence), the next due time by homeserver, the next look by SFU, by homeserver the restarts a second
-        that its open events need at the least (the sum of 1/delay), and what was learned."""
+        that its open events need at the least (the sum of 1/delay, without those with a client's token), and what was learned."""
 
     def recover(self, now: float, policy: Policy, *, clock_unsure: bool) -> int:
         """At the start: what was claimed by a process that is gone is due at once, and all rooms are to be looked at; the number of such rows.

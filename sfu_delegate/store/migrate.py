@@ -6,7 +6,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, inspect, text
+from sqlalchemy import Engine, create_engine, event, inspect, text
 from sqlalchemy.dialects import sqlite as dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
@@ -26,7 +26,10 @@ def alembic_config() -> Config:
 
 
 def _engine(connection: sqlite3.Connection) -> Engine:
-    return create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
+    engine = create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
+    # The connection commits each statement by itself, unless it is told to begin: a migration is kept as a whole, or not at all.
+    event.listen(engine, "begin", lambda bound: bound.exec_driver_sql("BEGIN IMMEDIATE"))
+    return engine
 
 
 def upgrade(connection: sqlite3.Connection, path: Path) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.sql import ClauseElement, ColumnElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room, State
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
@@ -108,7 +109,10 @@ _ROOMS_DUE = _sql(
 _NEXT_ROOM_DUE = _sql(select(func.min(_room.c.due)).where(_room.c.sfu == _p("a"), _room.c.routine == _p("b"), _room.c.due.is_not(None)), "a", "b")
 _COUNTDOWNS = _sql(
     select(_event.c.harm, _event.c.delay, _event.c.id, _event.c.verified_at.is_not(None))
-    .where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None), _event.c.harm.is_not(None))
+    .where(
+        *(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None)),
+        *(_event.c.harm.is_not(None), _event.c.token.is_(None)),
+    )
     .order_by(_event.c.harm),
     *("a", "b"),
 )
@@ -135,7 +139,10 @@ _BACKLOG = _sql(
     *("a", "b", "c"),
 )
 _LOAD = _sql(
-    select(_event.c.homeserver, func.sum(1.0 / _event.c.delay)).where(_event.c.state != _p("b")).group_by(_event.c.homeserver), "delay_1", "b"
+    select(_event.c.homeserver, func.sum(1.0 / _event.c.delay))
+    .where(_event.c.state != _p("b"), _event.c.token.is_(None))
+    .group_by(_event.c.homeserver),
+    *("delay_1", "b"),
 )
 _ROOM_SCHEDULE = _sql(select(_room.c.sfu, func.min(_room.c.due)).where(_room.c.due.is_not(None)).group_by(_room.c.sfu))
 
@@ -429,10 +436,10 @@ class SqliteStore:
             .values(
                 due=case(
                     (c.state == State.VANISHED.value, now + policy.vanished_wait),
-                    (c.state == State.ADRIFT.value, now + c.delay + policy.adrift_keep),
+                    (c.state == State.ADRIFT.value, now + ADRIFT_CHECK),
                     else_=now,
                 ),
-                harm=func.min(c.harm, now + c.delay / 2),
+                harm=case((c.state == State.ADRIFT.value, now + c.delay + policy.adrift_keep), else_=func.min(c.harm, now + c.delay / 2)),
                 running_since=func.min(c.running_since, now),
                 presence_since=func.min(c.presence_since, now),
                 attempt_at=func.min(c.attempt_at, now),

@@ -547,3 +547,34 @@ async def test_work_in_the_thread_comes_between_two_steps() -> None:
 
         with pytest.raises(StoreUnavailable):
             await it.inbox.in_thread(fail)
+
+
+async def test_while_nothing_can_be_kept_the_engine_hears_of_every_answer() -> None:
+    """More than go into one batch, and a request that comes behind them is answered at once; all are kept in the end, each once."""
+    async with bench(most=4 * module.BATCH) as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.errors = [StoreUnavailable("The disk is full.") for _ in range(6)]
+        for n in range(2 * module.BATCH):
+            it.inbox.hand_in(answered(n))
+        with pytest.raises(Unavailable):
+            await it.inbox.put(joined())
+        assert len(it.engine.errors) >= 2
+        await until(lambda: not it.engine.errors)
+        failed = {given.event for step in it.engine.steps[1:7] for given in step if isinstance(given, Answered)}
+        assert failed == set(range(2 * module.BATCH))
+        kept = [given.event for step in it.engine.steps[7:] for given in step if isinstance(given, Answered)]
+        await until(lambda: sum(len(step) for step in it.engine.steps[7:]) > 2 * module.BATCH)
+        kept = [given.event for step in it.engine.steps[7:] for given in step if isinstance(given, Answered)]
+        assert sorted(kept) == list(range(2 * module.BATCH))
+
+
+async def test_of_restarts_that_nobody_claimed_the_last_one_is_kept() -> None:
+    """A disk may be full for hours, and what waits must not grow with it."""
+    async with bench() as it:
+        await until(lambda: len(it.engine.steps) == 1)
+        it.engine.errors = [StoreUnavailable("The disk is full.") for _ in range(2)]
+        for n in range(1, 20):
+            it.inbox.hand_in(Answered("hs.test", 1, -n, Action.RESTART, NOW + n, Verdict.DONE))
+        await until(lambda: not it.engine.errors)
+        await until(lambda: any(isinstance(given, Answered) for step in it.engine.steps[3:] for given in step))
+        assert [given.claim for step in it.engine.steps[3:] for given in step if isinstance(given, Answered)] == [-19]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfu_delegate.delegation import lifecycle
-from sfu_delegate.delegation.lifecycle import EVENTS, Happening, action, advance, claim, delegate, story, supersede
+from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK, EVENTS, Happening, action, advance, claim, delegate, story, supersede
 from sfu_delegate.delegation.model import (
     Accept,
     Action,
@@ -24,12 +24,13 @@ from sfu_delegate.delegation.model import (
     Presence,
     RoomChanged,
     RoomNews,
+    SfuFound,
     SfuLost,
     State,
     Verdict,
     Withdraw,
 )
-from sfu_delegate.delegation.policy import MISSING, ROOM_MISSING, ROOM_RESTARTED
+from sfu_delegate.delegation.policy import MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST
 from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
 
 from tests.rows import (
@@ -734,7 +735,7 @@ def test_when_the_sfu_is_lost_the_event_is_let_run(presence: Presence) -> None:
     after = advance(before, SfuLost(SFU), NOW, POLICY, 0.5)
     assert_consistent(after)
     assert (after.state, after.presence, after.look_at) == (State.ADRIFT, presence, before.look_at)
-    assert (after.lane, after.due) == (Lane.TIMER, before.deadline + POLICY.adrift_keep)
+    assert (after.lane, after.due, after.harm) == (Lane.TIMER, NOW + ADRIFT_CHECK, before.deadline + POLICY.adrift_keep)
     assert [note.what for note in story(before, after, SfuLost(SFU), NOW)] == ["adrift"]
     assert advance(after, SfuLost(SFU), NOW + 60.0, POLICY, 0.5) is after
 
@@ -742,7 +743,34 @@ def test_when_the_sfu_is_lost_the_event_is_let_run(presence: Presence) -> None:
 def test_an_event_whose_deadline_has_passed_is_kept_as_long() -> None:
     """The client may have restarted it: an hour from now, not from then."""
     after = advance(row(running_since=NOW - 2 * DELAY), SfuLost(SFU), NOW, POLICY, 0.5)
-    assert after.due == NOW + POLICY.adrift_keep
+    assert after.harm == NOW + POLICY.adrift_keep
+
+
+@pytest.mark.parametrize("presence", [Presence.CONNECTED, Presence.EXPECTED])
+def test_when_a_lost_sfu_is_heard_of_again_its_events_are_kept_alive(presence: Presence) -> None:
+    """Whoever has no news of their own, too: a webhook of somebody else shows that it is there."""
+    adrift = advance(row(presence), SfuLost(SFU), NOW, POLICY, 0.5)
+    assert adrift.reason == SFU_LOST
+    after = advance(adrift, SfuFound(SFU), NOW + 60.0, POLICY, 0.5)
+    assert_consistent(after)
+    assert (after.state, after.presence, after.reason) == (State.LIVE, presence, "")
+
+
+def test_what_was_let_run_because_the_lists_contradict_each_other_waits_for_better_lists() -> None:
+    """That the SFU is there was known."""
+    adrift = row(state=State.ADRIFT)
+    assert advance(adrift, SfuFound(SFU), NOW, POLICY, 0.5) is adrift
+
+
+def test_an_event_that_was_let_run_is_looked_after_until_it_is_given_up() -> None:
+    """Each minute, and then it has run out."""
+    adrift = advance(row(), SfuLost(SFU), NOW, POLICY, 0.5)
+    assert adrift.due is not None
+    again = advance(adrift, Due(adrift.id), adrift.due, POLICY, 0.5)
+    assert (again.state, again.due) == (State.ADRIFT, adrift.due + ADRIFT_CHECK)
+    assert again.harm is not None
+    over = advance(again._replace(due=again.harm), Due(again.id), again.harm, POLICY, 0.5)
+    assert (over.state, over.outcome) == (State.DONE, Outcome.RAN_OUT)
 
 
 @pytest.mark.parametrize("state", [State.ENDING, State.SUPERSEDED, State.VANISHED, State.DONE])
@@ -832,12 +860,30 @@ def test_who_is_found_to_be_gone_after_all_is_said_goodbye() -> None:
     assert (gone.state, gone.due, gone.harm, gone.end_tried) == (State.ENDING, NOW, away.presence_since, False)
 
 
+@pytest.mark.parametrize(
+    ("presence", "then"), [(Presence.CONNECTED, Presence.EXPECTED), (Presence.AWAY, Presence.EXPECTED), (Presence.GONE, Presence.GONE)]
+)
+def test_a_session_that_ended_before_its_participant_delegated(presence: Presence, then: Presence) -> None:
+    """It is about to come back; but whom looks did not find after it had delegated, it is no news of."""
+    before = row(presence, accepted_at=NOW - 10.0, sessions=(live(heard_at=NOW - 60.0),))
+    after = advance(before, replace(left("S1"), made_at=NOW - 20.0, late=True), NOW, POLICY, 0.5)
+    assert after.presence is then
+    assert not after.live_sids
+
+
+def test_a_session_that_began_after_its_participant_delegated_is_left() -> None:
+    """Whatever the SFU's clock says."""
+    before = row(accepted_at=NOW - 10.0, sessions=(live(heard_at=NOW - 5.0),))
+    assert advance(before, replace(left("S1"), made_at=NOW - 20.0), NOW, POLICY, 0.5).presence is Presence.AWAY
+
+
 def test_an_event_that_nobody_could_tell_of_has_run_out() -> None:
     """Not before an hour after its deadline, whatever the timer says."""
     before = adrift()
-    assert before.due is not None
-    assert advance(before, Due(1), before.due - 1.0, POLICY, 0.5) is before
-    after = advance(before, Due(1), before.due, POLICY, 0.5)
+    assert before.harm is not None
+    assert advance(before, Due(1), NOW, POLICY, 0.5) is before
+    assert advance(before, Due(1), before.harm - 1.0, POLICY, 0.5).state is State.ADRIFT
+    after = advance(before, Due(1), before.harm, POLICY, 0.5)
     assert_consistent(after)
     assert (after.state, after.outcome) == (State.DONE, Outcome.RAN_OUT)
 

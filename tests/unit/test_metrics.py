@@ -221,3 +221,12 @@ def test_the_names_are_what_prometheus_expects(metrics: Metrics) -> None:
                 assert sample.name.endswith("_total")
             if family.type == "histogram":
                 assert family.name.endswith(("_seconds", "_fraction", "_inputs"))
+
+
+def test_the_forecast_of_a_homeserver_that_has_no_delegations_any_more_is_zero() -> None:
+    """Nobody will be late there."""
+    metrics = Metrics(lambda homeserver: homeserver)
+    metrics.forecast({"a.test": 30.0, "b.test": 0.0}, {})
+    assert metrics.registry.get_sample_value("sfu_delegate_restart_forecast_lateness_seconds", {"homeserver": "a.test"}) == 30.0
+    metrics.forecast({"b.test": 0.0}, {})
+    assert metrics.registry.get_sample_value("sfu_delegate_restart_forecast_lateness_seconds", {"homeserver": "a.test"}) == 0.0

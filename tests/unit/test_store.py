@@ -1,18 +1,20 @@
 """The embedded database on a file: schema, locks, recovery, queries, failures, and what a kill leaves behind."""
 
+import itertools
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from alembic import command
+from alembic import command, op
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given, settings
@@ -717,7 +719,7 @@ def test_when_the_clock_was_set_an_event_that_was_let_run_is_still_kept() -> Non
             engine.step((), NOW + back)
             (there,) = stored(store)
             assert there.state is State.ADRIFT
-            assert there.due == NOW + back + there.delay + POLICY.adrift_keep
+            assert there.harm == NOW + back + there.delay + POLICY.adrift_keep
 
 
 @pytest.mark.parametrize("back", [60.0, 900.0, 3600.0, 10**6])
@@ -833,3 +835,35 @@ def test_a_filled_database_of_the_first_version_keeps_its_rooms(tmp_path: Path) 
         assert rooms(store)["known"] == kept._replace(due=NOW, claimed=False, asked=NOW)
         assert len(engine_on(store).step((), NOW).tasks) == 2
         assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.parametrize("killed_at", range(8))
+def test_a_migration_that_is_cut_off_is_made_again_as_a_whole(tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its last step was: nothing of it is kept, and the next start makes all of it."""
+    path = tmp_path / "delegate.db"
+    before = row(room="known")._replace(id=1)
+    make_first_version(path, [before])
+    steps = itertools.count()
+
+    def cut_off(made: Callable[..., object], *args: object, **more: object) -> object:
+        if next(steps) == killed_at:
+            raise KeyboardInterrupt
+        return made(*args, **more)
+
+    with monkeypatch.context() as patch:
+        for name in ("drop_index", "rename_table", "create_table", "execute", "drop_table", "create_index"):
+            made = getattr(op, name)
+            patch.setattr(op, name, partial(cut_off, made))
+        with pytest.raises(KeyboardInterrupt):
+            SqliteStore(path)
+    with opened(path) as store:
+        assert stored(store) == [before]
+        assert set(rooms(store)) == {"known"}
+
+
+def test_what_a_client_s_token_restarts_does_not_count_for_our_rate() -> None:
+    """It has a limit of its own."""
+    with opened() as store:
+        insert(store, row(delay_id="ours")._replace(id=1), row(delay_id="theirs", token=b"sealed")._replace(id=2))
+        assert [c.event for c in store.atomically(lambda tx: list(tx.countdowns(HOMESERVER)))] == [1]
+        assert store.census().load == {HOMESERVER: 1 / DELAY}
