@@ -5,6 +5,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -39,7 +40,7 @@ from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Tou
 from sfu_delegate.delegation.urgency import FIRST_WIDTH, UNKNOWN_WIDTH, Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.store import schema
-from sfu_delegate.store.base import KnownHomeserver, StoreUnavailable
+from sfu_delegate.store.base import KnownHomeserver, StoreUnavailable, Transaction
 from sfu_delegate.store.sqlite import SqliteStore
 from sqlalchemy import update
 
@@ -1411,3 +1412,22 @@ def test_thirty_short_delays_are_restarted_in_time_at_one_action_a_second() -> N
     run_for(engine, 1800.0, NOW, all_there(*[f"p{n}" for n in range(30)]))
     assert {there.state for there in stored(engine)} == {State.LIVE}
     assert all(there.running_since > NOW + 1700.0 for there in stored(engine))
+
+
+def _insert(there: DelayedEvent, tx: Transaction) -> None:
+    tx.insert(there)
+
+
+def test_the_forecast_goes_back_to_zero_when_the_harm_is_done() -> None:
+    """What is overdue is told for as long as it is; then all is well again, though nobody has delegated anything since."""
+    store = SqliteStore(":memory:")
+    overdue = row(running_since=NOW - 100.0, delay=60.0, delay_id="overdue")._replace(id=1, due=NOW)
+    well = row(running_since=NOW, delay_id="well", identity="bob")._replace(id=2)
+    for there in (overdue, well):
+        store.atomically(partial(_insert, there))
+    engine = Engine(store, POLICY, Limits(), Random(0), limited=lambda _: True)
+    (task,) = (task for task in engine.step((), NOW).tasks if task.action is Action.RESTART)
+    assert engine.forecast(NOW)[HOMESERVER] > 0
+    engine.step([Answered(HOMESERVER, task.event, task.claim, task.action, NOW, Verdict.NOT_FOUND)], NOW)
+    engine.step((), NOW + 2.0)
+    assert engine.forecast(NOW + 2.0)[HOMESERVER] == 0.0
