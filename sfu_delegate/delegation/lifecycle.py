@@ -51,6 +51,9 @@ from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
 ADRIFT_CHECK = 60.0
 """Seconds between two looks at whether the SFU of an event that was let run has been heard of again."""
 
+PAST_DEADLINE = 5.0
+"""Seconds, at the most, between tries of a restart whose deadline has passed as far as we know, for another delay."""
+
 VANISHED_WAITS = 10
 """How often an event that the homeserver no longer knows waits for a look at the SFU, before the worst is assumed."""
 
@@ -460,8 +463,10 @@ def _again(row: DelayedEvent, answer: Answered, now: float, policy: Policy, rand
     if answer.retry_after is not None:
         wait = max(wait, min(answer.retry_after, policy.retry_most))
     latest = row.deadline if row.verified_at is not None else row.accepted_at + row.delay
-    if row.state is State.LIVE and latest > now:
-        wait = min(wait, max(policy.retry_first, (latest - now) / 8))  # the deadline must not pass while nobody tries
+    perhaps = answer.verdict is Verdict.UNCERTAIN and answer.action is Action.RESTART  # did the countdown begin anew?
+    if row.state is State.LIVE and (perhaps or now < latest + row.delay):
+        # The deadline must not pass while nobody tries; and when it has, a clock that was set, or a client, may have moved it.
+        wait = min(wait, max(policy.retry_first, (latest - now) / 8 if latest > now else PAST_DEADLINE))
     return row._replace(attempts=row.attempts + 1, due=now + wait)
 
 

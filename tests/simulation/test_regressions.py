@@ -94,6 +94,18 @@ HISTORIES: Mapping[str, History] = MappingProxyType(
         ),
         # An event that was never restarted, because its homeserver was down, is tried often enough for as long as it may be there.
         "delegated_while_the_homeserver_is_down": History(5, (ALICE,), (Op(40.0, "homeserver down", "red", 47.0), Op(43.6, "come", "alice")), 150.0),
+        # A restart that was perhaps done is perhaps the last one for a whole delay: an event is tried as often as one whose deadline is to come.
+        "restarted_and_not_told_for_long": History(
+            700057,
+            (Someone("p0", "red", 60.0), Someone("p2", "red", 300.0)),
+            (
+                Op(33.0, "come", "p0", 1.0),
+                Op(40.0, "come late", "p2"),
+                Op(161.0, "homeserver does not tell", "red", 282.0),
+                Op(333.0, "homeserver html", "red", 48.0),
+            ),
+            365.348,
+        ),
         # What was restarted early is not restarted again by the same plan.
         "planned_and_done": History(
             17, (ALICE, BOB), (Op(7.0, "come", "bob", 36.0), Op(39.0, "homeserver down", "red", 46.0), Op(44.0, "come", "alice", 9.0)), 231.0

@@ -423,7 +423,7 @@ class Daemon:
 
     def rows_of(self, room: str, identity: str, *, finished: bool = False) -> list[DelayedEvent]:
         """The rows of one participant."""
-        return self.store.atomically(lambda tx: tx.of_participant(SFU, room, identity, finished=finished))
+        return self.store.reading(lambda tx: tx.of_participant(SFU, room, identity, finished=finished))
 
 
 def _is_result(task: Task, given: Answered | Looked) -> bool:
