@@ -377,7 +377,6 @@ class Engine:
                     undo()
                 del work.changes[changes:]
                 replies.append(error)
-        self._schedule_looks(work)
         self._fail_looks(work)
         tasks, asked = self._claim(work)
         self._schedule_looks(work)
@@ -537,7 +536,6 @@ class Engine:
         if room is None:
             return Touched(0)
         if self._reach(news.sfu).is_late(news.created_at, work.now, self.policy.late_after):
-            news = replace(news, late=True)
             self._suspect(work, news.sfu, news.room)
         return self._room_started(work, room, news) if news.what is RoomNews.STARTED else self._room_finished(work, room, news)
 
@@ -762,7 +760,7 @@ class Engine:
             if row.due is not None and row.due <= now and row.lane is not Lane.TIMER and work.before[id] is not row and id not in work.deleted:
                 fresh.setdefault(row.homeserver, []).append(row)
         late = [homeserver for homeserver, due in self._due.items() if due <= now]
-        crowded = [homeserver for homeserver in sorted({*self._plans, *self._replan}) if self._plan_is_stale(homeserver, now)]
+        crowded = [homeserver for homeserver in sorted({*self._plans, *self._replan}) if self._plan_at(homeserver) <= now]
         crowded += [homeserver for homeserver, plan in self._plans.items() if plan.early <= now]
         tasks: list[Task] = []
         asked: list[str] = []
@@ -826,12 +824,13 @@ class Engine:
         limit = self._pace(homeserver).limit
         return limit is Limit.SOME or (limit is Limit.UNKNOWN and self._open[homeserver] <= PLANNED_MOST)
 
-    def _plan_is_stale(self, homeserver: str, now: float) -> bool:
-        pace = self._pace(homeserver)
+    def _plan_at(self, homeserver: str) -> float:
+        """When it is to be planned anew; infinite: never."""
+        if not self._is_planned(homeserver):
+            return inf
         plan = self._plans.get(homeserver, NOTHING_PLANNED)
-        if not self._is_planned(homeserver) or now < plan.holds_until():
-            return False
-        return homeserver in self._replan or plan.lateness > 0 or now >= min(plan.early, plan.must - 1 / pace.rate)
+        act = -inf if homeserver in self._replan or plan.lateness > 0 else min(plan.early, plan.must - 1 / self._pace(homeserver).rate)
+        return max(act, plan.holds_until())
 
     def _plan(self, work: _Work, homeserver: str) -> Plan:
         """When this homeserver's restarts must begin. What is planned once holds until it is time to act on it: only new deadlines can make it
@@ -841,7 +840,7 @@ class Engine:
             self._plans.pop(homeserver, None)
             self._replan.discard(homeserver)
             return NOTHING_PLANNED
-        if self._plan_is_stale(homeserver, work.now):
+        if self._plan_at(homeserver) <= work.now:
             countdowns = [self._as_changed(work, countdown) for countdown in work.tx.countdowns(homeserver)]
             begin = pace.next_restart(work.now)
             self._plans[homeserver] = plan_restarts((c for c in countdowns if c is not None), pace.rate, begin, work.now)
@@ -902,40 +901,37 @@ class Engine:
 
     def _fail_looks(self, work: _Work) -> None:
         """Looks at an SFU that keeps failing are not made, but for one now and then: they count as failed at once."""
-        for sfu, reach in list(self._reaches.items()):  # `heard` may add one meanwhile
-            if not reach.open(self.policy):
-                continue
-            rooms = {room.name: room for room in work.rooms.values() if room is not None and room.sfu == sfu}
-            if self._rooms_due.get(sfu, inf) <= work.now:
-                for stored in work.tx.rooms_due(sfu, ROOMS_A_STEP, work.now):
-                    room = work.room(sfu, stored.name)
-                    if room is not None:
-                        rooms[room.name] = room
-            due = sorted((room for room in rooms.values() if room.due is not None and room.due <= work.now), key=_probed_first)
+        failing = [(sfu, reach) for sfu, reach in list(self._reaches.items()) if reach.open(self.policy)]  # `heard` may add one meanwhile
+        if failing:
+            self._schedule_looks(work)
+        for sfu, reach in failing:
+            due = sorted(self._due_rooms(work, sfu, ROOMS_A_STEP), key=_probed_first)
             # The first of them is for the look that tries whether it works again.
             for room in due[1:] if reach.free(work.now, self.policy) else due:
                 self._conclude(work, room, Looked(sfu, room.name, room.claim, work.now, None, NOT_ASKED))
 
+    def _due_rooms(self, work: _Work, sfu: str, most: int) -> list[Room]:
+        """Rooms of an SFU that are to be looked at: what this step knows, and `most` of what the database does."""
+        if most > 0 and self._rooms_due.get(sfu, inf) <= work.now:
+            for stored in work.tx.rooms_due(sfu, most, work.now):
+                work.room(sfu, stored.name)
+        rooms = [room for room in work.rooms.values() if room is not None and room.sfu == sfu]
+        return [room for room in rooms if room.due is not None and room.due <= work.now]
+
     def _claim_looks(self, work: _Work) -> tuple[list[Task], list[str]]:
         now = work.now
-        due: dict[str, dict[str, Room]] = {}
-        for (sfu, name), room in work.rooms.items():
-            if room is not None and room.due is not None and room.due <= now:
-                due.setdefault(sfu, {})[name] = room
+        changed = [sfu for sfu, _ in work.rooms]
         late = [sfu for sfu, at in self._rooms_due.items() if at <= now]
         tasks: list[Task] = []
-        for sfu in dict.fromkeys([*due, *late]):
+        for sfu in dict.fromkeys([*changed, *late]):
             reach = self._reach(sfu)
             free = 0 if self.stopping else reach.free(now, self.policy)
-            rooms = due.get(sfu, {})
-            if free > 0 and sfu in late:
-                # Where some fail, more than are needed: those that do not fail come first.
-                for stored in work.tx.rooms_due(sfu, free if reach.failing_since is None else ROOMS_A_STEP, now):
-                    room = work.room(sfu, stored.name)
-                    if room is not None and room.due is not None and room.due <= now:
-                        rooms[room.name] = room
+            if free < 1:
+                continue
+            # Where some fail, more than are needed: those that do not fail come first.
+            due = self._due_rooms(work, sfu, free if reach.failing_since is None else ROOMS_A_STEP)
             order = _probed_first if reach.open(self.policy) else _urgent_first
-            for room in sorted(rooms.values(), key=order)[: max(0, free)]:
+            for room in sorted(due, key=order)[:free]:
                 claimed = room._replace(claim=room.claim + 1, claimed=True, due=now + self.policy.lease, looked_at=now)
                 work.put_room(sfu, room.name, claimed)
                 tasks.append(Task(Action.LOOK, 0, claimed.claim, sfu, room.name, lease_ends=now + self.policy.lease))
@@ -947,18 +943,11 @@ class Engine:
         for homeserver, due in self._due.items():
             if due > now:
                 times.append(due)
-                continue
-            waits = self._waiting.get(homeserver) or (Wait(urgent=True, ending=False),)
-            times += [self._pace(homeserver).next_for(wait, now) for wait in waits]
+            elif not self._waiting.get(homeserver):
+                times.append(self._pace(homeserver).next_for(Wait(urgent=True, ending=False), now))
         for homeserver, waiting in self._waiting.items():
-            if waiting and self._due.get(homeserver, inf) > now:  # for what is not due yet
-                times += [self._pace(homeserver).next_for(wait, now) for wait in waiting]
-        for homeserver in sorted({*self._plans, *self._replan}):
-            if self._is_planned(homeserver):
-                pace = self._pace(homeserver)
-                plan = self._plans.get(homeserver, NOTHING_PLANNED)
-                act = now if homeserver in self._replan or plan.lateness > 0 else min(plan.early, plan.must - 1 / pace.rate)
-                times.append(max(act, plan.holds_until(), now))
+            times += [self._pace(homeserver).next_for(wait, now) for wait in waiting]
+        times += [max(now, self._plan_at(homeserver)) for homeserver in {*self._plans, *self._replan}]
         for sfu, due in self._rooms_due.items():
             reach = self._reach(sfu)
             if due > now or reach.free(now, self.policy) > 0 or reach.open(self.policy):

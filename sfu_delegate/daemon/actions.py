@@ -22,6 +22,21 @@ LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of
 log = get_logger(__name__)
 
 
+def answered(task: Task, answer: Answer, sent_at: float) -> Answered:
+    """What the engine hears of an action whose request was sent at `sent_at` (seconds), and answered so."""
+    return Answered(
+        homeserver=task.homeserver,
+        event=task.event,
+        claim=task.claim,
+        action=task.action,
+        sent_at=sent_at,
+        verdict=answer.verdict,
+        retry_after=answer.retry_after,
+        alone=task.token is not None,
+        detail=answer.detail,
+    )
+
+
 class Observer(Protocol):
     """Who counts what happens."""
 
@@ -41,7 +56,7 @@ class Sfu:
 
 
 @dataclass(slots=True)
-class Reach:
+class Means:
     """Everything that actions need. `sfus` and `timeout` change when the configuration is read again."""
 
     homeservers: Homeservers
@@ -64,7 +79,7 @@ class _Told:
 class Actions:
     """Each claimed action is one asyncio task, and the engine's paces bound their number."""
 
-    def __init__(self, reach: Reach, clock: Callable[[], float], hand_in: Callable[[Answered | Looked], None], observer: Observer):
+    def __init__(self, reach: Means, clock: Callable[[], float], hand_in: Callable[[Answered | Looked], None], observer: Observer):
         self.reach = reach
         self._clock = clock
         self._hand_in = hand_in
@@ -130,19 +145,7 @@ class Actions:
         self._condition("homeserver", task.homeserver, None if healthy else answer.detail)
         if not healthy:
             log.debug("action_not_done", delegation=task.delegation, action=task.action.value, homeserver=task.homeserver, detail=answer.detail)
-        self._hand_in(
-            Answered(
-                homeserver=task.homeserver,
-                event=task.event,
-                claim=task.claim,
-                action=task.action,
-                sent_at=sent_at,
-                verdict=answer.verdict,
-                retry_after=answer.retry_after,
-                alone=task.token is not None,
-                detail=answer.detail,
-            )
-        )
+        self._hand_in(answered(task, answer, sent_at))
 
     async def _request(self, task: Task, timeout: float) -> Answer:  # noqa: ASYNC109
         begun = asyncio.get_running_loop().time()

@@ -114,15 +114,19 @@ class Inbox:
         if self._stopping:
             raise Overloaded("The daemon is stopping.", FULL_RETRY_AFTER)
         if self._hung is not None:
-            self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+            self._note_refused(given)
             raise Unavailable(self._hung, BROKEN_RETRY_AFTER)
         if len(self._waiting) >= self.most:
-            self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+            self._note_refused(given)
             raise Overloaded("Too many requests wait for the database.", FULL_RETRY_AFTER)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting.append((given, future))
         self._news.set()
         return await future
+
+    def _note_refused(self, given: Input) -> None:
+        """LiveKit tries a webhook again for a while only."""
+        self._missed = self._missed or isinstance(given, Seen | RoomChanged)
 
     def hand_in(self, given: Answered | Looked) -> None:
         """What became of an action. Never refused, and handed in again until it can be kept."""
@@ -172,7 +176,7 @@ class Inbox:
             self._broken(StoreUnavailable(self._hung))
             for given, future in [*self._begun, *self._waiting]:
                 if future is not None and not future.done():
-                    self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+                    self._note_refused(given)
                     future.set_exception(Unavailable(self._hung, BROKEN_RETRY_AFTER))
 
     async def _run(self) -> None:
@@ -295,7 +299,7 @@ class Inbox:
             if future is None:
                 again.append((given, None))
                 continue
-            self._missed = self._missed or isinstance(given, Seen | RoomChanged)
+            self._note_refused(given)
             if not future.done():
                 future.set_exception(why)
         # Behind what has come meanwhile: the engine must hear of every answer, and takes only so many at a time.

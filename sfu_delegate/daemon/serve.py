@@ -17,7 +17,7 @@ from sfu_delegate.api.app import AdminServices, Phase, Readiness, Services, Sett
 from sfu_delegate.api.webhooks import IGNORED
 from sfu_delegate.config import Config, ConfigInvalid, load, warnings
 from sfu_delegate.config import reloadable_changes as changes_of
-from sfu_delegate.daemon.actions import Actions, Reach, Sfu
+from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Task
@@ -180,7 +180,7 @@ class Daemon:
             limited=self._limited,
         )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
-        reach = Reach(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
+        reach = Means(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
         self.loop_task = asyncio.create_task(self.inbox.run())

@@ -210,7 +210,6 @@ class RoomChanged:
     room_sid: str = ""
     id: str = ""  # the webhook's
     created_at: float = 0.0  # when the webhook was made, by the SFU node's clock; 0 when unknown
-    late: bool = False  # as in `Seen`
 
 
 @dataclass(frozen=True, slots=True)

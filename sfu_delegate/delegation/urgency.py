@@ -88,7 +88,11 @@ class _Down:
 
     failures: int = 0  # in a row; those that were on their way together count as one
     failed_at: float = -inf
-    until: float = 0.0
+    until: float = 0.0  # nothing is tried before; 0 unless it keeps failing
+
+    @property
+    def keeps_failing(self) -> bool:
+        return self.failures >= DOWN_AFTER
 
 
 @dataclass(slots=True)
@@ -143,13 +147,12 @@ class Pace:
     @property
     def closed_until(self) -> float:
         """Until when restarts have to wait, because the homeserver asked for it or because they fail."""
-        down = self._down[False]
-        return max(self.blocked_until, down.until if down.failures >= DOWN_AFTER else 0.0)
+        return max(self.blocked_until, self._down[False].until)
 
     def places_for(self, now: float, *, ending: bool) -> int:
         """The same for one kind of action: where this kind has been failing, one at a time, with pauses."""
         down = self._down[ending]
-        if down.failures < DOWN_AFTER:
+        if not down.keeps_failing:
             return self.places(now)
         return min(1, self.places(now)) if now >= down.until else 0
 
@@ -176,7 +179,7 @@ class Pace:
             return inf
         at = max(now, self.blocked_until)
         if self.limit is Limit.SOME:
-            regular = now + (1.0 + self._slack - self.tokens(now)) / self.rate
+            regular = self._holds(1.0 + self._slack, now)
             at = max(at, min(regular, self._probe_at(now)) if self._may_probe(now) else regular)
         return at
 
@@ -186,24 +189,23 @@ class Pace:
             return inf
         at = max(now, self.blocked_until)
         if self.limit is Limit.SOME:
-            at = max(at, now + (self.burst - self.tokens(now)) / self.rate)
+            at = max(at, self._holds(self.burst, now))
         return at
 
     def next_restart(self, now: float) -> float:
         """When a restart could be begun, apart from requests that are on their way."""
-        at = max(now, self.blocked_until)
-        if self.limit is Limit.SOME:
-            at = max(at, now + (1.0 + self._slack - self.tokens(now)) / self.rate)
-        down = self._down[False]
-        return max(at, down.until) if down.failures >= DOWN_AFTER else at
+        at = max(now, self.closed_until)
+        return max(at, self._holds(1.0 + self._slack, now)) if self.limit is Limit.SOME else at
 
     def next_for(self, wait: "Wait", now: float) -> float:
         """When something that waits may be begun, if no answer comes before."""
-        down = self._down[wait.ending]
         if wait.endangered and now < self.closed_until:
             return max(now, self._last_try_at) if self.in_flight == 0 else inf
-        at = self.next_urgent(now) if wait.urgent else self.next_planned(now)
-        return max(at, down.until) if down.failures >= DOWN_AFTER else at
+        return max(self.next_urgent(now) if wait.urgent else self.next_planned(now), self._down[wait.ending].until)
+
+    def _holds(self, actions: float, now: float) -> float:
+        """When the bucket should hold so many actions; in the past if it does."""
+        return now + (actions - self.tokens(now)) / self.rate
 
     def _may_probe(self, now: float) -> bool:
         if self._probing or self.in_flight:
@@ -213,7 +215,7 @@ class Pace:
 
     def _probe_at(self, now: float) -> float:
         """When a probe tells most: with half an action in the bucket, and at once where the last probe was granted."""
-        return now if self._surprises else now + (0.5 - self.tokens(now)) / self.rate
+        return now if self._surprises else self._holds(0.5, now)
 
     # ── what happens ──
 
@@ -240,13 +242,13 @@ class Pace:
             self._probing = False
             if sent_at >= down.failed_at:
                 down.failures, down.failed_at = down.failures + 1, now
-            if down.failures >= DOWN_AFTER:
+            if down.keeps_failing:
                 self._last_try_at = now + LAST_TRY_AFTER
                 down.until = now + min(DOWN_MOST, DOWN_FIRST * 2.0 ** min(down.failures - DOWN_AFTER, 10))
             return
-        if down.failures >= DOWN_AFTER:
+        if down.keeps_failing:
             self.width, self._widening = 1, 0  # what has gathered meanwhile must not come at once
-        down.failures = 0
+        down.failures, down.until = 0, 0.0
         if not alone:
             self._granted(sent_at, now)
         self._widen()
@@ -341,6 +343,11 @@ class Pace:
 # ── planning ──
 
 
+def latest(assumed: float, delay: float) -> float:
+    """The latest possible deadline of an event whose countdown is not known, by the one that was assumed when it was delegated."""
+    return assumed + (1 - UNKNOWN_COUNTDOWN) * delay
+
+
 class Countdown(NamedTuple):
     """A restart that is to come, for planning."""
 
@@ -351,8 +358,8 @@ class Countdown(NamedTuple):
 
     @property
     def latest(self) -> float:
-        """The deadline; of one that is only assumed, and has passed, when the event was delegated at the latest plus its delay."""
-        return self.harm + (1 - UNKNOWN_COUNTDOWN) * self.delay
+        """The latest possible deadline of one that is only assumed."""
+        return latest(self.harm, self.delay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,9 +398,9 @@ def plan(countdowns: Iterable[Countdown], rate: float, begin: float, now: float)
             if c.known:
                 lateness = max(lateness, now - deadline)
             continue
-        latest = deadline - min(MARGIN, c.delay / 20)
-        must = min(must, latest - waiting / (rate * FEASIBLE))
-        early = min(early, latest - waiting / (rate * HEADROOM))
+        start = deadline - min(MARGIN, c.delay / 20)
+        must = min(must, start - waiting / (rate * FEASIBLE))
+        early = min(early, start - waiting / (rate * HEADROOM))
         lateness = max(lateness, begin + waiting / rate - (c.harm if c.known else c.latest))
         waiting += 1
         if len(soonest) < SOONEST and may_be_restarted(deadline, c.delay, now):
@@ -445,10 +452,10 @@ def choose(candidates: Sequence[DelayedEvent], pace: Pace, plan: Plan, now: floa
             return (_Rank.SOON, harm)
         if harm > now and (must if limited else harm <= now + ENDANGERED):
             return (_Rank.NOW, harm)
-        latest = harm + (1 - UNKNOWN_COUNTDOWN) * row.delay
-        if row.verified_at is None and must and harm <= now < latest:
-            return (_Rank.NOW, latest)
         if row.verified_at is None:
+            over = latest(harm, row.delay)
+            if must and harm <= now < over:
+                return (_Rank.NOW, over)
             return (_Rank.SOON, harm) if harm > now else (_Rank.NOT_YET_TOO_LATE, harm)
         return (_Rank.LATER, harm) if harm > now else (_Rank.TOO_LATE, harm)
 

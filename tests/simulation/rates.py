@@ -11,7 +11,8 @@ from math import floor
 from random import Random
 from typing import NamedTuple
 
-from sfu_delegate.delegation.model import Accept, Action, Answered, Input, Listed, Looked, NewEvent, OnEnd, Seen, Sighting, Task, Verdict
+from sfu_delegate.daemon.actions import answered
+from sfu_delegate.delegation.model import Accept, Action, Input, Listed, Looked, NewEvent, OnEnd, Seen, Sighting, Task, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.replies import Reply, TooMany
 from sfu_delegate.delegation.urgency import Limit
@@ -255,17 +256,8 @@ class Call:
                 self._after(self.random.uniform(*ONE_WAY), lambda: tell(looked))
                 return
             answer, takes = self._manage(task)
-            answered = Answered(
-                homeserver=task.homeserver,
-                event=task.event,
-                claim=task.claim,
-                action=task.action,
-                sent_at=sent_at,
-                verdict=answer.verdict,
-                retry_after=answer.retry_after,
-                detail=answer.detail,
-            )
-            self._after(takes + self.random.uniform(*ONE_WAY), lambda: tell(answered))
+            result = answered(task, answer, sent_at)
+            self._after(takes + self.random.uniform(*ONE_WAY), lambda: tell(result))
 
         self._after(self.random.uniform(*ONE_WAY), arrive)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar, TypeVar
 
+from sfu_delegate.daemon.actions import answered
 from sfu_delegate.daemon.clock import SET_IF_BEYOND
 from sfu_delegate.delegation import model
 from sfu_delegate.delegation.model import Action, Answered, DelayedEvent, Input, Listed, Looked, Seen, Task, Verdict
@@ -396,18 +397,7 @@ class Daemon:
                 self.hand_in(Looked(task.sfu, task.room, task.claim, sent_at, participants, "" if participants is not None else "no answer"))
                 return
             self.world.watch.answered(task.homeserver, answer.verdict)
-            self.hand_in(
-                Answered(
-                    homeserver=task.homeserver,
-                    event=task.event,
-                    claim=task.claim,
-                    action=task.action,
-                    sent_at=sent_at,
-                    verdict=answer.verdict,
-                    retry_after=answer.retry_after,
-                    detail=answer.detail,
-                )
-            )
+            self.hand_in(answered(task, answer, sent_at))
 
         self.world.after(back, come_back)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 from sfu_delegate.daemon import actions
-from sfu_delegate.daemon.actions import Actions, Reach, Sfu
+from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task, Verdict
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver, Homeservers, NotServed
@@ -38,7 +38,7 @@ class Bench:
         self.told: list[tuple[str, str, str]] = []
         self.sealer = Sealer([new_key()])
         address = SfuAddress("main", "ws://127.0.0.1:1", "key", "secret")
-        self.reach = Reach(
+        self.reach = Means(
             cast(Homeservers, _Homeservers(self)),
             cast(ManagementClient, _Client(self)),
             cast(RoomService, _RoomService(self)),
