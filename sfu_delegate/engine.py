@@ -300,7 +300,7 @@ class Engine:
         for task in step.tasks:
             self._under_way.add((task.homeserver or task.sfu, task.event or task.room, task.claim))
             if task.action is Action.LOOK:
-                self._reach(task.sfu).began()
+                self._reach(task.sfu).began(self.policy)
             else:
                 self._pace(task.homeserver).began(now, alone=task.token is not None)
         return replace(step, wake=self._wake(now))
@@ -578,6 +578,10 @@ class Engine:
     def _looked(self, work: _Work, look: Looked) -> Touched:
         room = work.room(look.sfu, look.room)
         if room is None or not room.claimed or room.claim != look.claim:
+            return Touched(0)
+        if look.participants is None and not room.failures and self._reach(look.sfu).outdated(look.sent_at):
+            # It hung, and meanwhile the SFU has answered others: that says nothing of now. If this one room fails again, that does.
+            work.put_room(look.sfu, look.room, room._replace(failures=1, claimed=False, due=work.now))
             return Touched(0)
         return self._conclude(work, room, look)
 
@@ -901,7 +905,7 @@ class Engine:
 
     def _fail_looks(self, work: _Work) -> None:
         """Looks at an SFU that keeps failing are not made, but for one now and then: they count as failed at once."""
-        failing = [(sfu, reach) for sfu, reach in list(self._reaches.items()) if reach.open(self.policy)]  # `heard` may add one meanwhile
+        failing = [(sfu, reach) for sfu, reach in list(self._reaches.items()) if reach.shut]  # `heard` may add one meanwhile
         if failing:
             self._schedule_looks(work)
         for sfu, reach in failing:
@@ -950,7 +954,7 @@ class Engine:
         times += [max(now, self._plan_at(homeserver)) for homeserver in {*self._plans, *self._replan}]
         for sfu, due in self._rooms_due.items():
             reach = self._reach(sfu)
-            if due > now or reach.free(now, self.policy) > 0 or reach.open(self.policy):
+            if due > now or reach.free(now, self.policy) > 0 or reach.shut:
                 times.append(due)
         soonest = min(times, default=inf)
         return None if soonest == inf else soonest

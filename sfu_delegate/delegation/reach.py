@@ -16,8 +16,9 @@ LAG_OVER = 300.0
 class Reach:
     """One SFU.
 
-    When `breaker_after` looks in a row have failed, the SFU is asked with one look at a time, with a pause between them, and all other looks
-    count as failed at once: departures have rules of their own for an SFU that cannot be asked, and nobody's waits for time-outs.
+    When `breaker_after` looks in a row have failed, the SFU is asked with one look at a time, with a pause between them. All other looks count as
+    failed at once, when one that was sent after that has failed as well: departures have rules of their own for an SFU that cannot be asked, and
+    nobody's waits for time-outs. Not before, since time-outs are old news: the looks that hung may be those of an outage that is over.
     """
 
     most: int
@@ -26,6 +27,10 @@ class Reach:
     failing_since: float | None = None  # when the first of them was sent
     heard_at: float = 0.0  # the last webhook
     probe_at: float = 0.0
+    probing: bool = False  # one of the looks that are made while it is open is on its way
+    shut: bool = False  # one of those has failed: all other looks count as failed at once
+    answered_at: float = -inf  # when the latest of the looks that were answered had been sent
+    opened_at: float = -inf
     lag: float | None = None  # seconds by which webhooks arrive after they were made, as its clock and ours go: the least of the last minutes
     _lag_before: float | None = None  # … of the minutes before
     _lag_since: float = 0.0
@@ -39,31 +44,47 @@ class Reach:
     def free(self, now: float, policy: Policy) -> int:
         """How many more looks may be sent now."""
         if self.open(policy):
-            return 1 if self.in_flight == 0 and now >= self.probe_at else 0
+            return 1 if not self.probing and now >= self.probe_at else 0
         return max(0, self.most - self.in_flight)
 
-    def began(self) -> None:
+    def began(self, policy: Policy) -> None:
         """A look is on its way."""
         self.in_flight += 1
+        self.probing = self.open(policy)
+
+    def outdated(self, sent_at: float) -> bool:
+        """Does the failure of a look that was sent then say nothing of the SFU, since a later one was answered?"""
+        return sent_at < self.answered_at
 
     def ended(self, sent_at: float, now: float, policy: Policy, *, answered: bool, reached: bool = False) -> bool:
         """A look came back; True when the SFU had failed and can be asked again, so that all its rooms should be looked at. That is not more than
         once in an interval, unless it had failed again and again: where only some rooms fail, it would never end. `reached`: it refused to answer.
         """
         self.in_flight = max(0, self.in_flight - 1)
+        was_open = self.open(policy)
+        probe = was_open and sent_at >= self.opened_at
+        if probe:
+            self.probing = False
         if answered:
-            was_open, failed = self.open(policy), self.failing_since is not None
-            self.failures, self.failing_since = 0, None
+            failed = self.failing_since is not None
+            self.failures, self.failing_since, self.probing, self.shut = 0, None, False, False
+            self.answered_at = max(self.answered_at, sent_at)
             if not was_open and not (failed and now >= self._recovered_at + policy.interval):
                 return False
             self._recovered_at = now
             return True
         if reached:
             self.heard_at = max(self.heard_at, now)  # it is there, though it does not know our key, say
+        if self.outdated(sent_at):
+            return False
         self.failures += 1
-        self.probe_at = now + policy.look_again
         if self.failing_since is None:
             self.failing_since = sent_at
+        if probe:
+            self.shut = True
+            self.probe_at = now + policy.look_again
+        elif not was_open:
+            self.opened_at = self.probe_at = now
         return False
 
     def lost(self, sfu: str, now: float, policy: Policy) -> bool:

@@ -46,7 +46,6 @@ def main() -> int:
         keep = bool(found["failures"])
         return 1 if found["failures"] else 0
     except asyncio.CancelledError:
-        keep = False
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except (Failed, Died, NeverHappened) as error:

@@ -1,6 +1,7 @@
 """One soak from beginning to end: start everything, let people live and things fail, let everybody leave, wait until all has ended, and report."""
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from tests.soak.watch import Log, Memory, Sample, memory_of, metrics_of, read_da
 LOOK_EVERY = 0.25  # seconds
 MEMORY_EVERY = 5.0
 TELL_EVERY = 30.0
-MOST_TOLD = 20  # harms while it runs; all are in the report
+MOST_TOLD = 20  # excused harms while it runs; all are in the report
 QUIET_FROM = 2 / 3  # of the time: from here on the daemon is frozen now and then, and not killed, so that its memory's course shows
 SETTLE = 2.0  # seconds after the last end, for answers under way
 CLIENT_TIMEOUT = 15.0
@@ -174,7 +175,8 @@ class Soak:
 
     def _on_harm(self, harm: Harm) -> None:
         self._harms.append(harm)
-        if len(self._harms) <= MOST_TOLD:
+        excused = harm in self._truth.excused
+        if not excused or len(self._truth.excused) <= MOST_TOLD:
             self._say(f"{harm.why}: {harm.membership.identity} in {harm.membership.room}, {harm.membership.delegation}")
 
     async def _ask_for_stories(self) -> None:
@@ -187,6 +189,8 @@ class Soak:
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 status, told = 0, {"error": type(error).__name__}
             harm.story["shown"] = {"status": status, **told}
+            if harm not in self._truth.excused:  # whoever interrupts it wants to know, too
+                self._say(json.dumps({**harm.membership.described(), **harm.story}, ensure_ascii=False))
 
     async def _remember(self) -> None:
         while True:

@@ -1218,6 +1218,50 @@ def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
     assert {there.presence for there in stored(engine)} == {Presence.GONE}
 
 
+def hung(engine: Engine) -> tuple[list[Task], float]:
+    """Four of five people have said goodbye; the looks at their rooms are under way. The fifth is in a room of its own."""
+    step = engine.step([left("S1", identity="p", room=f"r{n}") for n in range(4)], NOW)
+    now = NOW + 2.0
+    tasks = looks(step) + looks(engine.step((), now))
+    assert [task.room for task in tasks] == ["r0", "r1", "r2", "r3"]
+    return tasks, now
+
+
+def test_looks_that_hung_in_an_outage_that_is_over_send_nobody_away() -> None:
+    """They end one after another, by their time-outs, while others are answered: those who reconnected are asked about again, not given up."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(5)])
+    engine._looks_in_flight = lambda _: 4
+    tasks, now = hung(engine)
+    engine.step([left("S1", identity="p", room="r4")], now)
+    now += 5.0
+    done: list[Task] = []
+    for task in tasks:
+        step = engine.step([Looked(SFU, task.room, task.claim, NOW + 2.0, None)], now)
+        while found := looks(step):
+            done += step.tasks
+            step = engine.step([look_at(look, listed("S2", identity="p"), sent_at=now) for look in found], now + 0.01)
+            now += 0.02
+        done += step.tasks
+    # The first failure was news, since nobody had been answered meanwhile: a goodbye is believed where nobody can be asked.
+    assert [task.room for task in done if task.action is Action.SEND] == ["r0"]
+    assert {there.presence for there in stored(engine) if there.room != "r0"} == {Presence.CONNECTED}
+
+
+def test_a_departure_waits_for_the_first_probe_of_an_sfu_that_hung() -> None:
+    """All looks of an outage time out together; the next one shows that the SFU is there, and who only reconnected stays."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(6)])
+    engine._looks_in_flight = lambda _: 4
+    tasks, now = hung(engine)
+    engine.step([left("S1", identity="p", room=name) for name in ("r4", "r5")], now + 2.9)
+    step = engine.step([Looked(SFU, task.room, task.claim, now, None) for task in tasks], now + 5.0)
+    (probe,) = looks(step)
+    assert probe.room in {"r4", "r5"}
+    step = engine.step([look_at(probe, listed("S2", identity="p"), sent_at=now + 5.0)], now + 5.01)
+    engine.step([look_at(task, listed("S2", identity="p"), sent_at=now + 5.01) for task in looks(step)], now + 5.02)
+    by_room = {there.room: there.presence for there in stored(engine)}
+    assert (by_room["r4"], by_room["r5"]) == (Presence.CONNECTED, Presence.CONNECTED)
+
+
 def test_an_sfu_that_is_gone_for_good_keeps_nobody_alive() -> None:
     """After ten minutes of silence nothing is restarted any more, nothing is sent either, and in the end nothing remains open."""
     engine = holding(row(delay=60.0, running_since=NOW), row(identity="q", delay=3600.0, running_since=NOW))

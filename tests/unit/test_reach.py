@@ -13,7 +13,7 @@ from tests.rows import NOW, POLICY, SFU
 
 def looked(reach: Reach, now: float, *, answered: bool, took: float = 0.1) -> bool:
     """One look, sent and answered (or not)."""
-    reach.began()
+    reach.began(POLICY)
     return reach.ended(now, now + took, POLICY, answered=answered)
 
 
@@ -32,8 +32,8 @@ def test_a_small_number_of_looks_at_a_time() -> None:
     """As many as are configured; an answer makes a place."""
     reach = Reach(2)
     assert reach.free(NOW, POLICY) == 2
-    reach.began()
-    reach.began()
+    reach.began(POLICY)
+    reach.began(POLICY)
     assert reach.free(NOW, POLICY) == 0
     reach.ended(NOW, NOW, POLICY, answered=True)
     assert reach.free(NOW, POLICY) == 1
@@ -42,7 +42,7 @@ def test_a_small_number_of_looks_at_a_time() -> None:
 
 
 def test_after_some_failures_in_a_row_one_probe_at_a_time_is_made() -> None:
-    """With a pause before each; another one while it is under way would only wait for the same time-out."""
+    """The first at once, the others with a pause before each; another one while it is under way would only wait for the same time-out."""
     reach = Reach(4)
     for n in range(POLICY.breaker_after):
         assert not reach.open(POLICY)
@@ -50,11 +50,12 @@ def test_after_some_failures_in_a_row_one_probe_at_a_time_is_made() -> None:
         looked(reach, NOW + n, answered=False)
     assert reach.open(POLICY)
     now = NOW + POLICY.breaker_after - 1 + 0.1
-    for _ in range(5):
-        assert reach.free(now + POLICY.look_again - 0.01, POLICY) == 0
-        now += POLICY.look_again
+    for n in range(5):
+        if n:
+            assert reach.free(now + POLICY.look_again - 0.01, POLICY) == 0
+            now += POLICY.look_again
         assert reach.free(now, POLICY) == 1
-        reach.began()
+        reach.began(POLICY)
         assert reach.free(now + 100.0, POLICY) == 0
         reach.ended(now, now + 3.0, POLICY, answered=False)
         now += 3.0
@@ -68,6 +69,46 @@ def test_failures_that_are_not_in_a_row_do_not_open_it() -> None:
             looked(reach, NOW, answered=False)
         looked(reach, NOW, answered=True)
     assert not reach.open(POLICY)
+
+
+def test_other_looks_fail_at_once_only_when_the_first_probe_has_failed_too() -> None:
+    """Those that opened it may have hung in an outage that is over."""
+    reach = broken()
+    shut = [reach.shut]
+    for n, answered in enumerate((False, False, True)):
+        looked(reach, NOW + 1 + 10 * n, answered=answered)
+        shut.append(reach.shut)
+    assert shut == [False, True, True, False]
+
+
+def test_failures_of_looks_older_than_an_answer_say_nothing() -> None:
+    """All places hung; one is freed by its time-out, and the next look is answered. The other time-outs that follow open nothing."""
+    reach = Reach(4)
+    for _ in range(4):
+        reach.began(POLICY)
+    reach.ended(NOW, NOW + 5.0, POLICY, answered=False)
+    looked(reach, NOW + 5.0, answered=True)
+    for n in range(1, 4):
+        reach.ended(NOW + n, NOW + n + 5.0, POLICY, answered=False)
+    assert (reach.failures, reach.failing_since, reach.in_flight) == (0, None, 0)
+    assert reach.outdated(NOW + 4.9)
+    assert not reach.outdated(NOW + 5.0)
+
+
+def test_looks_that_hang_hold_up_no_probe() -> None:
+    """The probe does not wait for looks that were sent before, and their end is not its end."""
+    reach = Reach(4)
+    for _ in range(4):
+        reach.began(POLICY)
+    for _ in range(3):
+        reach.ended(NOW, NOW + 5.0, POLICY, answered=False)
+    assert reach.free(NOW + 5.0, POLICY) == 1
+    reach.began(POLICY)
+    assert reach.free(NOW + 5.0, POLICY) == 0
+    reach.ended(NOW + 0.1, NOW + 5.1, POLICY, answered=False)
+    assert (reach.free(NOW + 5.1, POLICY), reach.shut) == (0, False)
+    reach.ended(NOW + 5.0, NOW + 10.0, POLICY, answered=False)
+    assert (reach.free(NOW + 10.0 + POLICY.look_again, POLICY), reach.shut) == (1, True)
 
 
 def test_a_probe_that_is_answered_closes_it() -> None:
@@ -89,7 +130,7 @@ def test_answers_that_come_together_after_a_failure() -> None:
     """Looks that were on their way when it broke: places are counted right whatever they bring."""
     reach = Reach(4)
     for _ in range(4):
-        reach.began()
+        reach.began(POLICY)
     for answered in (False, True, False, False):
         reach.ended(NOW, NOW + 5, POLICY, answered=answered)
     assert (reach.in_flight, reach.failures, reach.open(POLICY)) == (0, 2, False)
@@ -193,7 +234,7 @@ def test_a_failing_room_does_not_have_all_rooms_looked_at_again_and_again() -> N
     reach = Reach(4)
 
     def look(at: float, *, answered: bool) -> bool:
-        reach.began()
+        reach.began(POLICY)
         return reach.ended(at, at, POLICY, answered=answered)
 
     asked = []
@@ -210,7 +251,7 @@ def test_an_sfu_that_refuses_to_answer_is_not_lost() -> None:
     """It does not know our key, say: nobody is let run for that, since its webhooks tell who is there."""
     reach = Reach(4)
     for at in range(0, 3000, 60):
-        reach.began()
+        reach.began(POLICY)
         reach.ended(NOW + at, NOW + at, POLICY, answered=False, reached=True)
         assert not reach.lost("main", NOW + at, POLICY)
     assert reach.open(POLICY)
