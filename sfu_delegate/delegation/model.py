@@ -256,7 +256,7 @@ class Looked:
     doubtful: bool = False  # the engine knows of a reason why absences prove nothing
     doubted_until: float = 0.0  # … or knew of one until then
     finished: bool = False  # the room was told to be over
-    recovered: bool = False  # the looks before this one had failed
+    failed_since: float | None = None  # the looks before this one had failed, since then
     _by_identity: dict[str, list[Listed]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

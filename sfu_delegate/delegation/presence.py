@@ -185,9 +185,12 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
                 over = time_has_come and now >= row.presence_since + policy.joining_limit
                 return Finding(Sign.GIVEN_UP if over else Sign.CONNECTING, row.sessions, row.reason)
             departure = policy.departure(row.reason)
-            if look.recovered and departure.unasked is Unasked.CONNECTED and not (look.doubtful and row.live_sids):
-                # They could not come back before the SFU was: it gets as long as one that was shut down.
-                wait = min(departure.look_after, policy.departure(SHUT_DOWN).look_after)
+            if look.failed_since is not None and departure.unasked is Unasked.CONNECTED and not (look.doubtful and row.live_sids):
+                # They could not come back before the SFU was: it gets as long as one that was shut down. Where they had had all of their time
+                # before it failed, it is one more outage of many, and they must not be waited for as long as it goes on failing now and then.
+                shut_down = policy.departure(SHUT_DOWN).look_after
+                had_their_time = look.failed_since - row.presence_since >= departure.look_after + shut_down
+                wait = min(departure.look_after, policy.departure(MISSING).look_after if had_their_time else shut_down)
                 return Finding(Sign.DEPARTED, row.sessions, row.reason, max(wait, (row.look_at or now) - now))
             if not time_has_come:
                 return Finding(Sign.NOTHING, row.sessions)

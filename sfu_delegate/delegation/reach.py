@@ -29,6 +29,7 @@ class Reach:
     probe_at: float = 0.0
     probing: bool = False  # one of the looks that are made while it is open is on its way
     shut: bool = False  # one of those has failed: all other looks count as failed at once
+    failed_from: float = 0.0  # when the first look of the latest outage that is over was sent
     answered_at: float = -inf  # when the latest of the looks that were answered had been sent
     opened_at: float = -inf
     lag: float | None = None  # seconds by which webhooks arrive after they were made, as its clock and ours go: the least of the last minutes
@@ -67,6 +68,7 @@ class Reach:
             self.probing = False
         if answered:
             failed = self.failing_since is not None
+            self.failed_from = self.failing_since or self.failed_from
             self.failures, self.failing_since, self.probing, self.shut = 0, None, False, False
             self.answered_at = max(self.answered_at, sent_at)
             if not was_open and not (failed and now >= self._recovered_at + policy.interval):

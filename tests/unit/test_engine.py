@@ -1262,6 +1262,15 @@ def test_a_departure_waits_for_the_first_probe_of_an_sfu_that_hung() -> None:
     assert (by_room["r4"], by_room["r5"]) == (Presence.CONNECTED, Presence.CONNECTED)
 
 
+def test_an_outage_when_somebodys_time_is_over_is_waited_for() -> None:
+    """The SFU fails just when a room that vanished would be given up: its people get 30 s more from when it is back."""
+    engine = holding(row())
+    run_for(engine, 165.0, NOW, lambda _, at: None if NOW + 134.0 <= at < NOW + 142.0 else ())
+    assert only(engine).presence is Presence.AWAY
+    run_for(engine, 30.0, NOW + 165.0, lambda *_: ())
+    assert only(engine).outcome is Outcome.SENT
+
+
 def test_an_sfu_that_is_gone_for_good_keeps_nobody_alive() -> None:
     """After ten minutes of silence nothing is restarted any more, nothing is sent either, and in the end nothing remains open."""
     engine = holding(row(delay=60.0, running_since=NOW), row(identity="q", delay=3600.0, running_since=NOW))

@@ -1,6 +1,7 @@
 """What webhooks and looks tell about a participant: every kind of knowledge with every kind of news, and any order of it."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from sfu_delegate.delegation import presence
 from sfu_delegate.delegation.lifecycle import PRESENCE, advance
 from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, Seen, Session, Sighting
-from sfu_delegate.delegation.policy import DEPARTURES, MISSING, NEVER_JOINED, ROOM_MISSING, Unasked
+from sfu_delegate.delegation.policy import DEPARTURES, MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, Unasked
 from sfu_delegate.delegation.presence import KEPT_SESSIONS, Finding, Sign
 
 from tests.rows import ALICE, NOW, POLICY, aborted, ended, joined, left, listed, live, look_failed, looked, row
@@ -563,3 +564,21 @@ def test_a_late_end_of_somebody_elses_session_ends_nobody_who_cannot_be_looked_f
     away = advance(expected, left("S0", "CLIENT_INITIATED", 500), NOW, POLICY, 0.5)
     assert away.look_at is not None
     assert advance(away, look_failed(away.look_at), away.look_at, POLICY, 0.5).presence is Presence.AWAY
+
+
+@pytest.mark.parametrize(
+    ("reason", "before", "wait"),
+    [
+        (ROOM_RESTARTED, 119.0, 30.0),
+        (ROOM_RESTARTED, 120.0, 10.0),  # their 90 s, and 30 s, had passed when it failed once more
+        ("SERVER_SHUTDOWN", 59.0, 30.0),
+        ("SERVER_SHUTDOWN", 60.0, 10.0),
+        (MISSING, 39.0, 10.0),
+        (MISSING, 1000.0, 10.0),
+    ],
+)
+def test_who_is_missing_gets_more_time_after_an_outage_but_not_after_each_of_many(reason: str, before: float, wait: float) -> None:
+    """Nobody can come back before the SFU is; but one that goes on failing now and then must not keep ghosts for as long as it does."""
+    away = row(presence=Presence.AWAY, reason=reason, presence_since=NOW - before - 5.0, look_at=NOW - 1.0, sessions=(ended("S1"),))
+    assert presence.of_look(away, replace(looked(), failed_since=NOW - 5.0), NOW, POLICY) == Finding(Sign.DEPARTED, away.sessions, reason, wait)
+    assert presence.of_look(away, looked(), NOW, POLICY).sign is Sign.GIVEN_UP
