@@ -587,9 +587,15 @@ class Engine:
 
     def _conclude(self, work: _Work, room: Room, look: Looked) -> Touched:
         """What a look at a room means for everybody in there, and when to look next."""
-        failed_since = self._reach(look.sfu).failed_from if room.failures else None
-        doubtful = work.now < room.doubt_until
-        look = replace(look, doubtful=doubtful, doubted_until=room.doubt_until, finished=room.finished, failed_since=failed_since)
+        reach = self._reach(look.sfu)
+        look = replace(
+            look,
+            doubtful=work.now < room.doubt_until,
+            doubted_until=room.doubt_until,
+            finished=room.finished,
+            failed_since=reach.failed_from,
+            recovered_at=work.now if room.failures else reach.recovered_at,
+        )
         rows = [self._advance(work, row, look) for row in work.in_room(look.sfu, look.room)]
         rows = [row for row in rows if row.state is not State.DONE]
         if not rows:

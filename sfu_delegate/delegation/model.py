@@ -256,7 +256,8 @@ class Looked:
     doubtful: bool = False  # the engine knows of a reason why absences prove nothing
     doubted_until: float = 0.0  # … or knew of one until then
     finished: bool = False  # the room was told to be over
-    failed_since: float | None = None  # the looks before this one had failed, since then
+    failed_since: float = 0.0  # when the SFU's latest outage began, as far as looks have shown
+    recovered_at: float = 0.0  # … and when it was over; now, if the room could not be looked at before
     _by_identity: dict[str, list[Listed]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, RoomChanged, RoomNews, Seen, Session, Sighting
-from sfu_delegate.delegation.policy import MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, Policy, Unasked
+from sfu_delegate.delegation.policy import MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, Departure, Policy, Unasked
 
 ROUNDED = 1.0  # seconds; webhooks say in whole ones when they were made
 KEPT_SESSIONS = 8  # of each kind; a participant who reconnects for days must not make its row grow
@@ -185,13 +185,9 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
                 over = time_has_come and now >= row.presence_since + policy.joining_limit
                 return Finding(Sign.GIVEN_UP if over else Sign.CONNECTING, row.sessions, row.reason)
             departure = policy.departure(row.reason)
-            if look.failed_since is not None and departure.unasked is Unasked.CONNECTED and not (look.doubtful and row.live_sids):
-                # They could not come back before the SFU was: it gets as long as one that was shut down. Where they had had all of their time
-                # before it failed, it is one more outage of many, and they must not be waited for as long as it goes on failing now and then.
-                shut_down = policy.departure(SHUT_DOWN).look_after
-                had_their_time = look.failed_since - row.presence_since >= departure.look_after + shut_down
-                wait = min(departure.look_after, policy.departure(MISSING).look_after if had_their_time else shut_down)
-                return Finding(Sign.DEPARTED, row.sessions, row.reason, max(wait, (row.look_at or now) - now))
+            back_by = look.recovered_at + _time_to_come_back(row, look, departure, policy)
+            if row.presence_since < look.recovered_at and look.sent_at < back_by and not (look.doubtful and row.live_sids):
+                return Finding(Sign.DEPARTED, row.sessions, row.reason, max(back_by, row.look_at or now) - now)
             if not time_has_come:
                 return Finding(Sign.NOTHING, row.sessions)
             if look.doubtful and row.live_sids:
@@ -201,6 +197,19 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
             return Finding(Sign.GIVEN_UP, row.sessions, row.reason)
         case _:
             return Finding(Sign.NOTHING, row.sessions)
+
+
+def _time_to_come_back(row: DelayedEvent, look: Looked, departure: Departure, policy: Policy) -> float:
+    """Seconds from the end of the SFU's latest outage until an absence is believed, for reasons that count as connected during an outage.
+
+    Nobody can come back before the SFU is: it gets as long as one that was shut down. Where they had had all of their time before it failed, it is
+    one more outage of many, and they must not be waited for as long as it goes on failing now and then.
+    """
+    if departure.unasked is not Unasked.CONNECTED:
+        return 0.0
+    shut_down = policy.departure(SHUT_DOWN).look_after
+    had_their_time = look.failed_since - row.presence_since >= departure.look_after + shut_down
+    return min(departure.look_after, policy.departure(MISSING).look_after if had_their_time else shut_down)
 
 
 def _contradicted(row: DelayedEvent, look: Looked) -> bool:

@@ -35,7 +35,7 @@ class Reach:
     lag: float | None = None  # seconds by which webhooks arrive after they were made, as its clock and ours go: the least of the last minutes
     _lag_before: float | None = None  # … of the minutes before
     _lag_since: float = 0.0
-    _recovered_at: float = -inf
+    recovered_at: float = 0.0  # when its latest outage was over
     several_nodes_at: float | None = None  # when it last showed that it has several nodes, or a memory that outlives them
 
     def open(self, policy: Policy) -> bool:
@@ -67,13 +67,12 @@ class Reach:
         if probe:
             self.probing = False
         if answered:
-            failed = self.failing_since is not None
-            self.failed_from = self.failing_since or self.failed_from
+            failing_since = self.failing_since
             self.failures, self.failing_since, self.probing, self.shut = 0, None, False, False
             self.answered_at = max(self.answered_at, sent_at)
-            if not was_open and not (failed and now >= self._recovered_at + policy.interval):
+            if failing_since is None or not (was_open or now >= self.recovered_at + policy.interval):
                 return False
-            self._recovered_at = now
+            self.failed_from, self.recovered_at = failing_since, now
             return True
         if reached:
             self.heard_at = max(self.heard_at, now)  # it is there, though it does not know our key, say

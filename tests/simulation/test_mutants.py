@@ -59,7 +59,7 @@ def failing_look(patch: Patch) -> None:
     real = presence.of_look
 
     def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Finding:
-        return real(row, look if look.participants is not None else replace(look, participants=(), failed_since=None), now, policy)
+        return real(row, look if look.participants is not None else replace(look, participants=(), recovered_at=0.0), now, policy)
 
     patch.setattr(presence, "of_look", of_look)
 

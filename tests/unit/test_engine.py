@@ -1271,6 +1271,17 @@ def test_an_outage_when_somebodys_time_is_over_is_waited_for() -> None:
     assert only(engine).outcome is Outcome.SENT
 
 
+def test_a_room_that_nobody_asked_for_in_an_outage_is_waited_for_too() -> None:
+    """Somebody's newer session was not told of, the SFU is restarted, and only other rooms are looked at meanwhile: all have to come back to it."""
+    engine = holding(row(identity="p", room="r1"), row(identity="q", room="r2"), row(identity="s", room="r2"))
+    engine.step([left("S1", "DUPLICATE_IDENTITY", identity="p", room="r1"), left("S1", identity="q", room="r2")], NOW)
+    there = all_there("s")("", 0)
+    run_for(engine, 25.0, NOW, lambda name, at: None if NOW + 1.0 <= at < NOW + 14.0 else there if name == "r2" else ())
+    assert {there.identity: there.presence for there in stored(engine)} == {"p": Presence.AWAY, "q": Presence.GONE, "s": Presence.CONNECTED}
+    run_for(engine, 15.0, NOW + 25.0, lambda name, _: there if name == "r2" else ())
+    assert {there.identity: there.presence for there in stored(engine)} == {"p": Presence.GONE, "q": Presence.GONE, "s": Presence.CONNECTED}
+
+
 def test_an_sfu_that_is_gone_for_good_keeps_nobody_alive() -> None:
     """After ten minutes of silence nothing is restarted any more, nothing is sent either, and in the end nothing remains open."""
     engine = holding(row(delay=60.0, running_since=NOW), row(identity="q", delay=3600.0, running_since=NOW))

@@ -580,5 +580,9 @@ def test_a_late_end_of_somebody_elses_session_ends_nobody_who_cannot_be_looked_f
 def test_who_is_missing_gets_more_time_after_an_outage_but_not_after_each_of_many(reason: str, before: float, wait: float) -> None:
     """Nobody can come back before the SFU is; but one that goes on failing now and then must not keep ghosts for as long as it does."""
     away = row(presence=Presence.AWAY, reason=reason, presence_since=NOW - before - 5.0, look_at=NOW - 1.0, sessions=(ended("S1"),))
-    assert presence.of_look(away, replace(looked(), failed_since=NOW - 5.0), NOW, POLICY) == Finding(Sign.DEPARTED, away.sessions, reason, wait)
+    after = replace(looked(), failed_since=NOW - 5.0, recovered_at=NOW - 2.0)
+    assert presence.of_look(away, after, NOW, POLICY) == Finding(Sign.DEPARTED, away.sessions, reason, wait - 2.0)
+    assert presence.of_look(away, replace(after, sent_at=NOW - 2.0 + wait), NOW, POLICY).sign is Sign.GIVEN_UP
+    assert presence.of_look(away._replace(presence_since=NOW - 1.0), after, NOW, POLICY).sign is Sign.GIVEN_UP  # it left when the SFU was back
+    assert presence.of_look(away._replace(reason="CLIENT_INITIATED"), after, NOW, POLICY).sign is Sign.GIVEN_UP
     assert presence.of_look(away, looked(), NOW, POLICY).sign is Sign.GIVEN_UP
