@@ -593,7 +593,7 @@ class Engine:
             doubtful=work.now < room.doubt_until,
             doubted_until=room.doubt_until,
             finished=room.finished,
-            failed_since=reach.failed_from,
+            failed_since=reach.failed_since,
             recovered_at=work.now if room.failures else reach.recovered_at,
         )
         rows = [self._advance(work, row, look) for row in work.in_room(look.sfu, look.room)]

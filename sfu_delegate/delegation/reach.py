@@ -29,7 +29,7 @@ class Reach:
     probe_at: float = 0.0
     probing: bool = False  # one of the looks that are made while it is open is on its way
     shut: bool = False  # one of those has failed: all other looks count as failed at once
-    failed_from: float = 0.0  # when the first look of the latest outage that is over was sent
+    failed_since: float = 0.0  # when the first look of the latest outage that is over was sent
     answered_at: float = -inf  # when the latest of the looks that were answered had been sent
     opened_at: float = -inf
     lag: float | None = None  # seconds by which webhooks arrive after they were made, as its clock and ours go: the least of the last minutes
@@ -72,7 +72,7 @@ class Reach:
             self.answered_at = max(self.answered_at, sent_at)
             if failing_since is None or not (was_open or now >= self.recovered_at + policy.interval):
                 return False
-            self.failed_from, self.recovered_at = failing_since, now
+            self.failed_since, self.recovered_at = failing_since, now
             return True
         if reached:
             self.heard_at = max(self.heard_at, now)  # it is there, though it does not know our key, say

@@ -1219,7 +1219,7 @@ def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
 
 
 def hung(engine: Engine) -> tuple[list[Task], float]:
-    """Four of five people have said goodbye; the looks at their rooms are under way. The fifth is in a room of its own."""
+    """Four people have said goodbye, each in a room of their own, and the looks at these rooms are under way."""
     step = engine.step([left("S1", identity="p", room=f"r{n}") for n in range(4)], NOW)
     now = NOW + 2.0
     tasks = looks(step) + looks(engine.step((), now))
