@@ -13,6 +13,7 @@ from random import Random
 from zlib import crc32
 
 from sfu_delegate.delegation import lifecycle
+from sfu_delegate.delegation.doubts import Doubts, party
 from sfu_delegate.delegation.model import (
     Accept,
     Action,
@@ -60,6 +61,8 @@ class Limits:
     """How much is accepted."""
 
     max_per_participant: int = 4  # delegations of one participant that its homeserver has not confirmed yet
+    max_per_user: int = 10  # delayed events of one Matrix user that its homeserver has not confirmed yet, see `delegation.doubts`
+    max_unnamed: int = 1_000_000  # … of all the participants of a homeserver whose user is not known
     max_per_homeserver: int = 100_000  # delayed events
 
 
@@ -100,7 +103,7 @@ class _Work:
     known: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
     known_all: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
     made: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    opened: Counter[str] = field(default_factory=Counter)  # by homeserver: delayed events accepted in this step
+    opened: Counter[str] = field(default_factory=Counter)  # by homeserver, and by user: delayed events accepted in this step
     load: dict[str, float] = field(default_factory=dict)  # by homeserver: restarts a second that these need
     rooms: dict[tuple[str, str], Room | None] = field(default_factory=dict)
     rooms_before: dict[tuple[str, str], Room | None] = field(default_factory=dict)
@@ -132,7 +135,19 @@ class _Work:
             rows += [row for row in self._made(sfu, room) if row.id not in seen and identity in (row.identity, row.alias)]
             known[key] = [row.id for row in rows]
             return rows
-        return [self.rows[id] for id in ids if id not in self.deleted]
+        # One that had come under this identity may have been put back.
+        return [row for row in (self.rows[id] for id in ids if id not in self.deleted) if identity in (row.identity, row.alias)]
+
+    def same_participant(self, sfu: str, room: str, identity: str, alias: str | None, *, finished: bool = False) -> list[DelayedEvent]:
+        """As `participant`, and those that were delegated under the other form of the identity.
+
+        Two events that share nothing but that other form are two participants': another member id is another membership.
+        """
+        rows = self.participant(sfu, room, identity, finished=finished)
+        if alias is None:
+            return rows
+        seen = {row.id for row in rows}
+        return rows + [row for row in self.participant(sfu, room, alias, finished=finished) if row.identity == alias and row.id not in seen]
 
     def _made(self, sfu: str, room: str) -> list[DelayedEvent]:
         """What this step has opened in a room: the database does not know of it yet."""
@@ -162,7 +177,8 @@ class _Work:
             return
         if old is None:
             self.before[row.id] = None
-        if old is None or old.state is State.DONE:  # a new one, or one that is taken up again
+        # A new one, one that is taken up again, or one that was delegated anew in the other form of the identity.
+        if old is None or old.state is State.DONE or (old.identity, old.alias) != (row.identity, row.alias):
             self.made.setdefault((row.sfu, row.room), []).append(row.id)
             self._know(row)
         self.rows[row.id] = row
@@ -199,18 +215,21 @@ class _Work:
 
     def delete(self, row: DelayedEvent) -> None:
         self.deleted.add(row.id)
+        self.undo.append(lambda: self.deleted.discard(row.id))
 
     def save(self) -> list[Note]:
         """Write everything; returns the lines of history that were added."""
         notes: list[Note] = []
         for change in self.changes:
             notes.extend(lifecycle.story(change.old, change.new, change.given, self.now))
+        for id in self.deleted:  # first: what is deleted may be in the way of a row that changes
+            if self.before[id] is not None:
+                self.tx.delete(id)
         for id, row in self.rows.items():
             before = self.before[id]
             if id in self.deleted:
-                if before is not None:
-                    self.tx.delete(id)
-            elif before is None:
+                continue
+            if before is None:
                 self.tx.insert(row)
             elif before is not row:
                 self.tx.update(before, row)
@@ -270,6 +289,7 @@ class Engine:
         self._learned: set[str] = set()  # homeservers and SFUs of which something new is known
         self._ask: set[str | None] = set()  # SFUs all of whose rooms are to be looked at; None: every SFU's
         self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
+        self._doubts = Doubts()
         self._under_way: set[tuple[str, int | str, int]] = set()  # (homeserver, event, claim) and (SFU, room, claim)
         self._open: Counter[str] = Counter()  # delayed events by homeserver that are not finished
         for (homeserver, state, _), count in census.states.items():
@@ -612,17 +632,21 @@ class Engine:
 
     def _next_look(self, now: float, sent_at: float, failures: int, asked: float | None, rows: Sequence[DelayedEvent]) -> float:
         """When somebody needs the next look at a room, or the suspicion of `asked`; infinite: nobody."""
-        at = min([row.look_at for row in rows if row.look_at is not None] + ([] if asked is None else [asked]), default=inf)
-        if at == inf and failures:
-            at = now  # that the SFU is back should be noticed, though nobody waits for it
-        if at == inf:
-            return inf
         if not failures:
+            at = self._soonest([lifecycle.next_look(row, sent_at, now, self.policy) for row in rows], asked)
             return max(at, sent_at + self.policy.look_gap)
         pause = min(self.policy.look_again * 2.0 ** min(failures - 1, 10), self.policy.look_again_most) * (0.75 + self._random() / 4)
+        looks = [(row, lifecycle.next_look(row, now, now, self.policy, pause)) for row in rows]
+        at = self._soonest([at for _, at in looks], asked)
+        if at == inf:
+            at = now  # that the SFU is back should be noticed, though nobody waits for it
         # Not even an SFU that does not answer holds up a departure, which has its own rule for that case.
-        departed = [row.look_at for row in rows if row.look_at is not None and row.presence is Presence.AWAY and not row.live_sids]
+        departed = [at for row, at in looks if at is not None and row.presence is Presence.AWAY and not row.live_sids]
         return min([max(at, now + pause), *(max(due, now + self.policy.look_gap) for due in departed)])
+
+    @staticmethod
+    def _soonest(looks: Sequence[float | None], asked: float | None) -> float:
+        return min((at for at in (*looks, asked) if at is not None), default=inf)
 
     def _next_routine(self, now: float, room: Room, rows: Sequence[DelayedEvent]) -> float:
         """When a room is looked at although nobody asks for it: each at its own time of the interval, so that they are spread evenly."""
@@ -636,10 +660,13 @@ class Engine:
         return floor((now + interval - phase) / (interval / 2)) * (interval / 2) + phase
 
     def _accept(self, work: _Work, accept: Accept) -> Accepted:
-        rows = work.participant(accept.sfu, accept.room, accept.identity, finished=True)
+        rows = work.same_participant(accept.sfu, accept.room, accept.identity, accept.alias, finished=True)
         if accept.alias is not None:
-            seen = {row.id for row in rows}
-            rows += [row for row in work.participant(accept.sfu, accept.room, accept.alias, finished=True) if row.id not in seen]
+            # An event belongs to one membership: handed over for another member id, it is that one's from now on.
+            seen, wanted = {row.id for row in rows}, {event.delay_id for event in accept.events}
+            others = work.participant(accept.sfu, accept.room, accept.alias)
+            rows += [row for row in others if row.id not in seen and row.delay_id in wanted]
+        rows = self._once(work, rows, accept)
         unfinished = [row for row in rows if row.state is not State.DONE]
         current = [row for row in unfinished if row.state is not State.SUPERSEDED]
         same = self._same(current, accept)
@@ -659,32 +686,51 @@ class Engine:
         for event in accept.events:
             old = by_delay_id.get(event.delay_id)
             if old is not None and old.state is State.LIVE:
-                carried.append(Carried(old.id, old.delegation, old.delay, old.on_end, old.token, old.accepted_at, old.verified_at))
+                before = (old.delegation, old.identity, old.alias, old.user, old.delay, old.on_end, old.token, old.accepted_at, old.verified_at)
+                carried.append(Carried(old.id, *before))
             new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, self.policy)
             new = new._replace(accepted_at=stamp)
             work.put(new, accept)
             made.append(new)
         self._supersede_others(work, made[0])
-        work.opened[accept.homeserver] += len(made)
+        work.opened.update({accept.homeserver: len(made), party(accept.user, accept.homeserver): len(made)})
         if accept.token is None:
             work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
         return Accepted(accept.delegation, True, tuple(work.rows[row.id] for row in made), tuple(carried))
+
+    def _once(self, work: _Work, rows: list[DelayedEvent], accept: Accept) -> list[DelayedEvent]:
+        """Rows of a participant in which each event that is accepted is there once: it may have been handed over under several identities."""
+        kept: dict[str, DelayedEvent] = {}
+        for row in sorted(rows, key=lambda row: (row.state is State.DONE, row.state is State.SUPERSEDED, row.identity != accept.identity, row.id)):
+            kept.setdefault(row.delay_id, row)
+        wanted = {event.delay_id for event in accept.events}
+        for row in rows:
+            if row.delay_id not in wanted or kept[row.delay_id] is row:
+                continue
+            if row.identity == accept.identity:
+                work.delete(row)  # the one that is kept takes its place
+            elif row.state is not State.DONE:
+                self._advance(work, row, Withdraw(row.delegation))
+        return [row for row in rows if row.delay_id not in wanted or kept[row.delay_id] is row]
 
     def _refuse(self, work: _Work, refuse: Refuse) -> Withdrawn:
         rows = []
         back = {carried.event: carried for carried in refuse.back}
         for row in work.delegation(refuse.delegation):
             was = back.get(row.id)
-            if was is not None and row.state is not State.DONE:
+            if was is not None and row.state is not State.DONE and not self._is_taken(work, row, was.identity):
                 work.put(
                     row._replace(
                         delegation=was.delegation,
+                        identity=was.identity,
+                        alias=was.alias,
+                        user=was.user,
                         delay=was.delay,
                         on_end=was.on_end,
                         token=was.token,
                         accepted_at=was.accepted_at,
                         verified_at=row.verified_at or was.verified_at,
-                        harm=row.running_since + was.delay,
+                        harm=row.running_since + was.delay if row.state in (State.LIVE, State.SUPERSEDED) else row.harm,
                     ),
                     refuse,
                 )
@@ -692,6 +738,12 @@ class Engine:
             else:
                 rows.append(self._advance(work, row, Withdraw(refuse.delegation)))
         return Withdrawn(tuple(rows))
+
+    @staticmethod
+    def _is_taken(work: _Work, row: DelayedEvent, identity: str) -> bool:
+        """Has the same event been handed over under that identity meanwhile?"""
+        there = work.participant(row.sfu, row.room, identity, finished=True)
+        return any(other.identity == identity and other.delay_id == row.delay_id and other.id != row.id for other in there)
 
     @staticmethod
     def _same(current: Sequence[DelayedEvent], accept: Accept) -> list[DelayedEvent]:
@@ -702,7 +754,8 @@ class Engine:
         rows = [row for row in current if row.delegation == newest]
         wanted = {(event.delay_id, event.delay, event.on_end) for event in accept.events}
         asked = {(row.delay_id, row.delay, row.on_end) for row in rows} == wanted
-        there = all(row.homeserver == accept.homeserver for row in rows)
+        forms = {accept.identity, accept.alias}
+        there = all(row.homeserver == accept.homeserver and forms <= {row.identity, row.alias, None} for row in rows)
         sound = all(row.state is State.LIVE and row.lane is Lane.RESTART and not row.end_tried for row in rows)
         return rows if asked and there and sound else []
 
@@ -721,6 +774,16 @@ class Engine:
                 most,
                 f"{most} delayed events of this homeserver are delegated already, and that is the most. Try again later.",
             )
+        if accept.token is None:
+            who, most = party(accept.user, accept.homeserver), self.limits.max_unnamed if accept.user is None else self.limits.max_per_user
+            if self._doubts.of(who, work.now) + work.opened[who] + len(accept.events) > most:
+                whose = "this user has" if accept.user is not None else "participants whose Matrix user is not known have"
+                raise TooMany(
+                    "delegations.max_per_user",
+                    most,
+                    f"{most} delayed events that {whose} delegated lately are not confirmed by the homeserver, and that is the most. Try again "
+                    "later.",
+                )
         self._admit_load(work, current, accept)
 
     def _admit_load(self, work: _Work, current: Sequence[DelayedEvent], accept: Accept) -> None:
@@ -750,7 +813,7 @@ class Engine:
 
     def _supersede_others(self, work: _Work, row: DelayedEvent) -> None:
         """Once a delegation is verified as a whole, the events of older ones of the same participant are to be cancelled."""
-        rows = [other for other in work.participant(*row.participant) if other.state is not State.DONE]
+        rows = [other for other in work.same_participant(*row.participant, row.alias) if other.state is not State.DONE]
         mine = work.delegation(row.delegation)  # also those that have ended: one that was unknown takes the whole delegation back
         if not mine or any(other.verified_at is None for other in mine):
             return
@@ -1017,6 +1080,7 @@ class Engine:
             deleted = id in work.deleted
             if before is row and not deleted:
                 continue
+            self._doubts.changed(id, None if deleted else row, work.now)
             if before is not None:
                 self.states[before.homeserver, before.state.value, before.presence.value] -= 1
             if not deleted:
@@ -1054,7 +1118,7 @@ class Engine:
         for homeserver, pace in self._paces.items():
             pace.most = self._in_flight(homeserver)
             limited = self._limited(homeserver)
-            if limited is False and pace.limit is not Limit.NONE:
+            if limited is False and not pace.exempt:
                 pace.reset(Limit.NONE)
             elif limited is not False and (self._was_exempt[homeserver] or (limited and pace.limit is not Limit.SOME)):
                 pace.reset(Limit.SOME if limited else Limit.UNKNOWN)

@@ -278,8 +278,13 @@ def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: fl
     """A live event that another delegation had. It takes over what is asked for now; a restart shows whether that is right."""
     same = (row.delay, row.on_end) == (event.delay, event.on_end)
     sure = same and not _tried(row)  # else a goodbye may have got through, and only a restart tells
+    # Delegated in the other form of the identity: from now on it is waited for in either.
+    other = row.alias if row.identity == accept.identity else row.identity
     row = row._replace(
         delegation=accept.delegation,
+        identity=accept.identity,
+        alias=accept.alias or other,
+        user=accept.user or row.user,
         accepted_at=now,
         delay=event.delay,
         on_end=event.on_end,
@@ -376,15 +381,35 @@ def _look_at(row: DelayedEvent, new: Presence, finding: Finding, now: float, pol
                 return None  # routine looks go on
             if finding.sign in (Sign.DEPARTED, Sign.ABSENT):
                 return now + finding.look_after
-            # Less and less often, but in time for what is to be decided then; and the time that the reason asks for is waited for.
-            patience = min(max(policy.look_again, (now - row.presence_since) / 4), policy.look_again_most)
-            decisions = [row.presence_since + limit for limit in (policy.departure(row.reason).unasked_after, policy.joining_limit)]
-            again = min([now + patience, *(at for at in decisions if at > now)])
-            return max(again, row.look_at or 0.0)
+            if finding.sign is Sign.UNASKED and row.look_at is not None:
+                return row.look_at  # the first answer is to count; see `next_look`
+            return max(_undecided(row, now, policy, _patience(row, now, policy)), row.look_at or 0.0)
         case Presence.CONNECTED if finding.sign is Sign.UNASKED:
             return row.look_at
         case _:
             return None
+
+
+def next_look(row: DelayedEvent, sent_at: float, now: float, policy: Policy, pause: float | None = None) -> float | None:
+    """When the SFU is to be asked about the participant after a look that was sent at `sent_at`; None: by no look of its own.
+
+    Where the look's time had come and it could not decide, `look_at` stays what it was, so that whoever asks next has a verdict: moved on with each
+    look that fails, it would never come where the SFU fails once a minute. `pause`: seconds until the room is asked again, after a failure.
+    """
+    if row.presence is not Presence.AWAY or row.look_at is None or row.look_at > sent_at:
+        return row.look_at
+    return _undecided(row, now, policy, _patience(row, now, policy) if pause is None else pause)
+
+
+def _patience(row: DelayedEvent, now: float, policy: Policy) -> float:
+    """Seconds between looks that cannot decide: less and less often."""
+    return min(max(policy.look_again, (now - row.presence_since) / 4), policy.look_again_most)
+
+
+def _undecided(row: DelayedEvent, now: float, policy: Policy, patience: float) -> float:
+    """The time of the next look after one that could not decide: `patience` later, but in time for what is to be decided then."""
+    decisions = [row.presence_since + limit for limit in (policy.departure(row.reason).unasked_after, policy.joining_limit)]
+    return min([now + patience, *(at for at in decisions if at > now)])
 
 
 def _ended_at(row: DelayedEvent, old: Presence, new: Presence, now: float) -> float | None:
@@ -430,10 +455,15 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
             return row
 
 
-def _restart_at(row: DelayedEvent, at: float | None, now: float, policy: Policy, random: float) -> DelayedEvent:
-    """The row with its next restart planned: at `at`, or at the normal time, which is not later than `restart_at` of the delay."""
+def _restart_at(row: DelayedEvent, at: float | None, now: float, policy: Policy, random: float, *, first: bool = False) -> DelayedEvent:
+    """The row with its next restart planned: at `at`, or at the normal time, which is not later than `restart_at` of the delay.
+
+    `first`: it has just been confirmed. The next restart comes at any time up to the normal one, so that those who delegated together are spread
+    from then on: a limit that nobody knows of shows itself while there is time to heed it.
+    """
     if at is None:
-        at = max(now, row.running_since + row.delay * (policy.restart_at - policy.restart_spread * random))
+        spread = min(policy.restart_at, max(policy.first_spread, policy.restart_spread)) if first else policy.restart_spread
+        at = max(now, row.running_since + row.delay * (policy.restart_at - spread * random))
     return row._replace(lane=Lane.RESTART, due=at, harm=row.deadline, claimed=False)
 
 
@@ -483,6 +513,7 @@ def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, r
         return row  # not what was claimed
     match answer.verdict:
         case Verdict.DONE if restarting:
+            first = row.verified_at is None
             row = row._replace(
                 running_since=max(row.running_since, answer.sent_at),
                 restarts=row.restarts + 1,
@@ -490,7 +521,7 @@ def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, r
                 attempts=0,
                 end_tried=False,
             )
-            return _restart_at(row, None, now, policy, random)
+            return _restart_at(row, None, now, policy, random, first=first)
         case Verdict.DONE:
             return _done(row, _ended_by_us(row, answer.action), now, policy)
         case Verdict.NOT_FOUND | Verdict.CONFLICT:

@@ -304,6 +304,9 @@ class Carried(NamedTuple):
 
     event: int
     delegation: str
+    identity: str
+    alias: str | None
+    user: str | None
     delay: float
     on_end: OnEnd
     token: bytes | None

@@ -90,6 +90,7 @@ class Policy:
     doubt_after: float = 5.0  # an old session that ends this long after the newer one joined shows that a node was away
     restart_at: float = 0.75  # of the delay: the latest normal time of a restart
     restart_spread: float = 0.10  # of the delay: restarts come up to this much earlier, so that the members of a call do not come at once
+    first_spread: float = 0.55  # … of the first one after the delegation: a call's members delegate together, and are not to be restarted together
     retry_first: float = 1.0  # after a failed action; doubled with each further failure, with jitter
     retry_most: float = 60.0
     vanished_wait: float = 30.0  # after a 404 on a restart, until it counts as lost if the participant is still connected

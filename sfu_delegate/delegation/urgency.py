@@ -61,6 +61,7 @@ ROUNDING = 1e-6
 
 FIRST_WIDTH = 4  # requests at a time until a homeserver has shown what it takes
 UNKNOWN_WIDTH = 6  # … and at the most, as long as it might refuse them: so many refusals may come at once
+FREE_WIDTH = 12  # … where there has been no limit so far, which may change, and so many more than its burst may be refused at once
 LIMITED_WIDTH = 4  # a refusal is held back for half a second
 FREE_BEYOND = 32.0  # so many actions more than the assumed limit allows, and none refused: there is no such limit
 PROBE_AFTER = 8  # successes without a refusal, with work waiting, until it is tried whether more is allowed
@@ -70,8 +71,9 @@ TRUSTED_REFUSALS = 2  # in a row, until what the homeserver says of the time to 
 MEASURED_OVER = 30.0  # seconds, at the most, over which the rate is measured
 MEASURED_LEAST = 3.0
 DOWN_AFTER = 4  # failures in a row until only one request at a time tries whether it works again
-DOWN_FIRST = 0.5  # seconds until then, doubled with each further failure
-DOWN_MOST = 10.0
+DOWN_FIRST = 0.5  # seconds until then, at the least
+DOWN_PART = 8  # … and a part of the time that it has been failing: that it is back is noticed when it was away for an eighth more
+DOWN_MOST = 10.0  # … and at the most
 
 
 class Limit(StrEnum):
@@ -87,6 +89,7 @@ class _Down:
     """Failures of one kind of action. Synapse's workers serve restarts while its main process, which alone sends, is down."""
 
     failures: int = 0  # in a row; those that were on their way together count as one
+    since: float = -inf  # when the first of them was sent
     failed_at: float = -inf
     until: float = 0.0  # nothing is tried before; 0 unless it keeps failing
 
@@ -105,6 +108,7 @@ class Pace:
 
     most: int
     limit: Limit = Limit.UNKNOWN
+    exempt: bool = False  # the operator says that there is no limit
     rate: float = ASSUMED_RATE
     burst: float = ASSUMED_BURST
     width: int = FIRST_WIDTH
@@ -240,11 +244,13 @@ class Pace:
         down = self._down[ending]
         if not answered:
             self._probing = False
+            if not down.failures:
+                down.since = sent_at
             if sent_at >= down.failed_at:
                 down.failures, down.failed_at = down.failures + 1, now
             if down.keeps_failing:
                 self._last_try_at = now + LAST_TRY_AFTER
-                down.until = now + min(DOWN_MOST, DOWN_FIRST * 2.0 ** min(down.failures - DOWN_AFTER, 10))
+                down.until = now + min(DOWN_MOST, max(DOWN_FIRST, (now - down.since) / DOWN_PART))
             return
         if down.keeps_failing:
             self.width, self._widening = 1, 0  # what has gathered meanwhile must not come at once
@@ -270,7 +276,8 @@ class Pace:
             self._marks.clear()
 
     def _widen(self) -> None:
-        most = min(self.most, {Limit.NONE: self.most, Limit.UNKNOWN: UNKNOWN_WIDTH, Limit.SOME: LIMITED_WIDTH}[self.limit])
+        free = self.most if self.exempt else FREE_WIDTH
+        most = min(self.most, {Limit.NONE: free, Limit.UNKNOWN: UNKNOWN_WIDTH, Limit.SOME: LIMITED_WIDTH}[self.limit])
         self._widening += 1
         if self.width < most and self._widening >= self.width:
             self._widening, self.width = 0, min(most, self.width * 2)
@@ -336,6 +343,9 @@ class Pace:
     def reset(self, limit: Limit) -> None:
         """The configuration says something else now: what was learned is of the past."""
         self.limit, self.rate, self.burst, self.blocked_until = limit, ASSUMED_RATE, ASSUMED_BURST, 0.0
+        self.exempt = limit is Limit.NONE
+        if not self.exempt:
+            self.width, self._widening = min(self.width, FIRST_WIDTH), 0
         self._tokens, self._streak, self._successes, self._surprises = ASSUMED_BURST, 0, 0, 0
         self._marks.clear()
 

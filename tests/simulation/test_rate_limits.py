@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sfu_delegate.delegation.urgency import Limit
+from sfu_delegate.delegation.urgency import FREE_WIDTH, Limit
 from sfu_delegate.sandbox.homeserver import HomeserverFaults, RateLimit
 
-from tests.simulation.rates import HOUR, SYNAPSE, Call, Case, Result, play
+from tests.simulation.rates import HOMESERVER, HOUR, SYNAPSE, Call, Case, Result, play
 
 RESTARTS = (None, 5.0, 40.0)  # seconds before the departures at which the daemon is started anew
 JOINED = (1.0, 60.0)  # seconds in which everybody joins
@@ -98,6 +98,31 @@ def test_five_hundred_leave_and_five_hundred_stay(within: float, leave_at: float
     assert result.used >= 0.99, over(case, result)
     assert result.refusals <= result.successes / 4, over(case, result)
     assert result.forecast == 0.0, over(case, result)
+
+
+@pytest.mark.parametrize("leave_at", [5.0, 10.0, 20.0, 30.0, 40.0, 50.0])
+def test_a_limit_that_comes_into_force_when_everybody_has_joined(leave_at: float) -> None:
+    """Of 60 who joined at once, and whose checks nobody refused, 30 leave: nobody who stays is dropped, and few requests are refused.
+
+    The homeserver has shown no limit until then. The first restarts of those who joined together are not due together: those that come early show the
+    limit while there is time for the others.
+    """
+    for seed in range(4):
+        with calling(seed, limit=None) as call:
+            names = join(call, 60, 60.0, within=1.5)
+            call.at(2.0, lambda call=call: setattr(call.homeserver, "limit", SYNAPSE))  # type: ignore[misc]
+            for name in names[::2]:
+                call.leave(2.0 + leave_at, name)
+            call.run_until(2.0 + leave_at + 140.0)
+            ends = call.ends()
+            told = f"leave at {leave_at:g} s, seed {seed}: {len(ends.dropped)} dropped, {len(ends.sent)} sent, {call.refusals()} refusals"
+            assert call.successes(end=2.0) == 60, told  # all checks came before the limit
+            assert not ends.dropped, told
+            assert not ends.turned_away, told
+            assert len(ends.sent) + len(ends.fired) == 30, told
+            assert len(ends.sent) >= 8, told  # the restarts of those who stay take most of the limit
+            assert call.refusals() <= 20, told
+            assert call.limit_known()[0] is Limit.SOME, told
 
 
 # ── what is learned, and when ──
@@ -195,6 +220,29 @@ def test_an_exemption_that_is_configured_while_running_is_made_use_of() -> None:
         assert call.refusals(120.0) <= max(8, call.successes(120.0) / 4)
         assert not call.ends().pending
         assert not call.ends().dropped
+
+
+def most_at_a_time(call: Call, start: float, end: float) -> list[int]:
+    """A list that has, once that time is over, the number of requests that were under way at each of many moments of it."""
+    seen: list[int] = []
+    for n in range(int((end - start) * 200)):
+        call.at(start + n / 200, lambda: seen.append(call.engine._pace(HOMESERVER).in_flight))
+    return seen
+
+
+def test_only_whom_the_operator_exempts_gets_all_that_may_be_in_flight() -> None:
+    """A homeserver that has shown no limit may have one tomorrow; one that the configuration names as exempt has none."""
+    with calling(15, limit=None) as call:
+        names = join(call, 400, HOUR)
+        for i, name in enumerate(names):
+            call.leave(60.0 + 40.0 * (i % 2), name)
+        learned, exempt = most_at_a_time(call, 60.0, 70.0), most_at_a_time(call, 100.0, 110.0)
+        call.run_until(60.0)
+        assert call.limit_known()[0] is Limit.NONE
+        call.at(90.0, lambda: call.reconfigure(exempt=True))
+        call.run_until(120.0)
+        assert len(call.ends().sent) == 400
+        assert (max(learned), max(exempt)) == (FREE_WIDTH, 16)
 
 
 def test_where_many_deadlines_come_together_restarts_are_made_before_they_are_due() -> None:

@@ -16,6 +16,8 @@ REQUEST_TIMEOUT = 10.0  # the daemon's, for a homeserver: how long a hung reques
 SFU_TIMEOUT = 5.0  # the daemon's, for a look
 BACK_WITHIN = 7.0  # seconds after the SFU is up again until the last client has tried: the longest pause between two tries
 HASTY = 3.2  # seconds between two goodbyes: a look comes 2 s after the first, and the second takes somebody away for 1.2 s
+GAP = 1.2  # seconds for which a goodbye takes somebody away who reconnects, at the most
+MISSING_LOOKS = 10.0 + GAP  # seconds over which two looks that find somebody missing, of whom nothing was heard, count as a departure
 STALE_AFTER = 15.0  # seconds after a newer delegation was confirmed until the older event must not be sent any more
 ENDING_WITHIN = 300.0  # seconds from the last departure until everything has to have ended
 

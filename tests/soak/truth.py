@@ -11,7 +11,7 @@ from typing import Any
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End
 
 from tests.soak.disturbances import DAEMON, HARNESS, SFU, SLOW_SFU, WEBHOOKS, Disturbances
-from tests.soak.settings import FAIR_CHANCE, GHOST_AFTER, HASTY, STALE_AFTER
+from tests.soak.settings import FAIR_CHANCE, GAP, GHOST_AFTER, HASTY, MISSING_LOOKS, STALE_AFTER
 
 CLIENT = "client"  # who ended an event, in the model's log
 RESTART_AT = 0.75  # of the delay: the latest normal time of a restart
@@ -148,6 +148,10 @@ class Truth:
         if len(goodbyes) == 2 and goodbyes[1] - goodbyes[0] < HASTY and self._disturbances.during((WEBHOOKS,), *goodbyes):
             # Nothing was heard between the first goodbye and the look, which came when the participant was away once more.
             return "it had said goodbye twice within the time of a look, and the webhooks in between went astray"
+        since = at - MISSING_LOOKS
+        if goodbyes and at - goodbyes[-1] < GAP and all(self._disturbances.during((what,), since, at) for what in (SFU, WEBHOOKS)):
+            # It had not yet come back to a restarted SFU at the first look, the webhooks of its return went astray, and then it said goodbye.
+            return "the SFU had thrown it out, its return was not heard of, and the second look came just when it reconnected"
         return ""
 
     def _ended(self, membership: Membership, at: float) -> None:

@@ -14,6 +14,7 @@ from sfu_delegate.delegation.lifecycle import action
 from sfu_delegate.delegation.model import (
     Action,
     Answered,
+    Carried,
     DelayedEvent,
     Due,
     Find,
@@ -35,7 +36,7 @@ from sfu_delegate.delegation.model import (
     Verdict,
     Withdraw,
 )
-from sfu_delegate.delegation.policy import MISSING
+from sfu_delegate.delegation.policy import DEPARTURES, MISSING, Unasked
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
 from sfu_delegate.delegation.urgency import FIRST_WIDTH, UNKNOWN_WIDTH, Limit
 from sfu_delegate.engine import Engine, Limits, Step
@@ -55,6 +56,7 @@ from tests.rows import (
     aborted,
     accept,
     assert_consistent,
+    ended,
     joined,
     left,
     listed,
@@ -193,6 +195,49 @@ def test_exactly_the_same_events_again_change_nothing() -> None:
     assert stored(engine) == before
 
 
+@pytest.mark.parametrize("first", ["plain", "hashed"])
+def test_an_event_that_was_delegated_in_the_other_form_is_replaced(first: str) -> None:
+    """Whichever came first: once the newer one is verified, the older one is cancelled, or it would fire into the newer membership."""
+    forms = [accept("D1", identity="plain"), accept("D2", identity="hashed", alias="plain")]
+    if first == "hashed":
+        forms = [accept("D1", identity="hashed", alias="plain"), accept("D2", identity="plain")]
+    engine = fresh()
+    for form in forms:
+        step = engine.step([form, joined(identity="plain")], NOW)
+        (task,) = [task for task in step.tasks if task.action is Action.RESTART]
+        step = engine.step([reply_to(task)], NOW)
+    assert actions(step) == [Action.CANCEL]
+
+
+def test_an_event_that_is_handed_over_in_the_other_form_is_found_by_the_rest_of_its_batch() -> None:
+    """A client delegates it anew, and its `joined` comes at the same instant."""
+    engine = fresh()
+    engine.step([accept("D1", "X", identity="plain")], NOW)
+    step = engine.step([aborted("S0", identity="hashed"), accept("D2", "X", identity="hashed", alias="plain"), joined(identity="hashed")], NOW + 1)
+    assert step.replies[-1] == Touched(1)
+    assert (only(engine).identity, only(engine).alias, only(engine).presence) == ("hashed", "plain", Presence.CONNECTED)
+
+
+def test_an_event_belongs_to_one_membership() -> None:
+    """Handed over once more for another member id, it is not ended by the departure of the first."""
+    engine = fresh()
+    engine.step([accept("D1", "X", identity="member 1", alias="plain"), joined(identity="member 1")], NOW)
+    engine.step([accept("D2", "X", identity="member 2", alias="plain"), joined("S2", identity="member 2")], NOW + 1)
+    engine.step([left("S1", "PARTICIPANT_REMOVED", identity="member 1")], NOW + 2)
+    assert (only(engine).identity, only(engine).presence, only(engine).state) == ("member 2", Presence.CONNECTED, State.LIVE)
+
+
+def test_another_member_of_the_same_device_is_another_participant() -> None:
+    """Their identities have only the plain form in common, which neither of them needs to be: each membership ends when its own session does."""
+    engine = fresh()
+    engine.step([accept("D1", identity="member 1", alias="plain"), joined(identity="member 1")], NOW)
+    engine.step([left("S1", "PARTICIPANT_REMOVED", identity="member 1"), accept("D2", identity="member 2", alias="plain")], NOW)
+    assert {there.delegation: (there.presence, there.state) for there in stored(engine)} == {
+        "D1": (Presence.GONE, State.ENDING),
+        "D2": (Presence.EXPECTED, State.LIVE),
+    }
+
+
 def test_the_other_form_of_the_identity_is_the_same_participant() -> None:
     """Webhooks and new delegations find it by either."""
     engine = fresh()
@@ -285,6 +330,50 @@ def test_the_most_of_a_homeserver_holds_within_a_batch() -> None:
     engine = fresh(limits=Limits(max_per_homeserver=2))
     step = engine.step([accept(f"D{n}", identity=f"p{n}") for n in range(5)], NOW)
     assert [type(reply) for reply in step.replies] == [Accepted, Accepted, TooMany, TooMany, TooMany]
+
+
+MADE_UP = [replace(accept(f"D{n}", identity=f"p{n}"), user="@mallory:hs.test") for n in range(8)]
+HONEST = replace(accept("DA", identity="a"), user="@alice:hs.test")
+
+
+def test_made_up_events_do_not_use_up_what_a_homeserver_allows() -> None:
+    """Somebody with made-up delay_ids gets so many asked for, and one a minute from then on; others are not concerned."""
+    engine = fresh(limits=Limits(max_per_user=3))
+    step = engine.step([*MADE_UP[:4], HONEST], NOW)
+    assert [type(reply) for reply in step.replies] == [Accepted] * 3 + [TooMany, Accepted]
+    tasks = {task.delegation: task for task in step.tasks}
+    step = engine.step([reply_to(tasks[f"D{n}"], Verdict.NOT_FOUND) for n in range(3)], NOW + 1)
+    assert {change.new.outcome for change in step.changes} == {Outcome.UNKNOWN}
+    assert isinstance(engine.step([MADE_UP[4]], NOW + 50).replies[0], TooMany)
+    step = engine.step(MADE_UP[4:7], NOW + 61)
+    assert [type(reply) for reply in step.replies] == [Accepted, TooMany, TooMany]
+    assert_counts(engine)
+
+
+def test_what_the_homeserver_confirms_makes_room_for_more() -> None:
+    """Who delegates real events, as a bot with many calls, may go on."""
+    engine = fresh(limits=Limits(max_per_user=2))
+    for first in (0, 2, 4, 6):
+        step = engine.step(MADE_UP[first : first + 2], NOW + first)
+        assert [type(reply) for reply in step.replies] == [Accepted] * 2
+        engine.step([reply_to(task, sent_at=NOW + first) for task in step.tasks], NOW + first + 1)
+
+
+def test_participants_without_a_user_share_what_they_may() -> None:
+    """Identities are easily made; those of another homeserver are not concerned, and neither is a client's token."""
+    engine = fresh(limits=Limits(max_per_user=1, max_unnamed=3))
+    unnamed = [accept(f"D{n}", identity=f"p{n}") for n in range(5)]
+    others = [accept("DO", identity="o", homeserver="other.test"), replace(unnamed[4], token=b"sealed"), HONEST]
+    step = engine.step([*unnamed[:4], *others], NOW)
+    assert [type(reply) for reply in step.replies] == [Accepted] * 3 + [TooMany] + [Accepted] * 3
+
+
+def test_the_most_of_a_user_can_be_changed_while_running() -> None:
+    """And what waits already counts."""
+    engine = fresh(limits=Limits(max_per_user=3))
+    engine.step(MADE_UP[:3], NOW)
+    engine.reconfigure(POLICY, Limits(max_per_user=4))
+    assert [type(reply) for reply in engine.step(MADE_UP[3:5], NOW).replies] == [Accepted, TooMany]
 
 
 # ── claims ──
@@ -478,6 +567,20 @@ def test_a_refused_delegation_gives_back_what_it_carried() -> None:
     assert [(there.delegation, there.state) for there in stored(engine)] == [("D1", State.LIVE), ("D2", State.DONE)]
 
 
+def test_a_refused_delegation_gives_back_the_delay_of_what_was_superseded_meanwhile() -> None:
+    """Its cancel is planned by the countdown that the homeserver was told of, not by the refused one's."""
+    engine = holding(row(delegation="D1", delay_id="kept", delay=DELAY))
+    step = engine.step([accept("D2", "kept", "wrong", delay=DELAY / 2)], NOW)
+    assert isinstance(step.replies[0], Accepted)
+    step = engine.step([accept("D3", "newer"), *[reply_to(task) for task in step.tasks if task.delay_id == "kept"]], NOW + 1.0)
+    engine.step([reply_to(task) for task in step.tasks if task.delay_id == "newer"], NOW + 2.0)
+    before = next(there for there in stored(engine) if there.delay_id == "kept")
+    assert (before.state, before.delegation) == (State.SUPERSEDED, "D2")
+    engine.step([Refuse("D2", (Carried(before.id, "D1", ALICE, None, None, DELAY, OnEnd.SEND, None, NOW, None),))], NOW + 3.0)
+    after = next(there for there in stored(engine) if there.delay_id == "kept")
+    assert (after.state, after.delegation, after.delay, after.harm) == (State.SUPERSEDED, "D1", DELAY, after.deadline)
+
+
 def test_nothing_of_a_refused_delegation_remains() -> None:
     """Also what it asked for at the end is forgotten."""
     engine = holding(row(delegation="D1", delay_id="kept"))
@@ -485,6 +588,70 @@ def test_nothing_of_a_refused_delegation_remains() -> None:
     assert isinstance(step.replies[0], Accepted)
     engine.step([Refuse("D2", step.replies[0].carried)], NOW)
     assert stored(engine)[0].on_end is OnEnd.SEND
+
+
+SEVERAL = {
+    "one of before that was unknown": (
+        [accept("D1", "X", identity="h1", alias="plain")],
+        [accept("D2", "X", identity="h2", alias="plain"), accept("D3", "X", identity="h1", alias="plain")],
+    ),
+    "two that did not know of each other": (
+        [],
+        [accept("D1", "X", identity="h1"), accept("D2", "X", identity="plain"), accept("D3", "X", identity="h1", alias="plain")],
+    ),
+    "one that is superseded": (
+        [],
+        [
+            accept("D0", "X", identity="h1"),
+            accept("D1", "Y", identity="h1"),
+            accept("D2", "X", identity="plain"),
+            accept("D3", "X", identity="h1", alias="plain"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_an_event_under_several_identities_becomes_one(name: str, at_once: bool) -> None:
+    """Whatever has become of the others, the last delegation is taken, and no other row is responsible for the event."""
+    unknown, accepts = SEVERAL[name]
+    engine = fresh()
+    step = engine.step(unknown, NOW)
+    engine.step([reply_to(task, Verdict.NOT_FOUND) for task in step.tasks], NOW)
+    replies = []
+    for batch in [accepts] if at_once else [[given] for given in accepts]:
+        step = engine.step(batch, NOW + 1)
+        replies += step.replies
+        engine.step([reply_to(task, sent_at=NOW + 1) for task in step.tasks if task.delay_id == "Y"], NOW + 1)
+    assert [type(reply) for reply in replies] == [Accepted] * len(accepts)
+    open_ones = [there for there in stored(engine) if there.delay_id == "X" and there.state is not State.DONE]
+    assert [(there.delegation, there.identity, there.alias) for there in open_ones] == [("D3", "h1", "plain")]
+    assert_counts(engine)
+
+
+def test_a_refused_delegation_does_not_give_back_what_was_delegated_anew_there() -> None:
+    """While it waited for the homeserver, the event was handed over under the old identity again."""
+    engine = fresh()
+    engine.step([accept("D1", "kept", identity="h1", alias="plain")], NOW)
+    step = engine.step([accept("D2", "kept", "wrong", identity="h2", alias="plain")], NOW + 1)
+    assert isinstance(step.replies[0], Accepted)
+    engine.step([accept("D3", "kept", identity="h1")], NOW + 2)
+    reply = engine.step([Refuse("D2", step.replies[0].carried)], NOW + 3).replies[0]
+    assert not isinstance(reply, Exception)
+    assert [(there.delegation, there.identity) for there in stored(engine) if there.state is not State.DONE] == [("D3", "h1")]
+    assert_counts(engine)
+
+
+def test_a_refused_delegation_gives_back_both_forms_of_the_identity() -> None:
+    """Whoever is connected under the other form is still known after it."""
+    engine = fresh()
+    engine.step([accept("D1", "kept", identity="plain", alias="hashed")], NOW)
+    step = engine.step([accept("D2", "kept", "wrong", identity="hashed")], NOW + 1)
+    assert isinstance(step.replies[0], Accepted)
+    engine.step([Refuse("D2", step.replies[0].carried), joined(identity="plain")], NOW + 2)
+    kept = stored(engine)[0]
+    assert (kept.delegation, kept.identity, kept.alias, kept.presence) == ("D1", "plain", "hashed", Presence.CONNECTED)
 
 
 def test_a_new_delegation_of_somebody_connected_is_connected() -> None:
@@ -1138,6 +1305,25 @@ def test_somebody_whose_left_was_lost_is_found_by_a_routine_look() -> None:
     engine = holding(row(identity="p"), row(identity="q"))
     run_for(engine, 2 * POLICY.interval, NOW, all_there("q"))
     assert [(there.identity, there.outcome) for there in stored(engine)] == [("p", Outcome.SENT), ("q", Outcome.OPEN)]
+
+
+@pytest.mark.parametrize("reason", sorted(reason for reason, rule in DEPARTURES.items() if rule.unasked is Unasked.CONNECTED))
+def test_an_sfu_that_fails_once_a_minute_keeps_no_ghosts(reason: str) -> None:
+    """Looks that fail come less and less often; but the first one that is answered, once the time has come, is the verdict."""
+    engine = holding(
+        row(Presence.AWAY, reason=reason, presence_since=NOW - 300.0, look_at=NOW, sessions=(ended("S1"),)), row(identity="q", presence_since=NOW)
+    )
+    see = all_there("q")
+    run_for(engine, 85.0, NOW, lambda room, at: None if at < NOW + 50.0 else see(room, at))
+    assert [(there.identity, there.outcome) for there in stored(engine)] == [(ALICE, Outcome.SENT), ("q", Outcome.OPEN)]
+
+
+def test_looks_that_fail_become_rare() -> None:
+    """Somebody who is missing, and counts as connected while nobody can be asked: for an hour, and the SFU's answer is the verdict."""
+    engine = holding(row(Presence.AWAY, reason=MISSING, look_at=NOW + 10.0, sessions=(ended("S1"),)))
+    assert 50 <= len(run_for(engine, 3600.0, NOW, lambda *_: None)) <= 140
+    run_for(engine, 60.0 + POLICY.departure(MISSING).look_after, NOW + 3600.0, all_there())
+    assert [there.outcome for there in stored(engine)] == [Outcome.SENT]
 
 
 def test_urgent_looks_go_before_routine_ones() -> None:

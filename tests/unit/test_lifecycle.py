@@ -30,7 +30,7 @@ from sfu_delegate.delegation.model import (
     Verdict,
     Withdraw,
 )
-from sfu_delegate.delegation.policy import MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST
+from sfu_delegate.delegation.policy import MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST, Policy
 from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
 
 from tests.rows import (
@@ -275,6 +275,60 @@ def test_the_first_restart_verifies() -> None:
     assert once.verified_at == NOW
     again = claimed(once)
     assert advance(again, answered(again, Action.RESTART, Verdict.DONE), NOW + 9, POLICY, 0.5).verified_at == NOW
+
+
+def next_restart(there: DelayedEvent, random: float, policy: Policy = POLICY) -> float:
+    """When the restart comes that follows one that was just made, as a part of the delay."""
+    there = claimed(there)
+    after = advance(there, answered(there, Action.RESTART, Verdict.DONE), NOW, policy, random)
+    assert after.due is not None
+    assert (after.lane, after.harm) == (Lane.RESTART, after.deadline)
+    return (after.due - after.running_since) / after.delay
+
+
+def test_the_first_restarts_of_those_who_delegated_together_are_spread() -> None:
+    """Between a fifth and three quarters of the delay, evenly; a limit that nobody knew of shows itself while there is time. Later ones: as ever."""
+    fresh = row(verified_at=None)
+    assert [next_restart(fresh, random) for random in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.75, 0.6125, 0.475, 0.3375, 0.2])
+    assert [next_restart(row(), random) for random in (0.0, 0.5, 1.0)] == pytest.approx([0.75, 0.7, 0.65])
+
+
+def test_only_the_first_restart_after_the_check_is_spread() -> None:
+    """The one after it comes in time for the delay; and an event that is verified anew, with another delay, is spread anew."""
+    there = claimed(row(verified_at=None))
+    once = advance(there, answered(there, Action.RESTART, Verdict.DONE), NOW, POLICY, 0.99)
+    assert once.verified_at == NOW
+    assert next_restart(once, 0.99) == pytest.approx(0.651)
+    again = new_row(once, once, accept("D2", "delay-1", delay=60.0))
+    assert again.verified_at is None
+    assert next_restart(again, 0.99) == pytest.approx(0.2055)
+
+
+def test_when_a_restart_comes_depends_on_nothing_but_the_event_and_its_random_number() -> None:
+    """The same again is the same, and somebody else's with the same number comes at the same part of another delay."""
+    fresh, other = row(verified_at=None), row(verified_at=None, id=2, identity="bob", delay=60.0)
+    for random in (0.0, 0.3, 0.99):
+        assert next_restart(fresh, random) == next_restart(fresh, random)
+        assert next_restart(other, random) == pytest.approx(next_restart(fresh, random))
+
+
+@pytest.mark.parametrize(
+    ("restart_at", "restart_spread", "earliest"),
+    [(0.75, 0.1, 0.2), (0.75, 0.7, 0.05), (0.4, 0.1, 0.0), (0.9, 0.0, 0.35)],
+)
+def test_the_spread_heeds_what_is_configured(restart_at: float, restart_spread: float, earliest: float) -> None:
+    """Never later than the normal time, never before the countdown began, and never less than all other restarts are spread."""
+    policy = replace(POLICY, restart_at=restart_at, restart_spread=restart_spread)
+    fresh = row(verified_at=None)
+    for random in (0.0, 0.5, 0.9, 1.0):
+        assert next_restart(fresh, random, policy) == pytest.approx(restart_at - (restart_at - earliest) * random, abs=1e-4)
+
+
+def test_a_slow_check_does_not_plan_the_first_restart_in_the_past() -> None:
+    """Of a short delay, more had passed than the first restart waits for: it is due now."""
+    there = claimed(row(delay=10.0, verified_at=None, running_since=NOW - 9))
+    after = advance(there, answered(there, Action.RESTART, Verdict.DONE, sent_at=NOW - 4), NOW, POLICY, 0.99)
+    assert (after.running_since, after.due) == (NOW - 4, NOW)
 
 
 def test_failures_are_retried_with_growing_pauses_and_jitter() -> None:

@@ -16,10 +16,14 @@ from sfu_delegate.delegation.urgency import (
     ASSUMED_BURST,
     ASSUMED_RATE,
     DOWN_AFTER,
+    DOWN_FIRST,
     DOWN_MOST,
+    DOWN_PART,
     ENDANGERED,
     FEASIBLE,
     FIRST_WIDTH,
+    FREE_WIDTH,
+    LIMITED_WIDTH,
     LONGEST_BLOCK,
     MARGIN,
     NOTHING_PLANNED,
@@ -265,6 +269,52 @@ def test_a_homeserver_that_takes_much_more_than_the_default_has_no_limit() -> No
         assert pace.limit is limit
 
 
+def test_a_homeserver_that_has_shown_no_limit_does_not_get_all_that_is_allowed() -> None:
+    """It may have one tomorrow, and what is on its way then is refused at once. Where the operator allows less, it is that."""
+    pace, narrow = Pace(64), Pace(10)
+    for one, most in ((pace, FREE_WIDTH), (narrow, 10)):
+        run(one, 60)
+        assert one.limit is Limit.NONE
+        assert not one.exempt
+        run(one, 500)
+        assert one.places(NOW) == most
+    assert UNKNOWN_WIDTH < FREE_WIDTH
+
+
+def test_a_homeserver_that_the_operator_exempts_gets_all_that_is_allowed() -> None:
+    """Also one that had shown no limit before, and not any more when the exemption is taken back."""
+    pace = Pace(64)
+    run(pace, 560)
+    pace.reset(Limit.NONE)
+    assert pace.exempt
+    assert pace.places(NOW) == FREE_WIDTH  # what it takes is shown step by step
+    run(pace, 100)
+    assert pace.places(NOW) == 64
+    for limit in (Limit.UNKNOWN, Limit.SOME):
+        pace.reset(Limit.NONE)
+        pace.reset(limit)
+        assert (pace.limit, pace.exempt) == (limit, False)
+        assert pace.width == FIRST_WIDTH
+
+
+def test_what_was_learned_before_a_start_is_no_exemption() -> None:
+    """No limit was found then: there may be one now."""
+    pace = Pace(64)
+    pace.recall(Limit.NONE, ASSUMED_RATE, ASSUMED_BURST, NOW)
+    run(pace, 500)
+    assert (pace.limit, pace.exempt, pace.places(NOW)) == (Limit.NONE, False, FREE_WIDTH)
+
+
+def test_an_exemption_that_the_homeserver_does_not_know_of() -> None:
+    """It refuses: then there is a limit, whatever the operator says, and requests go as carefully as at any other homeserver."""
+    pace = unlimited()
+    pace.began(NOW)
+    pace.refused(NOW, 3.0, NOW)
+    assert pace.limit is Limit.SOME
+    assert pace.width == LIMITED_WIDTH
+    assert pace.urgent(NOW + 3.2) == 1
+
+
 def test_failures_do_not_widen_a_pace() -> None:
     """Only definite answers show that the homeserver can take more."""
     pace = Pace(16)
@@ -291,7 +341,7 @@ def test_a_kind_of_action_that_keeps_failing_is_tried_one_at_a_time() -> None:
     run(pace, DOWN_AFTER - 1, answered=False)
     assert pace.places_for(NOW, ending=True) == 16
     now, pauses = NOW, []
-    for _ in range(8):
+    for _ in range(50):
         run(pace, 1, answered=False, at=now)
         assert pace.places_for(now, ending=True) == 0
         assert pace.places_for(now, ending=False) == 16
@@ -301,6 +351,9 @@ def test_a_kind_of_action_that_keeps_failing_is_tried_one_at_a_time() -> None:
         now = again
     assert pauses == sorted(pauses)
     assert pauses[-1] == DOWN_MOST
+    # That it is back is noticed soon: after an eighth of the time that it was away, or half a second.
+    tried = [NOW, *itertools.accumulate(pauses, initial=NOW)]
+    assert all(pause <= max(DOWN_FIRST, (at - NOW) / DOWN_PART) + 1e-6 for at, pause in zip(tried[1:], pauses, strict=False))
 
 
 def test_what_has_gathered_while_it_was_down_does_not_come_at_once() -> None:
