@@ -23,6 +23,8 @@ from sfu_delegate.livekit.keys import SfuKey
 FAR_FUTURE = 2**53  # seconds; an integer may be larger than any float
 LEEWAY = 60.0  # seconds by which clocks may differ; livekit-api's and the server's own
 MAX_TOKEN = 16_384  # characters: above what a header may have, and nothing that is worth decoding
+PARTICIPANT_TTL = 3600.0  # seconds
+USER_CLAIM = "matrix_user"  # ours; LiveKit ignores claims that it does not know
 _ADMIN_TTL = 600.0  # seconds; a token is made for each call
 _HEADER = b"eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9"  # {"alg":"HS256","typ":"JWT"}
 _USUAL_HEADERS = frozenset({_HEADER, b"eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9"})
@@ -60,6 +62,7 @@ class Access(NamedTuple):
     room: str
     identity: str
     expires_at: float  # Unix seconds
+    user: str | None = None  # the Matrix user to whom `mint_participant` gave it; None where somebody else made it
 
 
 def verify(token: str, keys: Mapping[str, SfuKey], now: float, leeway: float = LEEWAY) -> tuple[SfuKey, dict[str, Any]]:
@@ -107,10 +110,11 @@ def access(token: str, keys: Mapping[str, SfuKey], now: float) -> Access:
         raise _not_an_access_token("its `video` grants do not name one `room`")
     if type(identity) is not str or not identity or "\0" in identity:
         raise _not_an_access_token("it does not name the participant's identity in `sub`")
-    return Access(key.sfu, room, identity, float(min(claims["exp"], FAR_FUTURE)))
+    user = claims.get(USER_CLAIM)
+    return Access(key.sfu, room, identity, float(min(claims["exp"], FAR_FUTURE)), user if type(user) is str else None)
 
 
-def mint(key: SfuKey, grants: VideoGrants, now: float, ttl: float, identity: str = "") -> str:
+def mint(key: SfuKey, grants: VideoGrants, now: float, ttl: float, identity: str = "", user: str | None = None) -> str:
     """A token with these grants, from `now` (Unix seconds) for `ttl` seconds.
 
     The claims are livekit-api's; signed here, since its `to_jwt` reads the system's clock, and warns of the short secrets that LiveKit's
@@ -120,9 +124,20 @@ def mint(key: SfuKey, grants: VideoGrants, now: float, ttl: float, identity: str
     claims |= {"iss": key.key, "exp": int(now + ttl)}
     if identity:
         claims["sub"] = identity
+    if user is not None:
+        claims[USER_CLAIM] = user
     payload = json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()
     signed = _HEADER + b"." + urlsafe_b64encode(payload).rstrip(b"=")
     return (signed + b"." + _sign(signed, key)).decode()
+
+
+def mint_participant(key: SfuKey, room: str, identity: str, now: float, user: str) -> str:
+    """What a participant joins a room with, for an hour (MSC4195). It may not create the room: that is done for those who may have it.
+
+    `user` is the Matrix user, for when the token comes back with a delegation: the identity does not tell it.
+    """
+    grants = VideoGrants(room_join=True, room=room, room_create=False, can_publish=True, can_subscribe=True, can_update_own_metadata=True)
+    return mint(key, grants, now, PARTICIPANT_TTL, identity, user)
 
 
 def mint_admin(key: SfuKey, room: str, now: float) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import urljoin
 
 from sfu_delegate.matrix.answers import Reply, read_reply
 from sfu_delegate.matrix.egress import Egress
-from sfu_delegate.matrix.http import HttpAnswer, HttpFailed
+from sfu_delegate.matrix.http import Http, HttpAnswer, HttpFailed
 from sfu_delegate.matrix.inflight import InFlight
 from sfu_delegate.matrix.names import checked_base_url, compile_pattern, is_pattern, is_server_name
 
@@ -30,11 +30,12 @@ STALE_PATIENCE: Final = 2.0  # seconds that somebody with a stale URL waits for 
 MAX_CACHED: Final = 10_000  # names
 
 _MAX_AGE = re.compile(r"(?:^|[\s,])max-age\s*=\s*\"?([0-9]{1,18})", re.IGNORECASE)
+_NOT_TO_BE_KEPT = re.compile(r"(?:^|[\s,])no-(?:store|cache)(?:$|[\s,=])", re.IGNORECASE)
 _HEADER_VALUE = re.compile(r"[!-~]+")
 
 
 class DiscoveryFailed(Exception):
-    """A homeserver's client-server API cannot be found. Its text is a sentence for the operator, with the remedy, and holds no secrets."""
+    """A homeserver's API cannot be found. Its text is a sentence for the operator, with the remedy, and holds no secrets."""
 
 
 class NotServed(DiscoveryFailed):
@@ -53,15 +54,17 @@ class HomeserverRule:
     allow_private: bool = False  # may discovery lead into private networks?
     max_in_flight: int = 32  # requests at a time, for whoever plans them
     limited: bool | None = None  # does its rate limit hold for us? None: that depends on the as_token, or is to be found out
+    federation_url: str | None = None  # of the server-server API; None: by server discovery
 
     def __post_init__(self) -> None:
         if not is_pattern(self.pattern):
             raise ValueError(f"{self.pattern!r} is neither a Matrix server name nor a pattern of them")
-        if self.url is not None:
-            try:
-                checked_base_url(self.url, allow_http=True)
-            except ValueError as error:
-                raise ValueError(f"{self.pattern}: the base URL {error}") from None
+        for what, url in (("base URL", self.url), ("federation_url", self.federation_url)):
+            if url is not None:
+                try:
+                    checked_base_url(url, allow_http=True)
+                except ValueError as error:
+                    raise ValueError(f"{self.pattern}: the {what} {error}") from None
         if self.max_in_flight < 1:
             raise ValueError(f"{self.pattern}: max_in_flight is less than 1")
         if self.as_token is not None:
@@ -71,6 +74,12 @@ class HomeserverRule:
                 raise ValueError(
                     f"{self.pattern}: as_token with a pattern needs a url; otherwise it would be sent to every server whose name matches"
                 )
+
+    @property
+    def anybodys(self) -> bool:
+        """Can anybody have a name that matches? So it is unless the pattern ends in a domain, as `*.example.org` does."""
+        _, star, suffix = self.pattern.rpartition("*")
+        return bool(star) and not (suffix.startswith(".") and "." in suffix[1:])
 
     @property
     def terms(self) -> tuple[bool, bool, str | None]:
@@ -87,6 +96,7 @@ class Homeserver:
     as_token: str | None = field(default=None, repr=False)
     ssl: tls.SSLContext | None = field(default=None, repr=False)  # None: the system's certificate authorities
     discovered: bool = False  # the URL is the homeserver's word, not the operator's, and must not lead into private networks
+    stranger: bool = False  # … and anybody may have chosen the name
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +111,7 @@ class _Found:
 
 
 class _Rules:
-    """One configuration: exact names before patterns, earlier patterns before later ones."""
+    """One configuration: exact names before patterns, and the more of a name a pattern gives, the earlier it comes."""
 
     def __init__(self, rules: Sequence[HomeserverRule]) -> None:
         self.exact: dict[str, HomeserverRule] = {}
@@ -112,6 +122,8 @@ class _Rules:
                 self.patterns.append((compile_pattern(rule.pattern), rule))
             else:
                 self.exact.setdefault(rule.pattern.lower(), rule)
+        self.patterns.sort(key=lambda pattern: len(pattern[1].pattern.replace("*", "")), reverse=True)
+        for rule in rules:
             if rule.ca_file is not None and rule.ca_file not in self.contexts:
                 self.contexts[rule.ca_file] = _context(rule)
 
@@ -145,11 +157,17 @@ class Homeservers:
         self._rules = _Rules(rules)
 
     def rule_for(self, name: str) -> HomeserverRule | None:
-        """The rule of a server name, whatever its case: that of the exact name, else of the first pattern that matches.
+        """The rule of a server name, whatever its case: that of the exact name, else of the pattern that gives most of it.
 
         None: not served, or no server name at all.
         """
         return self._rules.find(name.lower()) if is_server_name(name) else None
+
+    def ssl_for(self, rule: HomeserverRule) -> tls.SSLContext | None:
+        """What is trusted there, of a rule that `rule_for` has just given: the same object until the rules are replaced. None: the system's
+        certificate authorities.
+        """
+        return self._rules.ssl(rule)
 
     async def resolve(self, name: str) -> Homeserver:
         """Where the homeserver of that name is. Raises DiscoveryFailed."""
@@ -169,7 +187,7 @@ class Homeservers:
             found = await self._look_again(name, rule, found if found and found.base_url and now < found.usable_until else None)
         if found.base_url is None:
             raise DiscoveryFailed(found.problem)
-        return Homeserver(name, found.base_url, rule.as_token, rules.ssl(rule), discovered=not rule.allow_private)
+        return Homeserver(name, found.base_url, rule.as_token, rules.ssl(rule), discovered=not rule.allow_private, stranger=rule.anybodys)
 
     async def aclose(self) -> None:
         """Stop lookups that are under way. The connections belong to the egress."""
@@ -235,24 +253,35 @@ class Homeservers:
         return base_url, life_of(answer.headers.get("cache-control"))
 
     async def _fetch(self, url: str, rule: HomeserverRule) -> tuple[HttpAnswer, Reply]:
-        """GET, following a few redirects to https URLs, each under the same restrictions as the first. Raises HttpFailed, ValueError."""
+        """GET by .well-known's rules. Raises HttpFailed, ValueError."""
         deadline = asyncio.get_running_loop().time() + LOOKUP_TIMEOUT
         context = self._rules.ssl(rule) if rule.ca_file in self._rules.contexts else None
-        for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._egress.way(discovered=not rule.allow_private).get(url, {}, deadline, ssl=context)
-            if answer.status not in {301, 302, 303, 307, 308}:
-                return answer, read_reply(answer, self._now())
-            try:
-                url = _checked_redirect(url, answer.headers.get("location", ""))
-            except ValueError as error:
-                raise ValueError(f"it redirects to a URL that {error}") from None
-        raise ValueError(f"it redirects more than {MAX_REDIRECTS} times")
+        answer = await get_following(self._egress.way(discovered=not rule.allow_private, stranger=rule.anybodys), url, deadline, context)
+        return answer, read_reply(answer, self._now())
 
 
-def life_of(cache_control: str | None) -> float:
-    """Seconds that a found URL is kept, by the answer's Cache-Control, within MIN_LIFE and MAX_LIFE."""
+async def get_following(way: Http, url: str, deadline: float, ssl: tls.SSLContext | None) -> HttpAnswer:
+    """GET, following a few redirects to https URLs, each by the same way as the first.
+
+    Raises HttpFailed; and ValueError, with a sentence about "it", where a redirect is not followed.
+    """
+    for _ in range(MAX_REDIRECTS + 1):
+        answer = await way.get(url, {}, deadline, ssl=ssl)
+        if answer.status not in {301, 302, 303, 307, 308}:
+            return answer
+        try:
+            url = _checked_redirect(url, answer.headers.get("location", ""))
+        except ValueError as error:
+            raise ValueError(f"it redirects to a URL that {error}") from None
+    raise ValueError(f"it redirects more than {MAX_REDIRECTS} times")
+
+
+def life_of(cache_control: str | None, *, default: float = DEFAULT_LIFE, most: float = MAX_LIFE) -> float:
+    """Seconds that what was found is kept, by the answer's Cache-Control, within MIN_LIFE and `most`; `default` where it says nothing."""
+    if _NOT_TO_BE_KEPT.search(cache_control or ""):
+        return MIN_LIFE
     asked = _MAX_AGE.search(cache_control or "")
-    return DEFAULT_LIFE if asked is None else min(max(float(asked[1]), MIN_LIFE), MAX_LIFE)
+    return default if asked is None else min(max(float(asked[1]), MIN_LIFE), most)
 
 
 def _base_url_in(content: Any) -> object:

@@ -13,6 +13,7 @@ from typing import Final, Self
 from aiohttp.abc import AbstractResolver
 
 from sfu_delegate.matrix.http import CONNECT_TIMEOUT, AddressInfo, AiohttpClient, Http, NotAllowed
+from sfu_delegate.matrix.resolver import DnsResolver
 
 # The IANA special-purpose registries. Tables of our own, because those of `ipaddress` differ between the releases of Python.
 _V4_FORBIDDEN: Final = tuple(
@@ -22,6 +23,7 @@ _V4_FORBIDDEN: Final = tuple(
         ("10.0.0.0/8", "private"),
         ("100.64.0.0/10", "shared"),
         ("127.0.0.0/8", "loopback"),
+        ("168.63.129.16/32", "link-local"),  # the host of a virtual machine at Azure, which no registry lists
         ("169.254.0.0/16", "link-local"),
         ("172.16.0.0/12", "private"),
         ("192.0.0.0/24", "reserved"),
@@ -82,10 +84,14 @@ def public_socket(info: AddressInfo) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Egress:
-    """The two ways out: for URLs that the operator configured, and for those that were discovered."""
+    """The ways out: for URLs that the operator configured, for those that were discovered, and for those that strangers made us discover.
+
+    The last has connections and a resolver of its own, so that no name of theirs holds up those of others. None: as the second.
+    """
 
     configured: Http
     discovered: Http
+    strangers: Http | None = None
 
     @classmethod
     def open(cls, *, allow_private: bool = False, connect_timeout: float = CONNECT_TIMEOUT, resolver: AbstractResolver | None = None) -> Self:
@@ -96,13 +102,20 @@ class Egress:
         return cls(
             configured=AiohttpClient(connect_timeout=connect_timeout),
             discovered=AiohttpClient(connect_timeout=connect_timeout, socket_factory=None if allow_private else public_socket, resolver=resolver),
+            strangers=AiohttpClient(
+                connect_timeout=connect_timeout, socket_factory=None if allow_private else public_socket, resolver=resolver or DnsResolver()
+            ),
         )
 
-    def way(self, *, discovered: bool) -> Http:
+    def way(self, *, discovered: bool, stranger: bool = False) -> Http:
         """The client for a URL of that origin."""
-        return self.discovered if discovered else self.configured
+        if not discovered:
+            return self.configured
+        return self.strangers if stranger and self.strangers is not None else self.discovered
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self.configured.aclose()
         await self.discovered.aclose()
+        if self.strangers is not None:
+            await self.strangers.aclose()

@@ -70,8 +70,16 @@ class Http(Protocol):
     other. All raise HttpFailed.
     """
 
-    async def get(self, url: str, headers: Mapping[str, str], deadline: float, *, ssl: tls.SSLContext | None = None) -> HttpAnswer:
-        """GET."""
+    async def get(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        deadline: float,
+        *,
+        ssl: tls.SSLContext | None = None,
+        server_hostname: str | None = None,
+    ) -> HttpAnswer:
+        """GET. `server_hostname`: whom the certificate must be for, where that is not the URL's host."""
 
     async def post(
         self,
@@ -136,9 +144,22 @@ class AiohttpClient:
             trace_configs=[trace],
         )
 
-    async def get(self, url: str, headers: Mapping[str, str], deadline: float, *, ssl: tls.SSLContext | None = None) -> HttpAnswer:
-        """GET, repeated once by aiohttp when a pooled connection turns out to be closed."""
-        return await self._request(self._pooled, "GET", url, headers=headers, deadline=deadline, ssl=ssl, progress=_Progress())
+    async def get(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        deadline: float,
+        *,
+        ssl: tls.SSLContext | None = None,
+        server_hostname: str | None = None,
+    ) -> HttpAnswer:
+        """GET, repeated once by aiohttp when a pooled connection turns out to be closed.
+
+        A connection is used again only for the same `server_hostname` and the same `ssl` object.
+        """
+        return await self._request(
+            self._pooled, "GET", url, headers=headers, deadline=deadline, ssl=ssl, server_hostname=server_hostname, progress=_Progress()
+        )
 
     async def post(
         self,
@@ -176,6 +197,7 @@ class AiohttpClient:
         body: bytes | None = None,
         deadline: float,
         ssl: tls.SSLContext | None,
+        server_hostname: str | None = None,
         progress: _Progress,
     ) -> HttpAnswer:
         try:
@@ -192,7 +214,14 @@ class AiohttpClient:
             async with (
                 asyncio.timeout_at(deadline),
                 session.request(
-                    method, target, headers=headers, data=body, ssl=ssl or True, allow_redirects=False, trace_request_ctx=progress
+                    method,
+                    target,
+                    headers=headers,
+                    data=body,
+                    ssl=ssl or True,
+                    server_hostname=server_hostname,
+                    allow_redirects=False,
+                    trace_request_ctx=progress,
                 ) as response,
             ):
                 began = True

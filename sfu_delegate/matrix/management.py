@@ -235,7 +235,7 @@ class ManagementClient:
     async def _post(self, request: _Request, generation: Generation) -> Reply:
         path, body = generation.request(request.delay_id, request.action)
         homeserver = request.homeserver
-        answer = await self._egress.way(discovered=homeserver.discovered).post(
+        answer = await self._egress.way(discovered=homeserver.discovered, stranger=homeserver.stranger).post(
             homeserver.base_url + path + request.query,
             request.headers,
             body,
@@ -247,7 +247,7 @@ class ManagementClient:
         return read_reply(answer, self._now())
 
     async def _get(self, homeserver: Homeserver, path: str, headers: Mapping[str, str], deadline: float) -> Reply:
-        http = self._egress.way(discovered=homeserver.discovered)
+        http = self._egress.way(discovered=homeserver.discovered, stranger=homeserver.stranger)
         answer = await http.get(homeserver.base_url + path, headers, deadline, ssl=homeserver.ssl)
         return read_reply(answer, self._now())
 

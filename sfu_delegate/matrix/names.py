@@ -1,13 +1,19 @@
-"""Server names, patterns of them, and base URLs: what is well-formed. Never looks anything up."""
+"""Server names, patterns of them, user IDs, and base URLs: what is well-formed. Never looks anything up."""
 
 import ipaddress
 import re
+import unicodedata
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 MAX_URL = 2048
+MAX_USER_ID = 255  # bytes (the specification's appendices, "User Identifiers")
+MAX_DNS_NAME = 253
+MAX_LABEL = 63
 
 _NAME = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[0-9A-Za-z.-]{1,255}))(?::(?P<port>[0-9]{1,5}))?")
 _PATTERN = re.compile(r"[0-9A-Za-z.:\[\]*-]{1,270}")
+_NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _URL_CHARACTERS = re.compile(r"[!-~]+")
 
 
@@ -28,6 +34,58 @@ def is_server_name(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class ServerName:
+    """A server name that can be looked for, in lower case."""
+
+    host: str  # as in a URL: IPv6 addresses in brackets
+    port: int | None
+    literal: bool  # the host is an IP address
+
+    @classmethod
+    def parse(cls, name: str) -> "ServerName":
+        """Raises ValueError where `is_server_name` is false, and for hosts that are neither IP addresses nor names of the DNS.
+
+        Such are those with empty or overlong labels, and those that end in a number without being IPv4 addresses: the system's resolver
+        takes `127.1` and `0x7f000001` for addresses, the DNS cannot have them.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None or not is_server_name(name):
+            raise ValueError("is not a valid Matrix server name")
+        port = None if found["port"] is None else int(found["port"])
+        if found["v6"] is not None:
+            return cls(f"[{found['v6'].lower()}]", port, literal=True)
+        host = found["host"].lower()
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            bare = host.removesuffix(".")
+            labels = bare.split(".")
+            if len(bare) > MAX_DNS_NAME or not all(0 < len(label) <= MAX_LABEL for label in labels) or _NUMERIC.fullmatch(labels[-1]):
+                raise ValueError("is neither an IP address nor a name that the DNS can have") from None
+            return cls(host, port, literal=False)
+        return cls(host, port, literal=True)
+
+    def __str__(self) -> str:
+        return self.host if self.port is None else f"{self.host}:{self.port}"
+
+
+def server_of(user_id: object) -> str | None:
+    """The server name in a Matrix user ID, to the letter; None where it is no user ID.
+
+    `@localpart:server`, 255 bytes at most. Localparts are the historical ones: any character but the colon, controls (NUL with them) and
+    surrogates.
+    """
+    if not isinstance(user_id, str) or not user_id.startswith("@"):
+        return None
+    localpart, colon, server = user_id[1:].partition(":")
+    if not localpart or not colon or any(unicodedata.category(character) in {"Cc", "Cs"} for character in localpart):
+        return None
+    if not is_server_name(server) or len(user_id.encode()) > MAX_USER_ID:
+        return None
+    return server
 
 
 def is_pattern(pattern: str) -> bool:

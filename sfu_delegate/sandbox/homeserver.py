@@ -1,4 +1,4 @@
-"""A model of a Matrix homeserver with delayed events (MSC4140) that really run out, its answers, its rate limit, and whatever can go wrong with it.
+"""A model of a Matrix homeserver: delayed events (MSC4140) that really run out, OpenID tokens, its answers, its rate limit, and what can go wrong.
 
 No I/O and no clock: `now` (Unix seconds) is an argument, randomness comes from a seed. `request` takes a whole HTTP request and returns the answer;
 the other methods are for whoever drives the model. Call `tick(now)` at `next_event()`, or later: events fire with the time of their own deadline.
@@ -11,7 +11,7 @@ import math
 import random
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -24,8 +24,10 @@ Json = dict[str, Any]
 UNSTABLE = "/_matrix/client/unstable/org.matrix.msc4140/"
 STABLE = "/_matrix/client/v1/"
 V3 = "/_matrix/client/v3/"
+USERINFO = "/_matrix/federation/v1/openid/userinfo"
 ACTIONS = ("restart", "send", "cancel")
 HELD_BACK = 0.5  # seconds by which Synapse holds back a 429
+OPENID_VALIDITY = 3600  # seconds that an OpenID token of Synapse's is good for
 
 _LETTERS = string.ascii_letters
 
@@ -80,6 +82,15 @@ class StateEvent(NamedTuple):
     delay_id: str = ""  # of the delayed event that it came from
 
 
+class NewState(NamedTuple):
+    """A state event in the moment in which it becomes a room's current state."""
+
+    room: str
+    type: str
+    state_key: str
+    event: StateEvent
+
+
 class RateLimit(NamedTuple):
     """Synapse's `rc_delayed_event_mgmt`. Its defaults are 1 a second and a burst of 5."""
 
@@ -120,7 +131,9 @@ class HomeserverFaults:
     retry_after: str | None = None  # the header of a 429 in place of the true one; "" leaves it out
     retry_after_ms: Any = None  # the same for the body; "" leaves it out
     probability: float = 1.0  # of each request to be hit
-    only: frozenset[str] | None = None  # kinds of request: an action, "versions", "whoami", "well_known", "capabilities", "read", "room"
+    only: frozenset[str] | None = None
+    """Kinds of request: an action, "versions", "whoami", "well_known", "capabilities", "read", "room", "openid_token" (a client asks for one),
+    "openid_userinfo" (somebody asks whose it is)."""
 
 
 class MatrixError(Exception):
@@ -147,7 +160,7 @@ class HomeserverModel:
 
     `generations` says which forms of the management API it has: any of `A` (the original text), `B` (unstable, action in the body), `C`
     (unstable, action in the path), `D` (stable). Synapse 1.163 has B and C. `limit` None means that nobody is limited. Both, and `mode`, may
-    be changed while running.
+    be changed while running. `on_state` sees every state event in the moment in which it becomes current, whoever sent it.
     """
 
     def __init__(
@@ -161,6 +174,7 @@ class HomeserverModel:
         max_delay_ms: int = 24 * 3_600_000,
         max_scheduled: int = 100,
         base_url: str = "",
+        on_state: Callable[[NewState], None] | None = None,
     ) -> None:
         self.server_name = server_name
         self.generations = generations
@@ -169,9 +183,11 @@ class HomeserverModel:
         self.max_delay_ms = max_delay_ms
         self.max_scheduled = max_scheduled
         self.base_url = base_url
+        self.on_state = on_state
         self.b_needs_token = False  # as some servers with generation B have it
         self.unrecognized_status = 404  # 405 for servers that know the path and not the method
         self.unstable_features: Json | None = None  # what `versions` claims, where it is not to match `generations`
+        self.openid_sub: str | None = None  # a server that lies: every OpenID token, also one that it never issued, is this user's
         self.faults = HomeserverFaults()
         self.events: dict[str, DelayedEvent] = {}  # by delay_id, the finished ones too: the log
         self.state: dict[str, dict[tuple[str, str], StateEvent]] = {}  # by room
@@ -180,6 +196,7 @@ class HomeserverModel:
         self._pending: dict[str, dict[str, DelayedEvent]] = {}  # by user and delay_id
         self._pending_state: dict[tuple[str, str, str | None], dict[str, DelayedEvent]] = {}  # by what it would set, and delay_id
         self._tokens: dict[str, Token] = {}
+        self._openid: dict[str, tuple[str, float]] = {}  # by OpenID token: its user, and until when it is good
         self._services: dict[str, bool] = {}  # as_token: whether it is rate limited
         self._buckets: dict[str, _Bucket] = {}
         self._random = random.Random(seed)
@@ -200,6 +217,12 @@ class HomeserverModel:
         self._services[token] = rate_limited
         return token
 
+    def openid_token(self, user: str, now: float) -> Json:
+        """A new OpenID token of this user: what `POST …/openid/request_token` answers. It vouches for the user and opens nothing here."""
+        token = self._letters(24)
+        self._openid[token] = (user, now + OPENID_VALIDITY)
+        return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.server_name, "expires_in": OPENID_VALIDITY}
+
     def user_of(self, token: str) -> str:
         """Whose access token this is. Raises Impossible."""
         if token not in self._tokens:
@@ -212,7 +235,7 @@ class HomeserverModel:
         for event in list(self._pending_state.get((room, type_, state_key), {}).values()):
             if event.user != user:
                 self._end(event, End.CANCELLED, now, user)
-        self.state.setdefault(room, {})[type_, state_key] = StateEvent(content, user, now)
+        self._set_state(room, type_, state_key, StateEvent(content, user, now))
 
     def schedule(self, user: str, room: str, type_: str, state_key: str | None, delay_ms: int, content: Json, now: float) -> str:
         """Schedule a delayed event, a state event if it has a state key. Returns its delay_id. Raises MatrixError."""
@@ -352,6 +375,10 @@ class HomeserverModel:
                 self._user(token, query)
                 limits = {"max_delay_ms": self.max_delay_ms, "max_scheduled": self.max_scheduled}
                 return json_answer(200, {"capabilities": {"org.matrix.msc4140.delayed_events": limits} if self.generations else {}})
+        if (method, path) == ("GET", USERINFO):
+            return json_answer(200, {"sub": self._vouched_for(query.get("access_token"), now)})
+        if method == "POST" and (user := _openid_user(path)) is not None:
+            return self._issue_openid(user, query, token, body, now)
         if path.startswith(V3 + "rooms/"):
             return self._room_request(method, [unquote(part) for part in path[len(V3 + "rooms/") :].split("/")], query, token, body, now)
         for prefix in (UNSTABLE, STABLE):
@@ -412,6 +439,23 @@ class HomeserverModel:
         if parts[0] not in mine:
             raise _GONE
         return json_answer(200, _form(mine[parts[0]]))
+
+    def _issue_openid(self, user: str, query: Mapping[str, str], token: str | None, body: bytes, now: float) -> Answer:
+        if user != self._user(token, query):
+            raise MatrixError(403, "M_FORBIDDEN", "Cannot request tokens for other users.")
+        _json_body(body)
+        return json_answer(200, self.openid_token(user, now))
+
+    def _vouched_for(self, token: str | None, now: float) -> str:
+        """Whose OpenID token it is, or is said to be."""
+        if token is None:
+            raise MatrixError(401, "M_MISSING_TOKEN", "Access Token required")
+        if self.openid_sub is not None:
+            return self.openid_sub
+        user, until = self._openid.get(token, ("", 0.0))
+        if now > until:
+            raise MatrixError(401, "M_UNKNOWN_TOKEN", "Access Token unknown or expired")
+        return user
 
     def _room_request(self, method: str, parts: list[str], query: Mapping[str, str], token: str | None, body: bytes, now: float) -> Answer:
         user = self._user(token, query)
@@ -489,8 +533,20 @@ class HomeserverModel:
         if event.state_key is None:
             self.timeline.setdefault(event.room, []).append((at, event.user, event.type, event.content))
         else:
-            state = StateEvent(event.content, event.user, at, event.delay_id)
-            self.state.setdefault(event.room, {})[event.type, event.state_key] = state
+            self._set_state(event.room, event.type, event.state_key, StateEvent(event.content, event.user, at, event.delay_id))
+
+    def _set_state(self, room: str, type_: str, state_key: str, event: StateEvent) -> None:
+        self.state.setdefault(room, {})[type_, state_key] = event
+        if self.on_state is not None:
+            self.on_state(NewState(room, type_, state_key, event))
+
+
+def _openid_user(path: str) -> str | None:
+    """For whom a request with this path asks for an OpenID token; None for another path."""
+    match path.removeprefix(V3).split("/"):
+        case ["user", user, "openid", "request_token"]:
+            return unquote(user)
+    return None
 
 
 def _kind(method: str, path: str, body: bytes) -> str:
@@ -500,9 +556,12 @@ def _kind(method: str, path: str, body: bytes) -> str:
         "/.well-known/matrix/client": "well_known",
         V3 + "account/whoami": "whoami",
         V3 + "capabilities": "capabilities",
+        USERINFO: "openid_userinfo",
     }
     if path in named:
         return named[path]
+    if _openid_user(path) is not None:
+        return "openid_token"
     if path.startswith(V3 + "rooms/"):
         return "room"
     if "/delayed_events" not in path:

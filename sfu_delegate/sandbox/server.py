@@ -63,7 +63,8 @@ _SFU_OPERATIONS = frozenset(
         "vanish",
     }
 )
-_HOMESERVER_OPERATIONS = frozenset({"application_service", "manage", "put_state", "register", "schedule", "scoped_token"})
+_HOMESERVER_OPERATIONS = frozenset({"application_service", "manage", "openid_token", "put_state", "register", "schedule", "scoped_token"})
+_SETTINGS = frozenset({"b_needs_token", "generations", "limit", "mode", "openid_sub", "unrecognized_status", "unstable_features"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -327,7 +328,7 @@ class SandboxSfu(_Sandbox):
 
 
 class SandboxHomeserver(_Sandbox):
-    """The stand-in homeserver: its client-server API, as far as delayed events go."""
+    """The stand-in homeserver: its client-server API, as far as delayed events and OpenID tokens go, and its federation API for the latter."""
 
     operations = _HOMESERVER_OPERATIONS
 
@@ -349,7 +350,7 @@ class SandboxHomeserver(_Sandbox):
         model = self.model
         match name:
             case "set":
-                for key in arguments.keys() - {"generations", "limit", "mode", "b_needs_token", "unrecognized_status", "unstable_features"}:
+                for key in arguments.keys() - _SETTINGS:
                     raise KeyError(f"no setting {key!r}")
                 settings = dict(arguments)
                 if settings.get("limit") is not None:

@@ -48,7 +48,9 @@ class Web:
         self.hold: asyncio.Event | None = None
         self.arrived = asyncio.Event()
 
-    async def get(self, url: str, headers: Mapping[str, str], deadline: float, *, ssl: SSLContext | None = None) -> HttpAnswer:
+    async def get(
+        self, url: str, headers: Mapping[str, str], deadline: float, *, ssl: SSLContext | None = None, server_hostname: str | None = None
+    ) -> HttpAnswer:
         self.asked.append(url)
         self.arrived.set()
         if self.hold is not None:

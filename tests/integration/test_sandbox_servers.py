@@ -296,6 +296,19 @@ async def test_a_delayed_event_over_http() -> None:
             assert await response.json() == {"left": 1}
 
 
+async def test_an_openid_token_over_http() -> None:
+    """A client asks for one, and whoever it shows it to learns its name; a user ID arrives decoded."""
+    async with SandboxHomeserver() as homeserver, aiohttp.ClientSession(homeserver.url) as http:
+        owner = {"Authorization": f"Bearer {homeserver.model.register('alice')}"}
+        asked = URL(f"{homeserver.url}/_matrix/client/v3/user/%40alice%3Ahs.test/openid/request_token", encoded=True)
+        async with http.post(asked, json={}, headers=owner) as response:
+            openid = await response.json()
+        for token, expected in ((openid["access_token"], (200, {"sub": "@alice:hs.test"})), ("another", (401, None))):
+            async with http.get("/_matrix/federation/v1/openid/userinfo", params={"access_token": token}) as response:
+                body = await response.json()
+                assert (response.status, body if response.status == 200 else None) == expected
+
+
 async def test_the_rate_limit_over_http() -> None:
     """The address is limited; a refused call has `Retry-After` and was held back."""
     clock = 1_800_000_000.0
@@ -370,6 +383,10 @@ async def test_another_process_can_drive_the_homeserver() -> None:
         assert (homeserver.model.generations, homeserver.model.mode, homeserver.model.limit) == ("D", "proposal", RateLimit(2, 3))
         assert (await post("faults", status=500, only=["restart"]))[0] == 200
         assert homeserver.model.faults.only == frozenset({"restart"})
+        _, openid = await post("openid_token", user="@alice:hs.test")
+        assert openid["matrix_server_name"] == "hs.test"
+        assert (await post("set", openid_sub="@carol:hs.test"))[0] == 200
+        assert homeserver.model.openid_sub == "@carol:hs.test"
         assert (await post("set", seed=1))[0] == 400
         assert (await post("set", mode="unheard of"))[0] == 400
         assert await post("answers") == (200, [])

@@ -332,3 +332,53 @@ def test_mints_access_tokens() -> None:
     """A participant's token that we make is one that we accept."""
     token = tokens.mint(KEY, VideoGrants(room_join=True, room="r"), NOW, 3600, "alice")
     assert tokens.access(token, KEYS, NOW) == Access("main", "r", "alice", NOW + 3600)
+
+
+def test_a_participant_gets_just_what_it_needs() -> None:
+    """Our token to join with passes livekit-api's verifier, and has the grants of MSC4195 and no others."""
+    token = tokens.mint_participant(KEY, "Zürich + 1", "@alice:example.org:DEVICE", time.time(), "@alice:example.org")
+    claims = TokenVerifier(KEY.key, KEY.secret).verify(token)
+    assert claims.identity == "@alice:example.org:DEVICE"
+    assert claims.video == VideoGrants(
+        room_join=True, room="Zürich + 1", room_create=False, can_publish=True, can_subscribe=True, can_update_own_metadata=True
+    )
+    assert {claims.name, claims.metadata, claims.sha256} == {""}
+
+
+def test_a_participants_token_to_the_letter() -> None:
+    """`roomCreate: false` is said, since an SFU may create rooms for others; data goes with publishing, as it does for LiveKit if nothing is said."""
+    payload = tokens.mint_participant(KEY, "r", "alice", NOW, "@alice:hs.test").split(".")[1]
+    assert json.loads(base64.urlsafe_b64decode(payload + "==")) == {
+        "iss": KEY.key,
+        "sub": "alice",
+        "exp": NOW + 3600,
+        "matrix_user": "@alice:hs.test",
+        "video": {
+            "roomJoin": True,
+            "room": "r",
+            "roomCreate": False,
+            "canPublish": True,
+            "canPublishData": True,
+            "canSubscribe": True,
+            "canUpdateOwnMetadata": True,
+        },
+    }
+
+
+def test_a_participants_token_counts_for_an_hour() -> None:
+    """It proves room and identity to our own verifier until then, by the given clock."""
+    token = tokens.mint_participant(KEY, "r", "alice", NOW, "@alice:hs.test")
+    for now in (NOW, NOW + 3600):
+        assert tokens.access(token, KEYS, now) == Access("main", "r", "alice", NOW + 3600, "@alice:hs.test")
+    assert refusal(token, NOW + 3600 + LEEWAY) is Refusal.EXPIRED
+
+
+@pytest.mark.parametrize("user", [None, 1, ["@alice:hs.test"], {}])
+def test_a_claim_of_that_name_that_is_not_ours(user: object) -> None:
+    """Somebody else's token service may mean something else by it."""
+    assert tokens.access(sign(CLAIMS | {"matrix_user": user}), KEYS, NOW).user is None
+
+
+def test_each_sfu_has_its_own_tokens() -> None:
+    """A token is signed by the key of the SFU that is joined."""
+    assert tokens.access(tokens.mint_participant(OTHER, "r", "alice", NOW, "@alice:hs.test"), KEYS, NOW).sfu == "other"

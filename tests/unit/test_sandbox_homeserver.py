@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 from sfu_delegate.sandbox.answer import Answer, Fate
-from sfu_delegate.sandbox.homeserver import ACTIONS, STABLE, UNSTABLE, End, HomeserverModel, MatrixError, RateLimit
+from sfu_delegate.sandbox.homeserver import (
+    ACTIONS,
+    OPENID_VALIDITY,
+    STABLE,
+    UNSTABLE,
+    USERINFO,
+    V3,
+    End,
+    HomeserverModel,
+    MatrixError,
+    NewState,
+    RateLimit,
+)
 
 START = 1_800_000_000.0
 ROOM = "!room:hs.test"
@@ -440,3 +452,81 @@ def test_secrets_are_not_in_the_representation() -> None:
     model = homeserver()
     delay_id = scheduled(model)
     assert delay_id not in repr(model.events[delay_id])
+
+
+def whose(model: HomeserverModel, token: str, now: float = START) -> Answer:
+    return model.request("GET", USERINFO, now, query={"access_token": token})
+
+
+def request_openid(model: HomeserverModel, user: str, *, token: str | None, body: bytes = b"{}") -> Answer:
+    return model.request("POST", f"{V3}user/{user}/openid/request_token", START, token=token, body=body)
+
+
+def test_an_openid_token_names_its_owner_until_it_expires() -> None:
+    """As Synapse answers: a new token for each request, good for an hour, and whoever has it may ask whose it is."""
+    model = homeserver()
+    access = model.register("alice")
+    given = [request_openid(model, user, token=access).json() for user in (ALICE, "%40alice%3Ahs.test")]
+    for body in given:
+        assert body == {"access_token": body["access_token"], "token_type": "Bearer", "matrix_server_name": "hs.test", "expires_in": 3600}
+        assert whose(model, body["access_token"]).json() == {"sub": ALICE}
+        assert whose(model, body["access_token"], START + OPENID_VALIDITY).status == 200
+        assert errcode(whose(model, body["access_token"], START + OPENID_VALIDITY + 0.1)) == (401, "M_UNKNOWN_TOKEN")
+    assert given[0]["access_token"] != given[1]["access_token"]
+
+
+def test_openid_tokens_are_for_oneself_only() -> None:
+    """Nobody gets one for somebody else or without logging in, and what is no JSON is refused."""
+    model = homeserver()
+    access = model.register("alice")
+    assert errcode(request_openid(model, "@bob:hs.test", token=access)) == (403, "M_FORBIDDEN")
+    assert errcode(request_openid(model, ALICE, token=None)) == (401, "M_MISSING_TOKEN")
+    assert errcode(request_openid(model, ALICE, token="another")) == (401, "M_UNKNOWN_TOKEN")
+    assert errcode(request_openid(model, ALICE, token=access, body=b"{")) == (400, "M_NOT_JSON")
+
+
+def test_an_openid_token_is_no_access_token_and_the_other_way_round() -> None:
+    """It vouches for a user and opens nothing; an access token is unknown where OpenID tokens are asked about."""
+    model = homeserver()
+    access = model.register("alice")
+    openid = model.openid_token(ALICE, START)["access_token"]
+    assert model.request("GET", f"{V3}account/whoami", START, token=openid).status == 401
+    assert errcode(whose(model, access)) == (401, "M_UNKNOWN_TOKEN")
+    assert errcode(model.request("GET", USERINFO, START)) == (401, "M_MISSING_TOKEN")
+
+
+def test_a_lying_server_vouches_for_anybody() -> None:
+    """With `openid_sub` every token is said to be that user's, also one that was never issued."""
+    model = homeserver()
+    token = model.openid_token(ALICE, START)["access_token"]
+    model.openid_sub = "@carol:elsewhere.test"
+    assert whose(model, token).json() == whose(model, "made up").json() == {"sub": "@carol:elsewhere.test"}
+
+
+def test_openid_requests_are_counted_and_fail_by_themselves() -> None:
+    """Two kinds of their own: a fault can hit the check alone, and nothing else."""
+    model = homeserver()
+    access = model.register("alice")
+    model.faults.status = 502
+    model.faults.only = frozenset({"openid_userinfo"})
+    token = request_openid(model, ALICE, token=access).json()["access_token"]
+    assert whose(model, token).status == 502
+    model.faults.status = None
+    assert whose(model, token).status == 200
+    assert model.answers == {("openid_token", 200): 1, ("openid_userinfo", 502): 1, ("openid_userinfo", 200): 1}
+
+
+def test_every_state_event_is_seen_when_it_becomes_current() -> None:
+    """Whoever put it there: a user, a management request, or a countdown, each with its own time."""
+    seen: list[NewState] = []
+    model = homeserver(on_state=seen.append)
+    model.put_state(ALICE, ROOM, TYPE, "alice", {"in": True}, START)
+    sent, ran_out = scheduled(model), scheduled(model)
+    act(model, sent, "send", START + 1)
+    model.tick(START + 60)
+    assert [(new.room, new.type, new.state_key) for new in seen] == [(ROOM, TYPE, "alice")] * 3
+    assert [(new.event.at - START, new.event.content, new.event.delay_id) for new in seen] == [
+        (0, {"in": True}, ""),
+        (1, LEFT, sent),
+        (20, LEFT, ran_out),
+    ]

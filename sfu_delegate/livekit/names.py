@@ -1,0 +1,37 @@
+"""The names that a client and this service derive alike: LiveKit's room of a Matrix call, and the identity of a participant in it (MSC4195).
+
+A derived name is the unpadded base64 (standard alphabet) of the SHA-256 of a list of strings in canonical JSON.
+"""
+
+import json
+from base64 import b64encode
+from hashlib import sha256
+from typing import Final
+
+ROOM_SLOT: Final = "m.call#ROOM"
+"""The slot of a room's one call, which the legacy endpoint `/sfu/get` always means."""
+
+
+def derived(*parts: str) -> str:
+    """The derived name of a list of strings. Raises UnicodeEncodeError for half of a character (a lone surrogate)."""
+    canonical = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
+    return b64encode(sha256(canonical).digest()).decode().rstrip("=")
+
+
+def room_name(room_id: str, slot_id: str = ROOM_SLOT) -> str:
+    """LiveKit's room of a slot (a call) of a Matrix room."""
+    return derived(room_id, slot_id)
+
+
+def identity(user_id: str, device_id: str, member_id: str) -> str:
+    """The identity that clients get from `/get_token`, as deployed."""
+    return derived(user_id, device_id, member_id)
+
+
+def plain_identity(user_id: str, device_id: str) -> str:
+    """The identity that clients get from the legacy `/sfu/get`.
+
+    It can be told apart into its two halves only if the device has no colon: `@a:example.org` with device `8448:D` and `@a:example.org:8448` with
+    device `D` would be the same participant.
+    """
+    return f"{user_id}:{device_id}"
