@@ -1,7 +1,7 @@
 """A daemon without a daemon: the real engine on a database in memory, stepped at once, with a homeserver and an SFU that answer by a script."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -21,12 +21,15 @@ from sfu_delegate.matrix.discovery import Homeserver, HomeserverRule, Homeserver
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import HttpFailed
 from sfu_delegate.matrix.management import Scope
+from sfu_delegate.matrix.openid import OpenIdRefused
 from sfu_delegate.sealing import Sealer, new_key
 from sfu_delegate.store.sqlite import SqliteStore
 
 NOW = 1_760_000_000.0
 KEY = SfuKey("main", "APIkey", "a-secret-of-forty-characters-or-so-000000")
+OTHER_KEY = SfuKey("other", "APIother", "the-others-secret-of-forty-characters-00")
 SERVER = "example.org"
+SFU_URL = "wss://SFU.example.org:443/rtc-proxy"  # odd, so that it shows whether it is told to the letter
 
 Script = Callable[[Task], tuple[Verdict, str] | None]
 """What the homeserver says to an action: a verdict and a detail, or None for no answer at all."""
@@ -87,6 +90,7 @@ class EnginePort:
         self.listed: tuple[Listed, ...] = ()
         self.error: Exception | None = None  # what `put` raises instead of doing anything
         self.given: list[Input] = []
+        self.course: list[str] = []  # who was asked for something, in order: this port by the kind of the input, others by their names
         self.tasks: list[Task] = []
         self._watches: list[EngineWatch] = []
         self._background: set[asyncio.Task[None]] = set()
@@ -98,6 +102,7 @@ class EnginePort:
         if self.error is not None:
             raise self.error
         self.given.append(given)
+        self.course.append(type(given).__name__)
         reply, tasks = self._step([given])
         if tasks:
             task = asyncio.get_running_loop().create_task(self._act(tasks))
@@ -192,11 +197,52 @@ class Scopes:
 
 
 @dataclass
+class Vouchers:
+    """Homeservers that vouch for users: token → user, or the exception that comes instead. Any server vouches; see `api.services.UserCheck`."""
+
+    course: list[str]
+    users: dict[str, str | Exception] = field(default_factory=dict)
+    asked: list[tuple[str, str]] = field(default_factory=list)  # server name and token
+    timeouts: list[float] = field(default_factory=list)
+
+    async def user(self, server_name: str, token: str, timeout: float, who: str) -> str:  # noqa: ASYNC109
+        self.course.append("openid")
+        self.asked.append((server_name, token))
+        self.timeouts.append(timeout)
+        user = self.users.get(token, OpenIdRefused("the homeserver does not know the token"))
+        if isinstance(user, Exception):
+            raise user
+        return user
+
+
+@dataclass
+class SfuRooms:
+    """The SFUs; see `api.services.Rooms`."""
+
+    course: list[str]
+    error: Exception | None = None  # what `create` raises
+    gone: Exception | None = None  # what `access` raises
+    created: list[tuple[str, str]] = field(default_factory=list)  # SFU and room
+
+    async def create(self, sfu: str, room: str) -> None:
+        self.course.append("room")
+        if self.error is not None:
+            raise self.error
+        self.created.append((sfu, room))
+
+    def access(self, sfu: str) -> tuple[str, SfuKey]:
+        if self.gone is not None:
+            raise self.gone
+        return {"main": (SFU_URL, KEY), "other": ("ws://10.0.0.7:7880", OTHER_KEY)}[sfu]
+
+
+@dataclass
 class Told:
     """What the hooks were told."""
 
     webhooks: list[tuple[str, str, str]] = field(default_factory=list)
     acknowledged: list[float] = field(default_factory=list)
+    matrixrtc: list[tuple[str, int, bool]] = field(default_factory=list)
 
     def on_webhook(self, sfu: str, event: str, result: str) -> None:
         self.webhooks.append((sfu, event, result))
@@ -204,15 +250,28 @@ class Told:
     def on_acknowledged(self, seconds: float) -> None:
         self.acknowledged.append(seconds)
 
+    def on_matrixrtc(self, endpoint: str, status: int, delegates: bool) -> None:
+        self.matrixrtc.append((endpoint, status, delegates))
+
 
 class Bench:
     """The public application on the real engine, and handles on everything around it."""
 
-    def __init__(self, script: Script = agrees, *, limits: Limits = Limits(), settings: Settings = Settings(), **given: Any) -> None:  # noqa: B008
+    def __init__(
+        self,
+        script: Script = agrees,
+        *,
+        limits: Limits = Limits(),  # noqa: B008
+        settings: Settings = Settings(),  # noqa: B008
+        paths: Mapping[str, str] | None = None,
+        **given: Any,
+    ) -> None:
         self.port = EnginePort(script, limits=limits)
         self.settings = settings
         self.stopping = False
         self.scopes = Scopes()
+        self.vouchers = Vouchers(self.port.course)
+        self.rooms = SfuRooms(self.port.course)
         self.told = Told()
         self.keys = KeyRing([KEY])
         self.sealer = Sealer([new_key()])
@@ -228,6 +287,10 @@ class Bench:
             keys=self.keys,
             homeservers=self.homeservers,
             management=self.scopes,
+            openid=self.vouchers,
+            rooms=self.rooms,
+            paths={"": "main"} if paths is None else paths,
+            label=self._label,
             sealer=self.sealer,
             settings=lambda: self.settings,
             hooks=self.told,
@@ -237,13 +300,19 @@ class Bench:
             **given,
         )
 
+    def _label(self, homeserver: str) -> str:
+        rule = self.homeservers.rule_for(homeserver)
+        return "(not configured)" if rule is None else rule.pattern
+
     def configure(self, **settings: Any) -> None:
         """As a reload would."""
         self.settings = replace(self.settings, **settings)
 
-    def access_token(self, identity: str = "alice", room: str = "room", *, key: SfuKey = KEY, ttl: float = 3600.0, join: bool = True) -> str:
+    def access_token(
+        self, identity: str = "alice", room: str = "room", *, key: SfuKey = KEY, ttl: float = 3600.0, join: bool = True, user: str | None = None
+    ) -> str:
         """The token that a participant joins with."""
-        return tokens.mint(key, VideoGrants(room_join=join, room=room), self.port.at, ttl, identity)
+        return tokens.mint(key, VideoGrants(room_join=join, room=room), self.port.at, ttl, identity, user)
 
     def bearer(self, identity: str = "alice", room: str = "room") -> dict[str, str]:
         """The header with it."""

@@ -1,86 +1,60 @@
-"""What a client sends to delegate: its form, and the errors that say how to mend it.
-
-Values are never repeated in an error, only names of fields: delay_ids and tokens are secrets.
-"""
+"""What a client sends to `POST /v1/delegations`: its form, and the errors that say how to mend it."""
 
 import re
-import unicodedata
 from collections.abc import Iterable
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field
 
 from sfu_delegate.api.body import parse_object
-from sfu_delegate.api.errors import MatrixError, printable
+from sfu_delegate.api.errors import MatrixError
+from sfu_delegate.api.form import DelayId, Form, Integer, ServerName, read, sentences, wrong
 from sfu_delegate.api.services import Settings
-from sfu_delegate.matrix.names import is_server_name
 
-MAX_DELAY_ID: Final = 255  # characters
 MAX_TOKEN: Final = 4096  # characters
-_MOST_PROBLEMS: Final = 5
 _TOKEN = re.compile(r"[!-~]+")
-
-
-def _wrong(sentence: str) -> PydanticCustomError:
-    return PydanticCustomError("sfu_delegate", cast(Any, sentence))
-
-
-def _delay_id(value: str) -> str:
-    if any(unicodedata.category(character) == "Cc" for character in value):
-        raise _wrong("must not have control characters; give the delay_id as the homeserver gave it")
-    return value
-
-
-def _homeserver(value: str) -> str:
-    if not is_server_name(value):
-        raise _wrong("is not a Matrix server name; give what stands behind the first colon of the user ID, such as example.org, and no URL")
-    return value.lower()
+_INTEGER: Final = "must be an integer, in milliseconds, without quotes and without a fraction"
+_TEXTS: Final = {
+    "int_type": _INTEGER,
+    "int_from_float": _INTEGER,
+    "int_parsing": _INTEGER,
+    "int_parsing_size": _INTEGER,
+    "literal_error": 'must be "send" or "cancel"',
+    "list_type": "must be a list of objects",
+    "too_short": "must have at least one delayed event",
+    "model_type": 'must be an object such as {"delay_id": …, "delay_ms": 3600000}',
+    "model_attributes_type": 'must be an object such as {"delay_id": …, "delay_ms": 3600000}',
+}
 
 
 def _token(value: str) -> str:
     if not _TOKEN.fullmatch(value):
-        raise _wrong("must be printable ASCII without spaces; give the scoped token alone, without Bearer")
+        raise wrong("must be printable ASCII without spaces; give the scoped token alone, without Bearer")
     return value
 
 
-def _whole(value: object) -> object:
-    # To JSON, 60000.0 is the same number as 60000; some serialisers write it so.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-class DelayedEventBody(_Strict):
+class DelayedEventBody(Form):
     """One delayed event, as a client hands it over."""
 
-    delay_id: Annotated[str, Field(min_length=1, max_length=MAX_DELAY_ID, repr=False), AfterValidator(_delay_id)]
-    delay_ms: Annotated[int, BeforeValidator(_whole)]
+    delay_id: DelayId = Field(repr=False)
+    delay_ms: Integer
     on_disconnect: Literal["send", "cancel"] = "send"
 
 
-class DelegationBody(_Strict):
+class DelegationBody(Form):
     """The body of `POST /v1/delegations`. `homeserver` is in lower case."""
 
-    homeserver: Annotated[str, AfterValidator(_homeserver)]
+    homeserver: ServerName
     delayed_events: Annotated[list[DelayedEventBody], Field(min_length=1)]
     token: Annotated[str, Field(min_length=1, max_length=MAX_TOKEN), AfterValidator(_token)] | None = Field(None, repr=False)
 
 
 def read_delegation(body: bytes, settings: Settings) -> DelegationBody:
     """The body, checked against its form and the configured limits. Raises MatrixError (400)."""
-    fields = parse_object(body)
-    try:
-        wanted, problems = DelegationBody.model_validate(fields), None
-    except ValidationError as error:
-        wanted, problems = None, error.errors(include_url=False, include_context=True, include_input=False)
-    if wanted is None:  # out here: pydantic's error must not travel along as the context
-        raise MatrixError(400, "M_BAD_JSON", _sentences(_problem(details) for details in problems or ()))
+    wanted = read(DelegationBody, parse_object(body), _TEXTS)
     beyond = list(_beyond_limits(wanted, settings))
     if beyond:
-        raise MatrixError(400, "M_INVALID_PARAM", _sentences(beyond))
+        raise MatrixError(400, "M_INVALID_PARAM", sentences(beyond))
     return wanted
 
 
@@ -97,46 +71,3 @@ def _beyond_limits(wanted: DelegationBody, settings: Settings) -> Iterable[str]:
             yield f"delayed_events[{number}].delay_id: is that of delayed_events[{first}], too; give each event once"
     if wanted.token is not None and not settings.allow_scoped_tokens:
         yield "token: is not accepted here; leave it out (or its operator allows it by delegations.allow_scoped_tokens)"
-
-
-def _sentences(problems: Iterable[str]) -> str:
-    found = list(dict.fromkeys(problems))
-    more = [f"… and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
-    return " ".join(f"{problem}." for problem in [*found[:_MOST_PROBLEMS], *more])
-
-
-def _problem(details: ErrorDetails) -> str:
-    context = details.get("ctx", {})
-    match details["type"]:
-        case "sfu_delegate":
-            text = details["msg"]
-        case "missing":
-            text = "is required"
-        case "extra_forbidden":
-            text = "is not a field that is known here; remove it"
-        case "string_type":
-            text = "must be a string"
-        case "string_unicode":
-            text = "is not valid Unicode: it has half of a character (a lone surrogate)"
-        case "string_too_short":
-            text = "must not be empty"
-        case "string_too_long":
-            text = f"is too long; {context.get('max_length')} characters are the most"
-        case "int_type" | "int_from_float" | "int_parsing" | "int_parsing_size":
-            text = "must be an integer, in milliseconds, without quotes and without a fraction"
-        case "literal_error":
-            text = 'must be "send" or "cancel"'
-        case "list_type":
-            text = "must be a list of objects"
-        case "too_short":
-            text = "must have at least one delayed event"
-        case "model_type" | "model_attributes_type":
-            text = 'must be an object such as {"delay_id": …, "delay_ms": 3600000}'
-        case _:
-            text = "has a value that is not accepted"
-    return f"{_path(details['loc'])}: {text}"
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in location]
-    return "".join(parts).removeprefix(".") or "the body"

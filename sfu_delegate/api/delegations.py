@@ -19,12 +19,14 @@ from sfu_delegate.api.delegation_body import DelegationBody, read_delegation
 from sfu_delegate.api.errors import MatrixError, json_response, of_exception
 from sfu_delegate.api.port import Overloaded, Unavailable, Watch
 from sfu_delegate.api.services import Services, Settings
+from sfu_delegate.api.throttle import Throttle
 from sfu_delegate.delegation.model import Accept, DelayedEvent, Find, Lane, NewEvent, Note, OnEnd, Outcome, Presence, Refuse, State, Withdraw
 from sfu_delegate.delegation.replies import Accepted, Found, Withdrawn
 from sfu_delegate.livekit import tokens
 from sfu_delegate.livekit.tokens import Access, TokenRefused
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver, NotServed
 from sfu_delegate.matrix.management import Scope
+from sfu_delegate.matrix.names import server_of
 from sfu_delegate.observe.logs import Seldom, short
 
 STOPPING_RETRY_AFTER: Final = 10.0  # seconds; a restart takes about that long
@@ -58,8 +60,9 @@ def matrix_user(identity: str, homeserver: str) -> str | None:
 class Delegations:
     """Answers `/v1/delegations`."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, throttle: Throttle) -> None:
         self._services = services
+        self._throttle = throttle
         self._refused = Seldom()
 
     # ── POST /v1/delegations ──
@@ -80,8 +83,13 @@ class Delegations:
         if services.stopping():
             sentence = "This service is stopping and takes no new delegations. Try again shortly."
             raise MatrixError(503, "M_UNKNOWN", sentence, retry_after=STOPPING_RETRY_AFTER)
+        self._throttle.client(request, settings)
         access = self._participant(_bearer(request))
+        self._throttle.user(access.user or f"{access.sfu} {access.room} {access.identity}", settings)
         wanted = read_delegation(await read_body(request, settings.max_body), settings)
+        if access.user is not None and (server_of(access.user) or "").lower() != wanted.homeserver:
+            sentence = "homeserver: is not that of the user to whom this access token was given. Name the one that scheduled the delayed events."
+            raise MatrixError(403, "M_FORBIDDEN", sentence)
         homeserver = await self._homeserver(wanted.homeserver)
         token = await self._sealed(wanted.token, homeserver, settings)
         accept = _accept(new_id(), access, wanted, token)
@@ -254,7 +262,7 @@ def _accept(delegation: str, access: Access, wanted: DelegationBody, token: byte
         identity=access.identity,
         homeserver=wanted.homeserver,
         events=tuple(NewEvent(event.delay_id, event.delay_ms / 1000, OnEnd(event.on_disconnect)) for event in wanted.delayed_events),
-        user=matrix_user(access.identity, wanted.homeserver),
+        user=access.user or matrix_user(access.identity, wanted.homeserver),
         token=token,
     )
 

@@ -4,6 +4,7 @@
 is down shows in the detail only, since taking the daemon out of service would help nobody.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from aiohttp import web
@@ -14,6 +15,15 @@ from sfu_delegate.api.services import AdminServices, Phase, Readiness
 
 READY_TIMEOUT: Final = 5.0  # seconds; whoever asks gives up soon, too
 _OK: Final = "ok"
+
+
+def healthz(stopping: Callable[[], bool]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """`/healthz` on the public listener, for proxies: the process answers, and takes requests. For more there is the admin listener."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return json_response({"status": "stopping"}, status=503) if stopping() else json_response({"status": _OK})
+
+    return answer
 
 
 class Health:

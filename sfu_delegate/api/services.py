@@ -9,6 +9,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry
 from structlog.stdlib import BoundLogger
 
+from sfu_delegate.api.client import Network
 from sfu_delegate.api.port import Port
 from sfu_delegate.livekit.keys import SfuKey
 from sfu_delegate.matrix.discovery import Homeserver, Homeservers
@@ -30,6 +31,12 @@ class Settings:
     request_timeout: float = 10.0  # for a question to a homeserver
     restart_at: float = 0.75  # of the delay: the latest normal time of a restart
     cors_origins: tuple[str, ...] = ("*",)
+    other_homeservers: bool = True  # do users of homeservers that are not served get tokens for rooms that exist?
+    trusted_proxies: tuple[Network, ...] = ()
+    client_rate: float = 0.0  # requests a second from one address; 0: no limit
+    client_burst: int = 1
+    user_rate: float = 0.0  # the same of one user
+    user_burst: int = 1
 
 
 class Hooks(Protocol):
@@ -40,6 +47,26 @@ class Hooks(Protocol):
 
     def on_acknowledged(self, seconds: float) -> None:
         """From the arrival of a webhook that mattered until it was durable and its answer ready."""
+
+    def on_matrixrtc(self, endpoint: str, status: int, delegates: bool) -> None:
+        """A request to a MatrixRTC endpoint was answered; `delegates`: it had a delayed event with it."""
+
+
+class UserCheck(Protocol):
+    """Finds out whose an OpenID token is."""
+
+    async def user(self, server_name: str, token: str, timeout: float, who: str) -> str:  # noqa: ASYNC109
+        """The Matrix user ID. `who` asks, by address: where places are short, each gets one in turn. Raises OpenIdRefused, OpenIdUnavailable."""
+
+
+class Rooms(Protocol):
+    """The SFUs, for those who want to join."""
+
+    async def create(self, sfu: str, room: str) -> None:
+        """Make the room, unless it is there. Raises SfuUnavailable."""
+
+    def access(self, sfu: str) -> tuple[str, SfuKey]:
+        """The URL that clients connect to, to the letter, and the key that signs their tokens. Raises SfuUnavailable: it is not configured."""
 
 
 class TokenCheck(Protocol):
@@ -57,6 +84,10 @@ class Services:
     keys: Mapping[str, SfuKey]
     homeservers: Homeservers
     management: TokenCheck
+    openid: UserCheck
+    rooms: Rooms
+    paths: Mapping[str, str]  # prefix of the MatrixRTC endpoints → SFU; empty: there are none
+    label: Callable[[str], str]  # what to call a homeserver where its name, which a client chose, does not belong
     sealer: Sealer
     settings: Callable[[], Settings]
     hooks: Hooks

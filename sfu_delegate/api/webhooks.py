@@ -21,6 +21,8 @@ from sfu_delegate.livekit.webhook import WebhookRefused
 from sfu_delegate.observe.logs import Seldom
 
 PATH: Final = "/webhooks/livekit"
+PATH_DEPLOYED: Final = "/sfu_webhook"
+"""Where deployed configurations of LiveKit send them to."""
 
 UNKNOWN: Final = "unknown"
 """The label of an SFU or an event that no valid signature vouches for."""

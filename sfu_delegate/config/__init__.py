@@ -11,15 +11,17 @@ from sfu_delegate.config.model import (
     Cors,
     Delegations,
     DepartureRule,
+    Federation,
     Homeserver,
     Limits,
+    MatrixRtc,
     Restart,
     Section,
     Sfu,
     Timeouts,
 )
 from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, Problem
-from sfu_delegate.config.risks import reloadable_changes, warnings
+from sfu_delegate.config.risks import reloadable_changes, reloaded, warnings
 from sfu_delegate.config.values import format_duration, format_size, parse_duration, parse_size
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "Cors",
     "Delegations",
     "DepartureRule",
+    "Federation",
     "Homeserver",
     "Limits",
+    "MatrixRtc",
     "Problem",
     "Restart",
     "Section",
@@ -45,5 +49,6 @@ __all__ = [
     "parse_duration",
     "parse_size",
     "reloadable_changes",
+    "reloaded",
     "warnings",
 ]

@@ -117,7 +117,7 @@ def _bound(path: KeyPath, bound: object) -> str:
         case "size":
             return format_size(int(cast(int, bound)))
         case _:
-            return f"{bound}"
+            return f"{bound}".removesuffix(".0")
 
 
 def _unit_of(path: KeyPath) -> Literal["duration", "size", ""]:
@@ -170,6 +170,8 @@ def _did_you_mean(path: KeyPath) -> str:
     return f"remove it; the keys here are {', '.join(names)}" if names else "remove it"
 
 
+FERNET_REMEDY: Final = "make one: python3 -c 'import base64, os; print(base64.urlsafe_b64encode(os.urandom(32)).decode())'"
+
 _SFU_NAME: Final = re.compile(r"[a-z](?:[a-z0-9-]|_(?!_)){0,62}", re.ASCII)
 
 
@@ -192,10 +194,10 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
     for number, fernet in enumerate(encryption.keys):
         text = fernet.get_secret_value()
         if text != text.strip() or key_bytes(text) is None:
-            command = "python3 -c 'import base64, os; print(base64.urlsafe_b64encode(os.urandom(32)).decode())'"
-            yield one((*keys, number), HIDDEN, "is not a Fernet key (32 bytes in base64url)", f"make one: {command}", ("encryption", "keys_file"))
+            yield one((*keys, number), HIDDEN, "is not a Fernet key (32 bytes in base64url)", FERNET_REMEDY, ("encryption", "keys_file"))
 
     owners: dict[str, str] = {}
+    prefixes: dict[str, str] = {}
     for name, sfu in config.sfus.items():
         at: KeyPath = ("sfus", name)
         if not _SFU_NAME.fullmatch(name):
@@ -210,6 +212,13 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
                 remedy = "give each SFU a key of its own: it tells which SFU a webhook comes from"
                 yield one((*at, "keys", key), HIDDEN, f"is also a key of {owners[key]}", remedy, ("sfus", owners[key], "keys"))
             owners.setdefault(key, name)
+        for index, prefix in enumerate(sfu.path_prefixes):
+            if prefix in prefixes:
+                remedy = "give each its own: it tells which SFU is handed out"
+                other = prefixes[prefix]
+                said = "is there twice" if other == name else f"is also a path of {other}"
+                yield one((*at, "path_prefixes", index), prefix, said, remedy, ("sfus", other, "path_prefixes"))
+            prefixes.setdefault(prefix, name)
         if sfu.request_timeout >= config.actions.lease:
             yield one(
                 (*at, "request_timeout"),
@@ -228,7 +237,7 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
         names.setdefault(homeserver.name, number)
         token_at: KeyPath = (*at, homeserver.token_key)
         if homeserver.as_token and not re.fullmatch(r"[!-~]+", homeserver.as_token.get_secret_value(), re.ASCII):
-            problem = "cannot be sent: it has a space, or a character that is not ASCII"
+            problem = "cannot be sent: it has a character that is not ASCII"
             yield one(token_at, HIDDEN, problem, "put the token here that the registration has: `openssl rand -hex 32` makes one")
         if "*" in homeserver.name and homeserver.url is None and (homeserver.as_token or homeserver.as_token_file):
             yield one(
@@ -266,7 +275,11 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
         yield one(("restart", "spread"), str(config.restart.spread), problem, "0.1 is usual", ("restart", "at"))
     if list(config.presence.first_looks) != sorted(config.presence.first_looks):
         yield one(("presence", "first_looks"), "", "must be in ascending order", "such as [1s, 3s, 8s, 20s, 45s]")
-    same = (config.listen.host, config.listen.port) == (config.admin.host, config.admin.port)
-    if same and config.listen.port:
+    if config.listen.port == config.admin.port != 0 and _overlap(config.listen.host, config.admin.host):
         value = f"{config.admin.host}:{config.admin.port}"
         yield one(("admin", "port"), value, "is the address of listen, too", "give each its own port", ("listen",), ("admin",))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Do two hosts to listen on have an address in common? `::` is IPv4 as well."""
+    return one == other or "::" in (one, other) or ("0.0.0.0" in (one, other) and not any(":" in host for host in (one, other)))  # noqa: S104

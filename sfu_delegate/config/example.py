@@ -26,7 +26,8 @@ _EXAMPLE_HEAD: Final = """\
 #   SFU_DELEGATE_CORS__ORIGINS='["https://call.example.org"]'      (lists and maps as YAML or JSON; null: not set)
 #
 # `sfu-delegate check-config` finds everything that is wrong here. SIGHUP makes the daemon read this file again; listen,
-# admin, database, encryption, log.format and timeouts.connect need a restart.
+# admin, database, encryption, log.format, timeouts.connect, matrixrtc.enabled, path_prefixes and which SFU is the first
+# need a restart.
 """
 _EXAMPLE_WIDTH: Final = 118
 
@@ -73,7 +74,8 @@ def _section(section: type[Section], indent: int) -> list[str]:
             else:
                 lines.append(f"{blank}{name}: {_flow(sample)}")
         else:
-            lines.append(f"{blank}#{name}: {_flow(defaults[name])}")
+            line = f"{blank}#{name}: {_flow(defaults[name])}"
+            lines += [line] if len(line) <= _EXAMPLE_WIDTH else [f"{blank}#{name}:", *(f"{blank}#  - {_flow(item)}" for item in defaults[name])]
     return lines
 
 
@@ -83,8 +85,9 @@ _EXAMPLE_GIVEN: Final = {(Sfu, "keys"), (Homeserver, "url")}
 
 def _comment(field: FieldInfo, indent: int, *, sample: bool = False) -> list[str]:
     text = field.description or ""
-    if sample and field.default is None and field.examples:
-        text += f" For example: {field.examples[0]}"
+    if sample and field.default in (None, ()) and field.examples:
+        one = field.examples[0]
+        text += f" For example: {one if isinstance(one, str) else _flow(one)}"
     start = " " * indent + "# "
     return textwrap.wrap(text, _EXAMPLE_WIDTH, initial_indent=start, subsequent_indent=start, break_long_words=False, break_on_hyphens=False)
 

@@ -4,6 +4,7 @@ It must never read the process's environment by itself, and never quote what a f
 """
 
 import difflib
+import os
 import re
 import ssl
 import stat
@@ -17,26 +18,26 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 
-from sfu_delegate.config.checking import contradictions, validate
+from sfu_delegate.config.checking import FERNET_REMEDY, contradictions, validate
 from sfu_delegate.config.model import Config, Homeserver, Sfu, type_at
 from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, KeyPath, Problem, dotted, kind_of, located, place_of, related, unique
 from sfu_delegate.config.risks import warnings
+from sfu_delegate.config.values import ODD_REMEDY, odd_character
 from sfu_delegate.livekit.keys import parse_key_file
-from sfu_delegate.sealing import parse_keys
+from sfu_delegate.sealing import key_bytes, parse_keys
 
 PREFIX: Final = "SFU_DELEGATE_"
 _MOST_FILE_BYTES: Final = 4 * 1024 * 1024
+_OPEN_ALREADY: Final = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+", re.ASCII)  # the latter two are what a shell makes of <(…)
+_NULL_DEVICE: Final = os.makedev(1, 3)  # /dev/null, which is as good as an empty file
 
 
 def load(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Config:
     """Read and check a file, with the environment laid over it. Raises ConfigInvalid with all problems."""
-    text, problems = _read_text(path, "", "the configuration file")
+    text, problems = read_text(path, "", "the configuration file", piped=True)
     if text is None:
         raise ConfigInvalid(problems)
-    parsed = _parse(text)
-    if parsed.data is _NOTHING:
-        raise ConfigInvalid(parsed.problems)
-    config = from_mapping(parsed.data, environ, lines=parsed.lines, before=parsed.problems)
+    config = from_text(text, environ)
     inline = [f"sfus.{name}.keys" for name, sfu in config.sfus.items() if sfu.keys and sfu.key_file is None]
     inline += [f"homeservers[{i}].as_token" for i, h in enumerate(config.homeservers) if h.as_token and h.as_token_file is None]
     inline += ["encryption.keys"] if config.encryption.keys and config.encryption.keys_file is None else []
@@ -45,6 +46,14 @@ def load(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Confi
             Problem("", str(path), f"holds secrets ({', '.join(inline)}) and every user of this machine may read it", f"chmod o= {path}"),
         )
     return config
+
+
+def from_text(text: str, environ: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Check the text of a file, with the environment laid over it. Raises ConfigInvalid with all problems."""
+    parsed = _parse(text)
+    if parsed.data is _NOTHING:
+        raise ConfigInvalid(parsed.problems)
+    return from_mapping(parsed.data, environ, lines=parsed.lines, before=parsed.problems)
 
 
 def from_mapping(
@@ -86,11 +95,18 @@ def from_mapping(
     return config
 
 
-def _read_text(path: Path, key: str, what: str) -> tuple[str | None, list[Problem]]:
+def read_text(path: Path, key: str, what: str, *, piped: bool = False) -> tuple[str | None, list[Problem]]:
+    """The text of a file, or None and why not; `key` is what names it, and `what` says what it should be.
+
+    What may keep a reader waiting for ever is not opened: named pipes, devices. `piped`: a pipe that is open already (`<(…)`, /dev/stdin) will do.
+    """
     remedy = "check the path, and that the daemon's user may read it"
     if not key:
         remedy += "; `sfu-delegate example-config` prints a file to begin with"
     try:
+        status = path.stat()
+        if (kind := _no_file(status)) and not (piped and stat.S_ISFIFO(status.st_mode) and _OPEN_ALREADY.fullmatch(str(path))):
+            return None, [Problem(key, str(path), f"{what} cannot be read: it is {kind}", "name a regular file")]
         with path.open("rb") as file:
             content = file.read(_MOST_FILE_BYTES + 1)
         if len(content) > _MOST_FILE_BYTES:
@@ -101,6 +117,16 @@ def _read_text(path: Path, key: str, what: str) -> tuple[str | None, list[Proble
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not a path"
         return None, [Problem(key, str(path), f"{what} cannot be read: {reason}", remedy)]
+
+
+def _no_file(status: os.stat_result) -> str:
+    """What it is that cannot be read to its end at once; "" for files, and for directories, which nobody can read."""
+    mode = status.st_mode
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device" if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and status.st_rdev != _NULL_DEVICE) else ""
 
 
 def _no_certificates(path: Path, key: str) -> list[Problem]:
@@ -331,7 +357,7 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
     """The same configuration with the content of its secret files. What cannot be read is a problem, and counts as pruned."""
 
     def read(path: Path, key: KeyPath, what: str) -> str | None:
-        text, wrong = _read_text(path, dotted(key), what)
+        text, wrong = read_text(path, dotted(key), what)
         problems.extend(located(problem, key, where) for problem in wrong)
         if text is None:
             pruned.append(key[:-1])
@@ -339,13 +365,18 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
             risks.append(Problem(dotted(key), str(path), "every user of this machine may read this secret", f"chmod o= {path}"))
         return text
 
-    def empty(key: KeyPath, path: Path, what: str, remedy: str) -> None:
+    def unusable(key: KeyPath, path: Path, what: str, remedy: str) -> None:
         problems.append(Problem(dotted(key), str(path), what, remedy, place_of(key, where)))
         pruned.append(key[:-1])
 
     def both(inline: KeyPath, file: str) -> None:
         remedy = f"keep one of the two; {inline[-1]}: null in the file, or in the environment, takes it away"
         problems.append(Problem(dotted(inline), HIDDEN, f"is given here, and {file} as well", remedy, place_of(inline, where)))
+
+    def check_certificates(path: Path, key: KeyPath) -> None:
+        _, wrong = read_text(path, dotted(key), "the certificate file")
+        wrong = wrong or _no_certificates(path, dotted(key))
+        problems.extend(located(problem, key, where) for problem in wrong)
 
     encryption = config.encryption
     if encryption.keys_file is not None and encryption.keys:
@@ -357,12 +388,22 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
             found = parse_keys(text)
             encryption = encryption.model_copy(update={"keys": tuple(SecretStr(key) for key in found)})
             if not found:
-                empty(at, path, "holds no key", "write one Fernet key a line")
+                unusable(at, path, "holds no key", "write one Fernet key a line")
+            for number, key in enumerate(found, 1):
+                if odd := odd_character(key):
+                    unusable(at, path, f"key {number} in it has {odd} in it", "write one Fernet key a line and nothing beside it")
+                elif key_bytes(key) is None:
+                    unusable(at, path, f"key {number} in it is not a Fernet key (32 bytes in base64url)", FERNET_REMEDY)
 
     sfus: dict[str, Sfu] = {}
     for name, sfu in config.sfus.items():
         sfus[name], at = sfu, ("sfus", name, "key_file")
         if sfu.key_file is None:
+            for key in sfu.keys:
+                if odd := odd_character(key):  # which is not shown: it may be the secret, the two having been exchanged
+                    inline: KeyPath = ("sfus", name, "keys")
+                    problems.append(Problem(dotted(inline), HIDDEN, f"has an API key with {odd} in it", ODD_REMEDY, place_of((*inline, key), where)))
+                    pruned.append(inline)
             continue
         if sfu.keys:
             both(("sfus", name, "keys"), "key_file")
@@ -372,9 +413,13 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
                 pairs = {key.key: SecretStr(key.secret) for key in parse_key_file(text, name)}
             except ValueError as error:
                 what = f"is not a key file of LiveKit's: {error}"
-                empty(at, sfu.key_file, what, "write one `key: secret` a line, with a space behind the colon")
-            else:
-                sfus[name] = sfu.model_copy(update={"keys": pairs})
+                unusable(at, sfu.key_file, what, "write one `key: secret` a line, with a space behind the colon")
+                continue
+            sfus[name] = sfu.model_copy(update={"keys": pairs})
+            for number, (key, secret) in enumerate(pairs.items(), 1):
+                for half, content in (("API key", key), ("secret", secret.get_secret_value())):
+                    if odd := odd_character(content):
+                        unusable(at, sfu.key_file, f"{half} {number} in it has {odd} in it", ODD_REMEDY)
 
     homeservers: list[Homeserver] = []
     for number, homeserver in enumerate(config.homeservers):
@@ -386,12 +431,14 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
             text = read(homeserver.as_token_file, at, "the token's file")
             if text is not None and text.strip():
                 homeservers[-1] = homeserver.model_copy(update={"as_token": SecretStr(text.strip())})
+                if odd := odd_character(text.strip()):
+                    unusable(at, homeserver.as_token_file, f"has {odd} in it", "put the token into it, in one line, and nothing else")
             elif text is not None:
-                empty(at, homeserver.as_token_file, "is empty", "put the token into it")
+                unusable(at, homeserver.as_token_file, "is empty", "put the token into it")
         if homeserver.ca_file is not None:
-            at = ("homeservers", number, "ca_file")
-            _, wrong = _read_text(homeserver.ca_file, dotted(at), "the certificate file")
-            wrong = wrong or _no_certificates(homeserver.ca_file, dotted(at))
-            problems.extend(located(problem, at, where) for problem in wrong)
+            check_certificates(homeserver.ca_file, ("homeservers", number, "ca_file"))
+
+    if config.federation.ca_file is not None:
+        check_certificates(config.federation.ca_file, ("federation", "ca_file"))
 
     return config.model_copy(update={"encryption": encryption, "sfus": sfus, "homeservers": tuple(homeservers)})

@@ -6,6 +6,7 @@ environment, and a secret must never be shown in a repr.
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from ipaddress import ip_network
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
@@ -22,8 +23,11 @@ from sfu_delegate.config.values import (
     HomeserverName,
     HomeserverUrl,
     Host,
+    Network,
     Origin,
+    PathPrefix,
     Port,
+    Rate,
     Secret,
     SfuUrl,
     Size,
@@ -58,11 +62,22 @@ class Section(BaseModel):
         return data
 
 
+# Loopback, private (RFC 1918, RFC 4193) and link-local addresses: where reverse proxies are.
+_NEAR: Final = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "fc00::/7", "fe80::/10")
+
+
 class Listen(Section):
     """The public listener."""
 
     host: Host = Field("127.0.0.1", description="Address to listen on. It speaks plain HTTP, so keep it behind your reverse proxy.")
     port: Port = Field(8080, description="Port to listen on.")
+
+    trusted_proxies: tuple[Network, ...] = Field(
+        tuple(map(ip_network, _NEAR)),
+        description="Addresses and networks of your reverse proxies: the last address in X-Forwarded-For that is not one of them is the client's, by "
+        "which limits.client_rate counts. Not counted are clients that lie in these networks themselves, and those of a proxy that sends no "
+        "X-Forwarded-For. []: the address that connects is always the client's.",
+    )
 
 
 class Admin(Section):
@@ -98,6 +113,12 @@ class Sfu(Section):
         None, description="LiveKit's own `key_file`, in place of `keys`: YAML with one `key: secret` a line.", examples=["/etc/livekit/keys.yaml"]
     )
     api_key: str | None = Field(None, description="Which of the keys asks the SFU who is in a room. Not set: the first one.", examples=["APIexample"])
+    path_prefixes: tuple[PathPrefix, ...] = Field(
+        (),
+        description="Paths under which the MatrixRTC endpoints (<path>/get_token and so on) hand out this SFU: the path of a client's "
+        "`livekit_service_url`, where the reverse proxy passes it on. The first SFU in this file is handed out at the root as well.",
+        examples=[["/livekit/jwt"]],
+    )
     request_timeout: Duration = Field(5.0, gt=0, le=60, description="How long the SFU may take to answer.")
     in_flight: Count = Field(4, ge=1, le=1000, description="How many questions to this SFU may be open at the same time.")
     lost_after: Duration = Field(
@@ -109,7 +130,7 @@ class Sfu(Section):
 
 
 class Homeserver(Section):
-    """One homeserver, or a pattern of them, whose users may delegate."""
+    """One homeserver, or a pattern of them, whose users may create rooms on the SFU and delegate."""
 
     name: HomeserverName = Field(
         description="Server name (what stands behind the colon of @user:example.org), a pattern such as '*.example.org', or '*' for all. "
@@ -120,6 +141,12 @@ class Homeserver(Section):
         None,
         description="Client-server URL. Not set: found by https://<name>/.well-known/matrix/client, as clients do.",
         examples=["https://matrix.example.org"],
+    )
+    federation_url: HomeserverUrl | None = Field(
+        None,
+        description="URL of its federation API, where users' OpenID tokens are checked. Not set: found by server discovery, as other homeservers "
+        "do (.well-known/matrix/server, SRV records, port 8448).",
+        examples=["https://matrix.example.org:8448"],
     )
     as_token: Secret | None = Field(
         None,
@@ -145,6 +172,42 @@ class Homeserver(Section):
     def token_key(self) -> str:
         """The key that the application service's token comes from."""
         return "as_token" if self.as_token_file is None else "as_token_file"
+
+
+class Federation(Section):
+    """How servers are reached whose users' OpenID tokens are checked."""
+
+    verify_tls: bool = Field(
+        True,
+        description="Check the certificates of federation APIs, those of `homeservers` included? Without it, anybody on the network can pose as any "
+        "homeserver's user: for test networks only.",
+    )
+    allow_private_addresses: bool = Field(
+        False, description="May the discovery of a server that no entry of `homeservers` matches lead to a private or loopback address?"
+    )
+    ca_file: Path | None = Field(
+        None,
+        description="Certificates (PEM) to trust for servers that no entry of `homeservers` matches, in place of the system's.",
+        examples=["/etc/ssl/private-ca.pem"],
+    )
+
+
+class MatrixRtc(Section):
+    """The endpoints that MatrixRTC clients such as Element Call speak (MSC4195, as it is deployed)."""
+
+    enabled: bool = Field(
+        True,
+        description="Serve them: /get_token, /sfu/get and /delegate_delayed_leave, at the root and under `sfus.*.path_prefixes`? (/sfu_webhook and "
+        "/healthz are always there.)",
+    )
+    other_homeservers: bool = Field(
+        True,
+        description="Do users of homeservers that are not served get tokens as well? Only for rooms that exist on the SFU, so they can join a call "
+        "that a served user has begun; they cannot delegate.",
+    )
+    openid_cache: Duration = Field(
+        300.0, le=3600, description="How long a homeserver's word for an OpenID token is remembered; 0s: it is asked each time."
+    )
 
 
 class DepartureRule(Section):
@@ -262,6 +325,14 @@ class Delegations(Section):
     max_delay: Duration = Field(7 * 86400.0, gt=0, description="Longest delay of an event.")
     max_events: Count = Field(8, ge=1, le=1000, description="Delayed events in one delegation.")
     max_per_participant: Count = Field(4, ge=1, le=1000, description="Delegations of one participant that its homeserver has not confirmed yet.")
+    max_per_user: Count = Field(
+        10,
+        ge=1,
+        le=100_000,
+        description="Delayed events of one Matrix user that the homeserver has not confirmed yet. One that it had never heard of counts for a minute "
+        "more: made-up ones must not use up what the homeserver allows for all. Participants whose user is not known, since another service made "
+        "their access token, may have ten times as many, all of one homeserver together.",
+    )
     max_per_homeserver: Count = Field(100_000, ge=1, description="Delayed events of one homeserver's users that have not ended yet.")
     verify_timeout: Duration = Field(
         2.0, ge=0, le=60, description="How long a client waits for the homeserver to confirm its event; later it is told `verified: false`."
@@ -279,6 +350,22 @@ class Limits(Section):
     inbox: Count = Field(
         20_000, ge=100, le=10_000_000, description="Requests and webhooks that may wait for the database. Beyond that, 503: LiveKit tries again."
     )
+    client_rate: Rate = Field(
+        50.0,
+        ge=0,
+        le=1_000_000,
+        description="Requests a second from one address (an IPv6 network of 64 bits), beyond which they get 429; webhooks are not counted. An office "
+        "is one address. 0: no limit.",
+    )
+    client_burst: Count = Field(1000, ge=1, le=1_000_000, description="How many of them may come at once.")
+    user_rate: Rate = Field(
+        1.0,
+        ge=0,
+        le=1_000_000,
+        description="Requests a second of one Matrix user to the MatrixRTC endpoints, and delegations of one participant to /v1/delegations, beyond "
+        "which they get 429. 0: no limit.",
+    )
+    user_burst: Count = Field(30, ge=1, le=1_000_000, description="How many of them may come at once.")
 
 
 class Timeouts(Section):
@@ -326,7 +413,9 @@ class Config(Section):
     """The whole file, with the environment laid over it. Made by `load` or `from_mapping`, which check more than single values."""
 
     listen: Listen = Field(
-        Listen(), description="Public listener: the delegation API, and LiveKit's webhooks (POST /webhooks/livekit).", validate_default=False
+        Listen(),
+        description="Public listener: the MatrixRTC endpoints, the delegation API, and LiveKit's webhooks (POST /webhooks/livekit).",
+        validate_default=False,
     )
     admin: Admin = Field(Admin(), description="Listener for operators: /metrics, /health/live, /health/ready.")
     database: DatabaseUrl = Field(
@@ -340,7 +429,11 @@ class Config(Section):
         "here, one is made at the first start and kept beside the database, in <database>.key.",
     )
     sfus: dict[str, Sfu] = Field({}, description="The LiveKit servers, by a name of your choice, which appears in metrics and logs. Required.")
-    homeservers: tuple[Homeserver, ...] = Field((), description="The homeservers whose users may delegate. Required.")
+    homeservers: tuple[Homeserver, ...] = Field((), description="The homeservers whose users may create rooms on the SFU, and delegate. Required.")
+    federation: Federation = Field(Federation(), description="How homeservers are asked whose an OpenID token is, which a MatrixRTC client presents.")
+    matrixrtc: MatrixRtc = Field(
+        MatrixRtc(), description="The endpoints of MatrixRTC clients such as Element Call, which give tokens for the SFU and take delegations."
+    )
     departures: Annotated[dict[str, DepartureRule], BeforeValidator(_departures)] = Field(
         _defaults(DEPARTURES),
         description="What to do when a participant left, by LiveKit's reason. A departure is a claim to be checked: after `look_after` the SFU "
@@ -376,6 +469,13 @@ class Config(Section):
     def encryption_keys(self) -> tuple[str, ...]:
         """The configured Fernet keys, the encrypting one first; empty where the daemon is to keep its own in `key_file`."""
         return tuple(key.get_secret_value() for key in self.encryption.keys)
+
+    @property
+    def matrixrtc_paths(self) -> dict[str, str]:
+        """Where the MatrixRTC endpoints are: path prefix → name of the SFU that is handed out there; "" is the root. Empty: there are none."""
+        if not self.matrixrtc.enabled or not self.sfus:
+            return {}
+        return {"": next(iter(self.sfus)), **{prefix: name for name, sfu in self.sfus.items() for prefix in sfu.path_prefixes}}
 
     def policy(self) -> Policy:
         """The part that the rules work with."""

@@ -40,6 +40,10 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         )
     if not _is_loopback(config.admin.host):
         yield Problem("admin.host", config.admin.host, "metrics and health are open to everybody who reaches this address", "listen on 127.0.0.1")
+    for number, network in enumerate(config.listen.trusted_proxies):
+        if network.prefixlen == 0:
+            problem = "everybody can claim any address, and limits.client_rate stops nobody"
+            yield Problem(f"listen.trusted_proxies[{number}]", str(network), problem, "name your reverse proxies")
     directory = config.database_path.parent
     try:
         there = stat.S_ISDIR(directory.stat().st_mode)
@@ -65,11 +69,26 @@ def _risks_of(config: Config) -> Iterator[Problem]:
                 problem = "is short for a secret: who guesses it can speak for the SFU and for every participant"
                 yield Problem(f"{at}.keys.{key}", HIDDEN, problem, "make one of 32 characters or more: `livekit-server generate-keys`")
 
+    paths = config.matrixrtc_paths
+    for name in config.sfus:
+        if paths and name not in paths.values():
+            problem = "no MatrixRTC client can reach this SFU: only the first one is handed out without a path"
+            yield Problem(
+                f"sfus.{name}.path_prefixes", "[]", problem, "give it one, such as /livekit/jwt, or ignore this if other services hand it out"
+            )
+
     for number, homeserver in enumerate(config.homeservers):
         at = f"homeservers[{number}]"
         url = homeserver.url
         if url and url.lower().startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
             yield Problem(f"{at}.url", url, "tokens and delay_ids go there unencrypted", "use https://, or a loopback address")
+        federation_url = homeserver.federation_url
+        if federation_url and federation_url.lower().startswith("http://") and not _is_loopback(urlsplit(federation_url).hostname or ""):
+            problem = "OpenID tokens go there unencrypted, and anybody on the way can pose as any of its users"
+            yield Problem(f"{at}.federation_url", federation_url, problem, "use https://, or a loopback address")
+        if federation_url and "*" in homeserver.name:
+            problem = "this one server vouches for the users of every homeserver that matches"
+            yield Problem(f"{at}.federation_url", federation_url, problem, "fine if it answers for all of them; otherwise an entry for each")
         token = homeserver.as_token.get_secret_value() if homeserver.as_token else None
         if token is not None and _PLACEHOLDER.search(token):
             remedy = "put the token here that the registration has: `openssl rand -hex 32` makes one"
@@ -77,11 +96,21 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         elif token is not None and len(token) < 32:
             problem = "is short for a token: who guesses it can act as any user of the registration's namespaces"
             yield Problem(f"{at}.{homeserver.token_key}", HIDDEN, problem, "make one of 32 characters or more: `openssl rand -hex 32`")
-        if homeserver.name == "*" and url is None:
-            yield Problem(f"{at}.name", "'*'", "users of any homeserver in the world may delegate", "name the homeservers that you serve")
-        if homeserver.allow_private_addresses and "*" in homeserver.name and url is None:
+        if homeserver.name == "*" and (url is None or paths):
+            problem = "users of any homeserver in the world may " + ("create rooms on your SFU, and delegate" if paths else "delegate")
+            yield Problem(f"{at}.name", "'*'", problem, "name the homeservers that you serve")
+        discovered = url is None or (paths and federation_url is None)
+        if homeserver.allow_private_addresses and "*" in homeserver.name and discovered:
             problem = "any homeserver that matches can make the daemon send requests into your own network"
-            yield Problem(f"{at}.allow_private_addresses", "true", problem, "name the homeserver, or give its url")
+            yield Problem(f"{at}.allow_private_addresses", "true", problem, "name the homeserver, or give its url and its federation_url")
+
+    if not config.federation.verify_tls:
+        problem = "ANYBODY ON THE NETWORK CAN POSE AS ANY HOMESERVER'S USER: join calls, create rooms and delegate"
+        yield Problem("federation.verify_tls", "false", problem, "true, with a ca_file for certificates of your own; false is for test networks only")
+    if config.federation.allow_private_addresses and paths and config.matrixrtc.other_homeservers:
+        problem = "strangers choose where we connect to: anybody can make the daemon send requests into your own network"
+        remedy = "false, with allow_private_addresses in the entry of the homeserver that needs it; or matrixrtc.other_homeservers: false"
+        yield Problem("federation.allow_private_addresses", "true", problem, remedy)
 
     for reason, rule in config.departures.items():
         at = f"departures.{reason}"
@@ -117,14 +146,41 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-_FIXED: Final = ("listen", "admin", "database", "encryption", "log.format", "timeouts.connect")
+_FIXED: Final = ("listen", "admin", "database", "encryption", "log.format", "timeouts.connect", "matrixrtc.enabled")
 
 
 def reloadable_changes(old: Config, new: Config) -> tuple[bool, list[str]]:
     """Can a running daemon go from one to the other? Also names the changed keys that it can take over at a restart only."""
     changed = sorted(set(_differences(old, new, ())))
     fixed = [key for key in changed if any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _FIXED)]
+    # The listener's routes are made at the start: which there are, and which SFU each of them stands for.
+    names = [*new.sfus, *(name for name in old.sfus if name not in new.sfus)]
+    fixed += [f"sfus.{name}.path_prefixes" for name in names if _prefixes(old, name) != _prefixes(new, name)]
+    if next(iter(old.sfus)) != next(iter(new.sfus)):
+        fixed.append("sfus (which is the first)")
     return not fixed, fixed
+
+
+def reloaded(old: Config, new: Config) -> Config:
+    """What is in force after a running daemon has read `new`: what cannot be changed keeps its old value, also for the next reload to compare with.
+
+    An SFU that is not in `new` is gone with its paths, though their routes stay until the restart.
+    """
+    first = next(iter(old.sfus))
+    order = [name for name in (first, *new.sfus) if name in new.sfus]  # the first one twice; a dict keeps its first place
+    return new.model_copy(
+        update={
+            **{section: getattr(old, section) for section in ("listen", "admin", "database", "encryption")},
+            "log": new.log.model_copy(update={"format": old.log.format}),
+            "timeouts": new.timeouts.model_copy(update={"connect": old.timeouts.connect}),
+            "matrixrtc": new.matrixrtc.model_copy(update={"enabled": old.matrixrtc.enabled}),
+            "sfus": {name: new.sfus[name].model_copy(update={"path_prefixes": _prefixes(old, name)}) for name in order},
+        }
+    )
+
+
+def _prefixes(config: Config, name: str) -> tuple[str, ...]:
+    return config.sfus[name].path_prefixes if name in config.sfus else ()
 
 
 def _differences(old: object, new: object, path: KeyPath) -> Iterator[str]:

@@ -3,9 +3,12 @@
 Nothing here knows which key a value stands at, and no error's text may repeat the value: it may be a secret.
 """
 
+import ipaddress
 import re
+import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Final, cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -173,6 +176,59 @@ def _origin(value: str) -> str:
     return value
 
 
+RESERVED_PATHS: Final = ("/v1", "/webhooks", "/healthz", "/get_token", "/sfu/get", "/sfu_webhook", "/delegate_delayed_leave")
+"""What the public listener answers at the root: no prefix may be one of these, or lead below one."""
+
+
+def _path_prefix(value: str) -> str:
+    remedy = "such as /livekit/jwt"
+    if not value.startswith("/") or value.endswith("/"):
+        raise _wrong("must begin with a slash, and not end with one", remedy)
+    if "//" in value or {".", ".."} & set(value.split("/")):
+        raise _wrong("must not have // or .. in it: reverse proxies change such paths", remedy)
+    if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]{1,200}", value, re.ASCII):
+        raise _wrong("has characters that the path of a URL cannot have, or is very long", f"{remedy}: letters, digits, - and _")
+    for taken in RESERVED_PATHS:
+        if f"{value}/".startswith(f"{taken}/"):
+            raise _wrong(f"belongs to {taken}, which is there already", f"another path, {remedy}")
+    return value
+
+
+def _network(value: object) -> object:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    remedy = "such as 10.0.0.0/8, 192.0.2.7 or ::1"
+    if not isinstance(value, str):
+        raise _wrong("must be a text, and YAML reads this as something else", f"put it into quotes, {remedy}")
+    try:
+        network = ipaddress.ip_network(value.strip(), strict=False)
+    except ValueError:
+        raise _wrong("is not an IP address or a network of them", remedy) from None
+    if value.strip().partition("/")[2] and network.network_address != ipaddress.ip_address(value.strip().partition("/")[0]):
+        raise _wrong("has more bits set than its /… says", f"{network} is the network that it lies in")
+    if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped is not None:
+        raise _wrong("is an IPv4 address in the form of an IPv6 one", "write it as an IPv4 address or network")
+    return network
+
+
+ODD_REMEDY: Final = "write it in one line and nothing beside it; if it really has this in it, make a new one"
+
+
+def odd_character(text: str) -> str | None:
+    """What a key or a secret has in it that no generator puts there, but a slip in copying does; None: nothing of the kind."""
+    for character in text:
+        kind = unicodedata.category(character)
+        if character in "\r\n" or kind in ("Zl", "Zp"):
+            return "a line break"
+        if character == "\t" or kind == "Zs":
+            return "a space"
+        if kind == "Cc":
+            return "a control character"
+        if kind in ("Cf", "Cs"):
+            return "a character that cannot be seen"
+    return None
+
+
 def _secret(value: object) -> object:
     if isinstance(value, SecretStr):
         return value
@@ -180,14 +236,19 @@ def _secret(value: object) -> object:
         raise _wrong("must be a text, and YAML reads this as something else", "put it into quotes")
     if not value.strip():
         raise _wrong("is empty", "put the secret here, or into the environment or a file")
+    if odd := odd_character(value.strip()):
+        raise _wrong(f"has {odd} in it", ODD_REMEDY)
     return value.strip()
 
 
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network), PlainSerializer(str, when_used="json")]
+PathPrefix = Annotated[str, AfterValidator(_path_prefix)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret), PlainSerializer(lambda _: HIDDEN, when_used="json")]
 Duration = Annotated[float, BeforeValidator(read_duration), PlainSerializer(format_duration, when_used="json")]
 Size = Annotated[int, BeforeValidator(read_size), PlainSerializer(format_size, when_used="json")]
 Count = Annotated[int, BeforeValidator(_no_flag)]
 Fraction = Annotated[float, BeforeValidator(_no_flag)]
+Rate = Annotated[float, BeforeValidator(_no_flag), PlainSerializer(lambda rate: int(rate) if rate == int(rate) else rate, when_used="json")]
 Port = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, le=65535)]
 Host = Annotated[str, AfterValidator(_host)]
 SfuUrl = Annotated[str, AfterValidator(_sfu_url)]

@@ -4,10 +4,12 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
+from time import perf_counter
 
 import uvloop
 from aiohttp import web
@@ -15,7 +17,7 @@ from aiohttp import web
 from sfu_delegate import __version__
 from sfu_delegate.api.app import AdminServices, Phase, Readiness, Services, Settings, admin_app, public_app
 from sfu_delegate.api.webhooks import IGNORED
-from sfu_delegate.config import Config, ConfigInvalid, load, warnings
+from sfu_delegate.config import Config, ConfigInvalid, load, reloaded, warnings
 from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
@@ -24,10 +26,12 @@ from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Task
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
-from sfu_delegate.livekit.room_service import RoomService, SfuAddress
+from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import HomeserverRule, Homeservers
 from sfu_delegate.matrix.egress import Egress
+from sfu_delegate.matrix.federation import OF_A_STRANGER, Federation, Terms
 from sfu_delegate.matrix.management import ManagementClient
+from sfu_delegate.matrix.openid import OpenId, OpenIdRefused
 from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
@@ -37,6 +41,8 @@ from sfu_delegate.store.sqlite import SqliteStore
 
 KEPT_WITHIN = 2.0  # seconds for what waits to be kept, beyond `timeouts.shutdown`
 CLOSED_WITHIN = 1.0  # seconds for each of the listeners, and for the database
+ROOMS_AT_A_TIME = 32  # that are made on one SFU
+UNNAMED = 10  # times what one user may delegate without a word of the homeserver: all together whose user is not known
 FORCED_AFTER = 6.0  # seconds beyond `timeouts.shutdown`, when the process ends whatever hangs
 
 log = logs.get_logger(__name__)
@@ -106,12 +112,64 @@ class _Hooks:
         self._engine = engine
         self._clock = clock
         self.on_acknowledged = metrics.on_acknowledged
+        self.on_matrixrtc = metrics.on_matrixrtc
 
     def on_webhook(self, sfu: str, event: str, result: str) -> None:
         """A webhook was answered."""
         self._metrics.on_webhook(sfu, event, result)
         if result == IGNORED:  # all others that are genuine are inputs
             self._engine.heard(sfu, self._clock())
+
+
+class _Users:
+    """Whose an OpenID token is; tells the metrics."""
+
+    def __init__(self, openid: OpenId, metrics: Metrics) -> None:
+        self._openid = openid
+        self._metrics = metrics
+
+    async def user(self, server_name: str, token: str, timeout: float, who: str) -> str:  # noqa: ASYNC109
+        """See `api.services.UserCheck`."""
+        began, result = perf_counter(), "unavailable"
+        try:
+            user = await self._openid.user(server_name, token, timeout, who)
+            result = "ok"
+        except OpenIdRefused:
+            result = "refused"
+            raise
+        finally:
+            self._metrics.openid_check(server_name, result, perf_counter() - began)
+        return user
+
+
+class _Rooms:
+    """The SFUs, for those who want to join. A bounded number of rooms is made at a time, so that an SFU that hangs gets no pile of requests."""
+
+    def __init__(self, room_service: RoomService, sfus: Callable[[], Mapping[str, Sfu]]) -> None:
+        self._room_service = room_service
+        self._sfus = sfus
+        self._places: dict[str, asyncio.Semaphore] = {}
+
+    async def create(self, sfu: str, room: str) -> None:
+        """See `api.services.Rooms`."""
+        there = self._find(sfu)
+        places = self._places.setdefault(sfu, asyncio.Semaphore(ROOMS_AT_A_TIME))
+        try:
+            async with asyncio.timeout(there.timeout), places:
+                await self._room_service.create_room(there.address, room, there.timeout)
+        except TimeoutError:
+            raise SfuUnavailable(f"The SFU did not answer within {there.timeout:g} s.", Trouble.TIMEOUT) from None
+
+    def access(self, sfu: str) -> tuple[str, SfuKey]:
+        """See `api.services.Rooms`."""
+        address = self._find(sfu).address
+        return address.url, SfuKey(sfu, address.key, address.secret)
+
+    def _find(self, sfu: str) -> Sfu:
+        there = self._sfus().get(sfu)
+        if there is None:
+            raise SfuUnavailable("It is not configured any more.", Trouble.CONNECTION)
+        return there
 
 
 class Daemon:
@@ -165,7 +223,11 @@ class Daemon:
         self.homeservers = Homeservers(_rules(config), self._egress, clock)
         self.client = ManagementClient(self._egress, clock)
         self._room_service = RoomService()
+        self._tls = _tls(config)
+        self._federation = Federation(self._terms, self._egress, clock)
+        self._openid = OpenId(self._federation, clock, cache=lambda: self.config.matrixrtc.openid_cache)
         self.metrics = Metrics(self._label)
+        self.metrics.tls_verified.set(1 if config.federation.verify_tls else 0)
         self.metrics.known(homeserver.name for homeserver in config.homeservers)
         self.keys = KeyRing(_keys(config))
         random = Random()  # noqa: S311 — for jitter
@@ -192,6 +254,10 @@ class Daemon:
             keys=self.keys,
             homeservers=self.homeservers,
             management=self.client,
+            openid=_Users(self._openid, self.metrics),
+            rooms=_Rooms(self._room_service, lambda: self.actions.reach.sfus),
+            paths=config.matrixrtc_paths,
+            label=self._label,
             sealer=self._sealer,
             settings=lambda: self._settings,
             hooks=_Hooks(self.metrics, self.engine, self.clock),
@@ -250,6 +316,16 @@ class Daemon:
         rule = self.homeservers.rule_for(homeserver)
         return "(not configured)" if rule is None else rule.pattern
 
+    def _terms(self, homeserver: str) -> Terms:
+        """How a homeserver's federation API is reached."""
+        rule, federation = self.homeservers.rule_for(homeserver), self.config.federation
+        if rule is None:
+            return Terms(allow_private=federation.allow_private_addresses, ssl=self._tls, stranger=True)
+        context = self.homeservers.ssl_for(rule) if federation.verify_tls else self._tls
+        if rule.anybodys and rule.federation_url is None:
+            return Terms(None, rule.allow_private, context, min(rule.max_in_flight, OF_A_STRANGER), stranger=True)
+        return Terms(rule.federation_url, rule.allow_private, context, rule.max_in_flight)
+
     def _in_flight(self, homeserver: str) -> int:
         rule = self.homeservers.rule_for(homeserver)
         return 1 if rule is None else rule.max_in_flight
@@ -270,7 +346,7 @@ class Daemon:
                 return
             new = self._reread()
             _, needs_restart = changes_of(self.config, new)
-            rules, keys = _rules(new), _keys(new)
+            rules, keys, tls = _rules(new), _keys(new), _tls(new)
             self.homeservers.replace_rules(rules)
             self.keys.replace(keys)
         except ConfigInvalid as error:
@@ -283,13 +359,10 @@ class Daemon:
             log.error("config_not_reloaded", problem=str(error), consequence="the configuration that was read before stays in force")
             self.metrics.reloads.labels("refused").inc()
             return
-        # What cannot be changed keeps its old value, also for the next reload to compare with.
-        old = self.config
-        kept = {key: getattr(old, key) for key in ("listen", "admin", "database", "encryption")}
-        kept["log"] = new.log.model_copy(update={"format": old.log.format})
-        kept["timeouts"] = new.timeouts.model_copy(update={"connect": old.timeouts.connect})
-        self.config = new.model_copy(update=kept)
+        self.config = reloaded(self.config, new)
         self._settings = _settings(self.config)
+        self._tls = tls
+        self.metrics.tls_verified.set(1 if self.config.federation.verify_tls else 0)
         self.actions.reach.sfus = _sfus(self.config)
         self.actions.reach.timeout = self.config.timeouts.request
         self.inbox.most = self.config.limits.inbox
@@ -320,8 +393,10 @@ class Daemon:
             log.warning("not_everything_kept", reason=self.inbox.trouble or "the database takes too long")
             self.loop_task.cancel()
             await asyncio.wait({self.loop_task})
+        await self._openid.aclose()  # whoever waits for a homeserver's word is answered before the listener closes
         for runner in self._runners:
             await runner.cleanup()
+        await self._federation.aclose()
         await self.homeservers.aclose()
         await self.client.aclose()
         await self._egress.aclose()
@@ -346,11 +421,31 @@ def _rules(config: Config) -> list[HomeserverRule]:
             as_token=homeserver.as_token.get_secret_value() if homeserver.as_token else None,
             ca_file=str(homeserver.ca_file) if homeserver.ca_file else None,
             allow_private=homeserver.allow_private_addresses,
+            federation_url=homeserver.federation_url,
             max_in_flight=homeserver.in_flight,
             limited=homeserver.rate_limited,
         )
         for homeserver in config.homeservers
     ]
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    """What is trusted of servers that the configuration does not name; of all servers where nothing is verified. None: the system's authorities.
+
+    Raises ValueError where the file cannot be used.
+    """
+    federation = config.federation
+    if federation.verify_tls and federation.ca_file is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=federation.ca_file)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise ValueError(f"federation.ca_file cannot be used: {getattr(error, 'strerror', None) or 'it holds no certificates'}") from None
+    context.set_alpn_protocols(["http/1.1"])
+    if not federation.verify_tls:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _keys(config: Config) -> list[SfuKey]:
@@ -366,7 +461,8 @@ def _sfus(config: Config) -> dict[str, Sfu]:
 
 
 def _limits(config: Config) -> Limits:
-    return Limits(config.delegations.max_per_participant, config.delegations.max_per_homeserver)
+    allowed = config.delegations
+    return Limits(allowed.max_per_participant, allowed.max_per_user, UNNAMED * allowed.max_per_user, allowed.max_per_homeserver)
 
 
 def _settings(config: Config) -> Settings:
@@ -381,6 +477,12 @@ def _settings(config: Config) -> Settings:
         request_timeout=config.timeouts.request,
         restart_at=config.restart.at,
         cors_origins=config.cors.origins,
+        other_homeservers=config.matrixrtc.other_homeservers,
+        trusted_proxies=config.listen.trusted_proxies,
+        client_rate=config.limits.client_rate,
+        client_burst=config.limits.client_burst,
+        user_rate=config.limits.user_rate,
+        user_burst=config.limits.user_burst,
     )
 
 

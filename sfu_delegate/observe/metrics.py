@@ -58,6 +58,26 @@ class Metrics:
         self.acknowledged = Histogram(
             "sfu_delegate_webhook_acknowledge_seconds", "From a webhook's first byte to its answer.", buckets=_FAST, registry=at
         )
+        self.matrixrtc = Counter(
+            "sfu_delegate_matrixrtc_requests_total",
+            "Requests to the MatrixRTC endpoints by HTTP status, and whether a delayed event was to be delegated.",
+            ("endpoint", "status", "delegation"),
+            registry=at,
+        )
+        self.openid = Counter(
+            "sfu_delegate_openid_checks_total",
+            "OpenID tokens by what their homeserver said: ok, refused, or unavailable (it could not be asked).",
+            ("homeserver", "result"),
+            registry=at,
+        )
+        self.openid_seconds = Histogram(
+            "sfu_delegate_openid_check_seconds", "How long such a check takes, with server discovery where it is needed.", buckets=_FAST, registry=at
+        )
+        self.tls_verified = Gauge(
+            "sfu_delegate_federation_tls_verified",
+            "1 while the certificates of homeservers are verified. 0: anybody on the network can pose as any user; for test networks only.",
+            registry=at,
+        )
         self.actions = Counter(
             "sfu_delegate_actions_total",
             "Requests to homeservers by action and outcome. Limited ones were refused by a rate limit.",
@@ -145,6 +165,15 @@ class Metrics:
     def on_acknowledged(self, seconds: float) -> None:
         """A webhook that mattered was durable, and its answer ready, after `seconds`."""
         self.acknowledged.observe(seconds)
+
+    def on_matrixrtc(self, endpoint: str, status: int, delegates: bool) -> None:
+        """A request to a MatrixRTC endpoint was answered."""
+        self.matrixrtc.labels(endpoint, str(status), "yes" if delegates else "no").inc()
+
+    def openid_check(self, homeserver: str, result: str, seconds: float) -> None:
+        """An OpenID token was checked, or could not be."""
+        self.openid.labels(self.label(homeserver), result).inc()
+        self.openid_seconds.observe(seconds)
 
     def change(self, old: DelayedEvent | None, new: DelayedEvent, now: float) -> None:
         """A row changed, durably."""

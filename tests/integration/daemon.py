@@ -164,7 +164,7 @@ class Site:
             "admin": {"port": 0},
             "database": f"sqlite:///{self.database}",
             "sfus": {"main": {"url": self.sfu.url.replace("http", "ws"), "keys": {SFU_KEY: SFU_SECRET}}},
-            "homeservers": [{"name": SERVER, "url": self.homeserver.url}],
+            "homeservers": [{"name": SERVER, "url": self.homeserver.url, "federation_url": self.homeserver.url}],
         }
         return merged(QUICK, own, self.changes)
 

@@ -19,8 +19,10 @@ from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.delegation.model import Task, Verdict
 from sfu_delegate.delegation.replies import TooMany
 from sfu_delegate.engine import Limits
+from sfu_delegate.livekit.room_service import SfuUnavailable, Trouble
 from sfu_delegate.matrix.management import Scope
 from sfu_delegate.matrix.names import is_server_name
+from sfu_delegate.matrix.openid import OpenIdUnavailable
 from structlog.testing import capture_logs
 
 from tests.engine_port import KEY, NOW, Bench, agrees, delayed, delegation
@@ -28,11 +30,15 @@ from tests.webhook_requests import signature
 
 DESCRIPTION = Path(__file__).parents[2] / "docs" / "openapi.yaml"
 IDENTITY = "@alice:example.org:DEVICE"
+ALICE = "@alice:example.org"  # of a homeserver that is served
+EVE = "@eve:other.org"  # of another one
+USERS: dict[str, str | Exception] = {"alices": ALICE, "eves": EVE, "nobody-answers": OpenIdUnavailable("no answer in time")}
 EXAMPLES = 40
 QUICK = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 schema = schemathesis.openapi.from_path(DESCRIPTION)
 clients = schema.include(tag="delegations")
+matrixrtc = schema.include(tag="matrixrtc")
 webhooks = schema.include(tag="webhooks")
 operation = schema.include(tag="operation")
 
@@ -65,6 +71,11 @@ class Served:
         self.runners.append(runner)
         return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
+    def close(self, bench: Bench) -> None:
+        """What the bench still does comes to its end; then its database is closed."""
+        asyncio.run_coroutine_threadsafe(bench.port.settled(), self.loop).result()
+        bench.port.close()
+
     async def _stop(self) -> None:
         for runner in self.runners:
             await runner.cleanup()
@@ -84,10 +95,11 @@ def served() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
+def bench(served: Served) -> Iterator[Bench]:
     bench = Bench(answers, limits=Limits(max_per_participant=10_000), settings=Settings(verify_timeout=0.1))
+    bench.vouchers.users.update(USERS)
     yield bench
-    bench.port.close()
+    served.close(bench)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +132,166 @@ def test_the_delegation_api_is_as_described(case: schemathesis.Case[Any], public
     """Whatever is sent, by whoever: the statuses, the headers and the bodies are those of the description, and nothing wrong is accepted."""
     possible(case)
     case.call_and_validate(base_url=public, headers=bench.bearer(IDENTITY))
+
+
+def vouched(case: Any) -> Any:
+    """What the description cannot say: server names are some, and tokens are somebody's. Two thirds of the valid bodies come from users who exist."""
+    body = case.body
+    if case.meta is None or not case.meta.generation.mode.is_positive or not isinstance(body, dict):
+        return case
+    openid = body["openid_token"]
+    user, token = [(ALICE, "alices"), (EVE, "eves"), ("", "")][len(openid["access_token"]) % 3]
+    if user:
+        openid |= {"access_token": token, "matrix_server_name": user.partition(":")[2]}
+        if "member" in body:
+            body["member"]["claimed_user_id"] = user
+    elif not is_server_name(openid["matrix_server_name"]):
+        openid["matrix_server_name"] = "example.org"
+    if user == EVE and body.get("delay_id") is not None and case.path != "/delegate_delayed_leave":
+        # She cannot delegate, and to say so with 400 is meant to look like a mistake of hers.
+        openid |= {"access_token": "alices", "matrix_server_name": "example.org"}
+        if "member" in body:
+            body["member"]["claimed_user_id"] = ALICE
+    return case
+
+
+@matrixrtc.parametrize()
+@QUICK
+def test_the_matrixrtc_endpoints_are_as_described(case: schemathesis.Case[Any], public: str) -> None:
+    """Whatever is sent, by users of served homeservers, of others, and by nobody: the answers are those of the description."""
+    vouched(case)
+    case.call_and_validate(base_url=public)
+
+
+def get_token(user: str = ALICE, token: str = "alices", **more: Any) -> dict[str, Any]:
+    """The body of `POST /get_token`."""
+    return {
+        "room_id": "!room:example.org",
+        "slot_id": "m.call#ROOM",
+        "openid_token": {"access_token": token, "matrix_server_name": user.partition(":")[2], "token_type": "Bearer", "expires_in": 3600},
+        "member": {"id": "member", "claimed_user_id": user, "claimed_device_id": "DEVICE"},
+        **more,
+    }
+
+
+def sfu_get(token: str = "alices", server: str = "example.org", **more: Any) -> dict[str, Any]:
+    """The body of `POST /sfu/get`."""
+    return {
+        "room": "!room:example.org",
+        "openid_token": {"access_token": token, "matrix_server_name": server},
+        "device_id": "DEVICE",
+        **more,
+    }
+
+
+DELAY: dict[str, Any] = {"delay_id": "syd_abcdefghijklmnopqrst", "delay_timeout": 3_600_000, "delay_cs_api_url": "https://matrix.example.org"}
+FULL = TooMany("delegations.max_per_participant", 4, "Four are the most.")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body", "state"),
+    [
+        ("/get_token", 200, get_token(), {}),
+        ("/get_token", 200, get_token(**DELAY), {}),
+        ("/get_token", 200, get_token(delay_id=None, delay_timeout=None), {}),
+        ("/get_token", 200, get_token(EVE, "eves"), {}),
+        ("/get_token", 400, get_token(EVE, "eves", **DELAY), {}),
+        ("/get_token", 400, get_token(delay_id="syd_abcdefghijklmnopqrst"), {}),
+        ("/get_token", 400, get_token(**{**DELAY, "delay_timeout": 18_000}), {}),
+        ("/get_token", 400, get_token(**DELAY), {"stopping": True}),
+        ("/get_token", 400, get_token(**DELAY), {"error": FULL}),
+        ("/get_token", 400, get_token(**DELAY), {"error": Unavailable("The disk is full.", 1.5)}),
+        ("/get_token", 401, get_token(token="unknown"), {}),
+        ("/get_token", 401, get_token(EVE, "alices"), {}),
+        ("/get_token", 403, get_token(EVE, "eves"), {"settings": {"other_homeservers": False}}),
+        ("/get_token", 413, get_token(room_id="x" * 100_000), {}),
+        ("/get_token", 429, get_token(), {"settings": {"client_rate": 0.001}, "before": 1}),
+        ("/get_token", 429, get_token(), {"settings": {"user_rate": 0.001}, "before": 1}),
+        ("/get_token", 500, get_token(), {"room": SfuUnavailable("It does not answer.", Trouble.TIMEOUT)}),
+        ("/get_token", 500, get_token(), {"room": RuntimeError()}),
+        ("/get_token", 503, get_token(token="nobody-answers"), {}),
+        ("/sfu/get", 200, sfu_get(), {}),
+        ("/sfu/get", 200, sfu_get(**DELAY), {}),
+        ("/sfu/get", 200, sfu_get("eves", "other.org"), {}),
+        ("/sfu/get", 400, sfu_get("eves", "other.org", **DELAY), {}),
+        ("/sfu/get", 401, sfu_get("unknown"), {}),
+        ("/sfu/get", 429, sfu_get(), {"settings": {"user_rate": 0.001}, "before": 1}),
+        ("/sfu/get", 500, sfu_get(), {"room": SfuUnavailable("It does not answer.", Trouble.TIMEOUT)}),
+        ("/sfu/get", 503, sfu_get("nobody-answers"), {}),
+        ("/delegate_delayed_leave", 200, get_token(**DELAY), {}),
+        ("/delegate_delayed_leave", 400, get_token(), {}),
+        ("/delegate_delayed_leave", 400, get_token(delay_id=None, delay_timeout=None), {}),
+        ("/delegate_delayed_leave", 400, get_token("@a:unreachable.org", "as", **DELAY), {}),
+        ("/delegate_delayed_leave", 401, get_token(token="unknown", **DELAY), {}),
+        ("/delegate_delayed_leave", 403, get_token(EVE, "eves", **DELAY), {}),
+        ("/delegate_delayed_leave", 429, get_token(**DELAY), {"settings": {"client_rate": 0.001}, "before": 1}),
+        ("/delegate_delayed_leave", 429, get_token(**DELAY), {"error": FULL}),
+        ("/delegate_delayed_leave", 500, get_token(**DELAY), {"error": RuntimeError()}),
+        ("/delegate_delayed_leave", 503, get_token(token="nobody-answers", **DELAY), {}),
+        ("/delegate_delayed_leave", 503, get_token(**DELAY), {"stopping": True}),
+        ("/delegate_delayed_leave", 503, get_token(**DELAY), {"error": Overloaded("Too much to do.", 1.5)}),
+    ],
+)
+def test_answers_to_matrixrtc_clients_are_as_described(path: str, status: int, body: dict[str, Any], state: dict[str, Any], served: Served) -> None:
+    """Each way in which a request of a real client can end has its status and its body in the description."""
+    bench = Bench(answers, settings=Settings(**state.get("settings", {})))
+    bench.vouchers.users |= {**USERS, "as": "@a:unreachable.org"}
+    bench.port.error = state.get("error")
+    bench.rooms.error = state.get("room")
+    bench.stopping = state.get("stopping", False)
+    base_url = served.serve(public_app(bench.services))
+    case = schema[path]["POST"].Case(body=body, media_type="application/json")
+    with capture_logs():
+        for _ in range(state.get("before", 0)):
+            assert case.call(base_url=base_url).status_code == 200
+        response = case.call_and_validate(base_url=base_url, excluded_checks=[not_a_server_error])
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["errcode"] == "M_BAD_JSON"
+    served.close(bench)
+
+
+def test_an_empty_probe_is_answered_as_described(public: str) -> None:
+    """The question by which Element Call finds out whether it may delegate: anything but 404, which a page may read."""
+    response = requests.post(f"{public}/delegate_delayed_leave", headers={"Origin": "https://call.example.org"}, timeout=10)
+    case = schema["/delegate_delayed_leave"]["POST"].Case(media_type="application/json")
+    case.validate_response(response)
+    assert (response.status_code, response.json()["errcode"]) == (400, "M_NOT_JSON")
+    assert response.headers["Access-Control-Allow-Origin"] == "*"
+
+
+@pytest.mark.parametrize("path", ["/get_token", "/sfu/get", "/delegate_delayed_leave"])
+def test_the_preflight_has_the_headers_that_are_described(path: str, public: str) -> None:
+    """By default all of them are there; the description cannot demand it, since the operator may narrow the origins."""
+    case = schema[path]["OPTIONS"].Case()
+    response = case.call_and_validate(base_url=public)
+    described = schema.raw_schema["paths"][path]["options"]["responses"]["200"]["headers"]
+    assert response.status_code == 200
+    assert set(described) <= {name.title() for name in response.headers}
+
+
+def test_a_service_that_stops_says_so(served: Served) -> None:
+    """A proxy that asks `/healthz` sends clients elsewhere in time."""
+    bench = Bench()
+    bench.stopping = True
+    response = (
+        schema["/healthz"]["GET"].Case().call_and_validate(base_url=served.serve(public_app(bench.services)), excluded_checks=[not_a_server_error])
+    )
+    assert response.status_code == 503
+    served.close(bench)
+
+
+def test_the_delegation_api_is_limited_by_client(served: Served) -> None:
+    """One address cannot keep the service busy: 429, as described."""
+    bench = Bench(answers, settings=Settings(client_rate=0.001))
+    base_url = served.serve(public_app(bench.services))
+    case = schema["/v1/delegations"]["POST"].Case(body=delegation(), media_type="application/json")
+    # A check of schemathesis asks without a token, which is one more request of this address.
+    statuses = [
+        case.call_and_validate(base_url=base_url, headers=bench.bearer(IDENTITY), excluded_checks=[ignored_auth]).status_code for _ in range(2)
+    ]
+    assert statuses == [201, 429]
+    served.close(bench)
 
 
 def test_what_was_delegated_can_be_seen_and_withdrawn(public: str, bench: Bench) -> None:
@@ -167,9 +339,10 @@ def test_the_rare_answers_are_as_described(status: int, body: dict[str, Any], st
     with capture_logs():
         response = case.call_and_validate(base_url=base_url, headers=bench.bearer(IDENTITY), excluded_checks=[not_a_server_error])
     assert response.status_code == status
-    bench.port.close()
+    served.close(bench)
 
 
+@pytest.mark.parametrize("path", ["/webhooks/livekit", "/sfu_webhook"])
 @pytest.mark.parametrize(
     ("status", "body", "error"),
     [
@@ -181,18 +354,18 @@ def test_the_rare_answers_are_as_described(status: int, body: dict[str, Any], st
         (503, b'{"event": "room_started", "room": {"name": "room"}}', Unavailable("The disk is full.", 1.5)),
     ],
 )
-def test_the_answers_to_genuine_webhooks_are_as_described(status: int, body: bytes, error: Exception | None, served: Served) -> None:
-    """With LiveKit's signature."""
+def test_the_answers_to_genuine_webhooks_are_as_described(path: str, status: int, body: bytes, error: Exception | None, served: Served) -> None:
+    """With LiveKit's signature, by either name of the path."""
     bench = Bench()
     bench.port.error = error
     base_url = served.serve(public_app(bench.services))
-    case = schema["/webhooks/livekit"]["POST"].Case(media_type="application/webhook+json")
+    case = schema[path]["POST"].Case(media_type="application/webhook+json")
     headers = {"Authorization": signature(KEY, body, NOW), "Content-Type": "application/webhook+json"}
     with capture_logs():
-        response = requests.post(base_url + "/webhooks/livekit", data=body, headers=headers, timeout=10)
+        response = requests.post(base_url + path, data=body, headers=headers, timeout=10)
     case.validate_response(response, excluded_checks=[not_a_server_error, ignored_auth])
     assert response.status_code == status
-    bench.port.close()
+    served.close(bench)
 
 
 @webhooks.parametrize()

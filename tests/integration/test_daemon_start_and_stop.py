@@ -19,6 +19,7 @@ from sfu_delegate.sandbox.homeserver import End, HomeserverModel
 from sfu_delegate.store.sqlite import SqliteStore
 
 from tests.integration.daemon import GENEROUS, SERVER, Participant, Site, merged, open_site, until
+from tests.integration.element_call import Call, ElementCall, Mode
 
 # ── in this process ──
 
@@ -390,6 +391,37 @@ async def test_sigterm_ends_it_with_exit_code_0(tmp_path: Path) -> None:
         assert process.lines("stopped")[0]["abandoned"] == 0
         with sqlite3.connect(site.database) as database:
             assert database.execute("SELECT outcome FROM delayed_event").fetchall() == [("sent",)]
+        database.close()
+
+
+async def test_sigterm_answers_those_who_wait_for_a_homeserver_s_word(tmp_path: Path) -> None:
+    """Their homeserver does not say whose OpenID tokens these are: each gets an error that tells to come again, and no connection is cut."""
+    async with open_process(tmp_path, timeouts={"request": "1m"}, actions={"lease": "2m"}) as (site, process):
+        process.write()
+        await process.start()
+        faults = site.homeserver.model.faults
+        faults.hang, faults.only = True, frozenset({"openid_userinfo"})
+        people = [ElementCall(Call(site), f"p{n}", Mode.MATRIX_2_0) for n in range(20)]
+        bodies = []
+        for n, member in enumerate(people):
+            await member.schedule()
+            path = ("/get_token", "/get_token", "/sfu/get", "/delegate_delayed_leave")[n % 4]
+            bodies.append((path, await member.body(path, delay=n % 4 != 0)))
+        asked = [*bodies, *bodies[:8]]  # the last ones share the question that somebody has asked already
+        waiting = [asyncio.create_task(site.ask("POST", path, json=body)) for path, body in asked]
+        # So many questions are open at a time; the others wait for their turn. Whoever came before this request has been read, too.
+        await until(lambda: site.homeserver.model.answers["openid_userinfo", 0] == 16, "the questions arrive")
+        async with site.http.get(f"{site.url}/healthz") as response:
+            assert response.status == 200
+        assert not any(task.done() for task in waiting)
+        process.signal(signal.SIGTERM)
+        answers = await asyncio.gather(*waiting)
+        assert [(answer.status, answer.body["errcode"]) for answer in answers] == [(503, "M_UNKNOWN")] * len(asked)
+        assert all("openid_token" in answer.body["error"] and int(answer.headers["Retry-After"]) >= 1 for answer in answers)
+        assert await process.exit_code() == 0
+        assert process.lines("stopped")[0]["abandoned"] == 0
+        with sqlite3.connect(site.database) as database:
+            assert database.execute("SELECT count(*) FROM delayed_event").fetchone() == (0,)
         database.close()
 
 

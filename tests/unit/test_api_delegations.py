@@ -255,6 +255,22 @@ async def test_the_user_of_a_plain_identity_is_passed_on() -> None:
         assert [(accept.user, accept.homeserver) for accept in bench.accepted()] == [("@alice:example.org", "example.org")]
 
 
+async def test_the_user_to_whom_the_token_was_given() -> None:
+    """Our own access tokens tell it, also where the identity does not, and then no other homeserver can be named."""
+    bench = Bench()
+    async with serving(bench) as client:
+        for user in ("@alice:example.org", "@alice:Example.ORG"):
+            bearer = {"Authorization": f"Bearer {bench.access_token('hashed', user=user)}"}
+            assert (await client.post(PATH, json=delegation(), headers=bearer)).status in {200, 201}
+        assert [accept.user for accept in bench.accepted()] == ["@alice:example.org", "@alice:Example.ORG"]
+        for user in ("@alice:elsewhere.org", "@alice:example.org:8448", "alice", ""):
+            for identity in ("hashed", "@alice:example.org:DEVICE"):
+                bearer = {"Authorization": f"Bearer {bench.access_token(identity, user=user)}"}
+                response = await client.post(PATH, json=delegation(), headers=bearer)
+                assert (response.status, (await response.json())["errcode"]) == (403, "M_FORBIDDEN")
+        assert len(bench.accepted()) == 2
+
+
 def test_ids_are_random() -> None:
     """No two delegations get the same id."""
     assert len({new_id() for _ in range(1000)}) == 1000
@@ -374,6 +390,32 @@ async def test_too_many_delegations_of_one_participant() -> None:
         assert (await error_of(response))[:2] == (429, "M_LIMIT_EXCEEDED")
         assert int(response.headers["Retry-After"]) * 1000 == (await response.json())["retry_after_ms"]
         assert len(bench.port.rows()) == 1
+
+
+async def test_a_client_that_asks_too_often() -> None:
+    """429 with Retry-After, whether its tokens are any good or not."""
+    bench = Bench(settings=Settings(client_rate=0.0001, client_burst=2))
+    async with serving(bench) as client:
+        assert (await client.post(PATH, json=delegation(), headers=bench.bearer())).status == 201
+        assert (await client.post(PATH, json=delegation())).status == 401
+        response = await client.post(PATH, json=delegation(), headers=bench.bearer())
+        assert (await error_of(response))[:2] == (429, "M_LIMIT_EXCEEDED")
+        assert 9000 < int(response.headers["Retry-After"]) <= 10_000
+
+
+async def test_a_participant_that_asks_too_often() -> None:
+    """429 with Retry-After; others are not concerned, and nobody can use up the requests of somebody else."""
+    bench = Bench(settings=Settings(user_rate=0.0001, user_burst=1))
+    forged = {"Authorization": f"Bearer {bench.access_token(key=SfuKey('main', 'APIkey', 'not-the-secret-of-forty-characters-00000'))}"}
+    async with serving(bench) as client:
+        for _ in range(3):
+            assert (await client.post(PATH, json=delegation(), headers=forged)).status == 401
+        assert (await client.post(PATH, json=delegation(), headers=bench.bearer())).status == 201
+        response = await client.post(PATH, json=delegation(), headers=bench.bearer())
+        assert (await error_of(response))[:2] == (429, "M_LIMIT_EXCEEDED")
+        assert 9000 < int(response.headers["Retry-After"]) <= 10_000
+        assert (await client.post(PATH, json=delegation(delayed(SECOND)), headers=bench.bearer("bob"))).status == 201
+        assert (await client.post(PATH, json=delegation(delayed(THIRD)), headers=bench.bearer(room="another"))).status == 201
 
 
 @pytest.mark.parametrize("error", [Overloaded("Too much to do.", 1.5), Unavailable("The database /var/lib/x failed.", 1.5)])

@@ -1,5 +1,6 @@
 """`docs/openapi.yaml` is well-formed, complete, and true where a test without requests can tell."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,13 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 from prometheus_client import CollectorRegistry
 from sfu_delegate import config
+from sfu_delegate.api import matrixrtc_body
 from sfu_delegate.api.app import AdminServices, Phase, Readiness, Settings, admin_app, public_app
+from sfu_delegate.api.form import Form
+from sfu_delegate.api.matrixrtc import PATHS
 from sfu_delegate.api.services import Services
 from sfu_delegate.delegation.model import OnEnd, Outcome, Presence, State
+from sfu_delegate.livekit import names
 
 from tests.engine_port import Bench
 
@@ -43,6 +48,23 @@ def test_every_path_is_described_and_every_described_path_is_there() -> None:
         (method.upper(), path) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post", "delete", "head")
     }
     assert there == described
+
+
+def test_the_matrixrtc_endpoints_are_the_same_under_each_path_prefix() -> None:
+    """What a client finds at its `livekit_service_url` is there for each SFU; of the other paths, only `/sfu_webhook` and `/healthz` are."""
+    services: Services = Bench(paths={"": "main", "/livekit/jwt": "other"}).services
+    prefixed = {path.removeprefix("/livekit/jwt") for _, path in routes(public_app(services)) if path.startswith("/livekit/jwt/")}
+    assert prefixed == {*PATHS.values(), "/sfu_webhook", "/healthz"}
+    for path in prefixed:
+        urls = [server["url"] for server in DESCRIPTION["paths"][path]["servers"]]
+        assert urls == ["https://sfu.example.org", "https://sfu.example.org/{prefix}"]
+
+
+def test_every_matrixrtc_endpoint_has_its_preflight() -> None:
+    """Pages ask with OPTIONS before they post."""
+    for path in PATHS.values():
+        assert {"post", "options"} < set(DESCRIPTION["paths"][path])
+    assert DESCRIPTION["paths"]["/get_token"]["options"]["responses"] == DESCRIPTION["paths"]["/delegate_delayed_leave"]["options"]["responses"]
 
 
 def media() -> Iterator[tuple[str, Any, Any]]:
@@ -113,13 +135,43 @@ def test_the_limits_are_the_configurations_defaults() -> None:
         request_timeout=config.Timeouts().request,
         restart_at=config.Restart().at,
         cors_origins=config.Cors().origins,
+        other_homeservers=config.MatrixRtc().other_homeservers,
     )
     delay = SCHEMAS["DelayedEventRequest"]["properties"]["delay_ms"]
     assert (delay["minimum"], delay["maximum"]) == (settings.min_delay * 1000, settings.max_delay * 1000)
     assert SCHEMAS["DelegationRequest"]["properties"]["delayed_events"]["maxItems"] == settings.max_events
+    timeout = SCHEMAS["DelayTimeout"]
+    assert (timeout["minimum"], timeout["maximum"]) == (settings.min_delay * 1000, settings.max_delay * 1000)
+
+
+def test_the_forms_are_those_of_the_program() -> None:
+    """Bodies of the MatrixRTC endpoints: which fields there are, which of them are required, and how long they may be."""
+    forms: dict[str, type[Form]] = {
+        "GetTokenRequest": matrixrtc_body.GetTokenBody,
+        "SfuGetRequest": matrixrtc_body.SfuGetBody,
+        "DelegateDelayedLeaveRequest": matrixrtc_body.DelegateBody,
+        "OpenIdToken": matrixrtc_body.OpenIdBody,
+        "Member": matrixrtc_body.MemberBody,
+    }
+    for name, form in forms.items():
+        fields = form.model_fields
+        assert set(SCHEMAS[name]["properties"]) == set(fields), name
+        assert set(SCHEMAS[name]["required"]) == {key for key, field in fields.items() if field.is_required()}, name
+    assert SCHEMAS["OpenIdToken"]["properties"]["access_token"]["maxLength"] == matrixrtc_body.MAX_TOKEN
+    assert SCHEMAS["DeviceId"]["maxLength"] == matrixrtc_body.MAX_NAME
+    assert SCHEMAS["Member"]["properties"]["id"]["maxLength"] == matrixrtc_body.MAX_MEMBER_ID
+
+
+def test_the_test_vectors_for_clients_are_true() -> None:
+    """Names that docs/clients.md gives as examples are those that the program derives."""
+    text = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
+    vectors = re.findall(r"(?m)^\| `(\[.+?\])`.*? \| `([\w+/]{43})` \|$", text)
+    assert len(vectors) == 4
+    for parts, name in vectors:
+        assert names.derived(*json.loads(parts)) == name
 
 
 def test_it_names_no_place_of_ours() -> None:
     """Only hosts that nobody owns."""
     text = (Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text(encoding="utf-8")
-    assert set(re.findall(r"https?://([^/\s\"]+)", text)) == {"delegate.example.org", "127.0.0.1:8081"}
+    assert set(re.findall(r"https?://([^/\s\"]+)", text)) == {"sfu.example.org", "matrix.example.org", "127.0.0.1:8081"}

@@ -1,9 +1,11 @@
 """A configuration is checked as a whole: everything that is wrong is said at once, with its key and a remedy, and no secret is shown."""
 
 import contextlib
+import json
 import os
 import traceback
 from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from sfu_delegate.config import (
     parse_duration,
     parse_size,
     reloadable_changes,
+    reloaded,
     warnings,
 )
 from sfu_delegate.delegation.policy import DEPARTURES, Departure, Policy, Unasked
@@ -85,7 +88,7 @@ def test_a_departure_is_changed_and_the_others_stay() -> None:
     assert departures["SIGNAL_CLOSE"] == DEPARTURES["SIGNAL_CLOSE"]
 
 
-FIXED = {"adrift_keep", "breaker_after", "instance_margin"}
+FIXED = {"adrift_keep", "breaker_after", "first_spread", "instance_margin"}
 """Numbers that follow from others, or from how SFUs work: nothing that an operator could know better."""
 
 
@@ -117,6 +120,32 @@ def test_the_key_file_is_beside_the_database() -> None:
     config = from_mapping(good(database="sqlite:////var/lib/d/x.db"))
     assert (config.database_path, config.key_file) == (Path("/var/lib/d/x.db"), Path("/var/lib/d/x.db.key"))
     assert from_mapping(good(database="sqlite:///x.db")).database_path == Path("x.db")
+
+
+def test_each_path_of_the_matrixrtc_endpoints_has_its_sfu() -> None:
+    """The root is the first SFU's, each prefix that of its own; where the endpoints are switched off there is none."""
+    sfus = {"main": sfu(path_prefixes=["/livekit/jwt", "/a.b-c_d~e"]), "two": sfu(keys={"APItwo": SECRET}, path_prefixes=["/sfu", "/v10/get_token"])}
+    assert from_mapping(good(sfus=sfus)).matrixrtc_paths == {
+        "": "main",
+        "/livekit/jwt": "main",
+        "/a.b-c_d~e": "main",
+        "/sfu": "two",
+        "/v10/get_token": "two",
+    }
+    assert from_mapping(good(sfus=sfus, matrixrtc={"enabled": False})).matrixrtc_paths == {}
+
+
+def test_proxies_are_addresses_and_networks() -> None:
+    """Single addresses are networks of one; by default, those who are near are trusted, and nobody else."""
+    config = from_mapping(good(listen={"trusted_proxies": ["192.0.2.7", "2001:db8::/32"]}))
+    assert config.listen.trusted_proxies == (ip_network("192.0.2.7/32"), ip_network("2001:db8::/32"))
+    assert config.shown()["listen"]["trusted_proxies"] == ["192.0.2.7/32", "2001:db8::/32"]
+    near = from_mapping(good()).listen.trusted_proxies
+    for address in ("127.0.0.1", "::1", "172.31.0.1", "fd00::1", "fe80::1", "169.254.1.1"):
+        assert any(ip_address(address) in network for network in near)
+    for address in ("8.8.8.8", "172.32.0.1", "2001:db8::1", "100.64.0.1"):
+        assert not any(ip_address(address) in network for network in near)
+    assert from_mapping(good(), {"SFU_DELEGATE_LISTEN__TRUSTED_PROXIES": "[]"}).listen.trusted_proxies == ()
 
 
 @given(st.floats(min_value=0, max_value=1e12))
@@ -225,7 +254,14 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
         ({"listen": {"port": True}}, "listen.port", "YAML reads this as true or false"),
         ({"listen": {"host": "http://x"}}, "listen.host", "not an address"),
         ({"listen": "0.0.0.0:80"}, "listen", "must be keys with values"),
+        ({"listen": {"trusted_proxies": "10.0.0.0/8"}}, "listen.trusted_proxies", "must be a list"),
+        ({"listen": {"trusted_proxies": ["proxy"]}}, "listen.trusted_proxies[0]", "not an IP address"),
+        ({"listen": {"trusted_proxies": ["::1", 10]}}, "listen.trusted_proxies[1]", "must be a text"),
+        ({"listen": {"trusted_proxies": ["10.1.2.3/8"]}}, "listen.trusted_proxies[0]", "more bits set"),
+        ({"listen": {"trusted_proxies": ["::ffff:10.0.0.0/104"]}}, "listen.trusted_proxies[0]", "IPv4 address in the form"),
         ({"listen": {"host": "127.0.0.1", "port": 8081}}, "admin.port", "is the address of listen"),
+        ({"listen": {"host": "0.0.0.0", "port": 8081}}, "admin.port", "is the address of listen"),
+        ({"listen": {"port": 8081}, "admin": {"host": "::"}}, "admin.port", "is the address of listen"),
         ({"homeservers": {"name": "x"}}, "homeservers", "must be a list"),
         ({"homeservers": [{"name": "https://x.org"}]}, "homeservers[0].name", "is a URL"),
         ({"homeservers": [{"name": "a.*.org"}]}, "homeservers[0].name", "not a server name"),
@@ -234,19 +270,49 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
         ({"homeservers": [{"name": "a.org", "url": "https://[a.org"}]}, "homeservers[0].url", "not a URL"),
         ({"homeservers": [{"name": "a.org", "as_token": 12345}]}, "homeservers[0].as_token", "must be a text"),
         ({"homeservers": [{"name": "*.a.org", "as_token": SECRET}]}, "homeservers[0].as_token", "would be sent to whatever server"),
-        ({"homeservers": [{"name": "a.org", "as_token": f"{SECRET} {SECRET}"}]}, "homeservers[0].as_token", "cannot be sent"),
+        ({"homeservers": [{"name": "a.org", "as_token": f"{SECRET} {SECRET}"}]}, "homeservers[0].as_token", "has a space in it"),
         ({"homeservers": [{"name": "a.org", "as_token": "…"}]}, "homeservers[0].as_token", "cannot be sent"),
         ({"homeservers": [{"name": "a.org", "as_token_file": "/nonexistent"}]}, "homeservers[0].as_token_file", "cannot be read: No such"),
         ({"homeservers": [{"name": "a.org", "ca_file": "/nonexistent"}]}, "homeservers[0].ca_file", "cannot be read: No such"),
         ({"sfus": {"Main": sfu()}}, "sfus.Main", "not a name for an SFU"),
         ({"sfus": {"main": sfu(keys={})}}, "sfus.main.keys", "is required"),
         ({"sfus": {"main": sfu(keys={"APIone": ""})}}, "sfus.main.keys.APIone", "is empty"),
+        ({"sfus": {"main": sfu(keys={"APIone": f"{SECRET}\nx"})}}, "sfus.main.keys.APIone", "has a line break in it"),
+        ({"sfus": {"main": sfu(keys={f"{SECRET} x": SECRET})}}, "sfus.main.keys", "has an API key with a space in it"),
         ({"sfus": {"main": sfu(api_key="APItwo")}}, "sfus.main.api_key", "not among this SFU's keys"),
         ({"sfus": {"main": sfu(), "two": sfu()}}, "sfus.two.keys.APIone", "also a key of main"),
+        ({"sfus": {"main": sfu(path_prefixes="/a")}}, "sfus.main.path_prefixes", "must be a list"),
+        ({"sfus": {"main": sfu(path_prefixes=["/a", "b"])}}, "sfus.main.path_prefixes[1]", "must begin with a slash"),
+        ({"sfus": {"main": sfu(path_prefixes=["/a/"])}}, "sfus.main.path_prefixes[0]", "not end with one"),
+        ({"sfus": {"main": sfu(path_prefixes=["/"])}}, "sfus.main.path_prefixes[0]", "not end with one"),
+        ({"sfus": {"main": sfu(path_prefixes=["/a//b"])}}, "sfus.main.path_prefixes[0]", "must not have // or .."),
+        ({"sfus": {"main": sfu(path_prefixes=["/a/../v1"])}}, "sfus.main.path_prefixes[0]", "must not have // or .."),
+        ({"sfus": {"main": sfu(path_prefixes=["/{a}"])}}, "sfus.main.path_prefixes[0]", "characters that the path of a URL cannot have"),
+        ({"sfus": {"main": sfu(path_prefixes=["/a%2Fb"])}}, "sfus.main.path_prefixes[0]", "characters that the path of a URL cannot have"),
+        ({"sfus": {"main": sfu(path_prefixes=["/v1"])}}, "sfus.main.path_prefixes[0]", "belongs to /v1"),
+        ({"sfus": {"main": sfu(path_prefixes=["/v1/delegations"])}}, "sfus.main.path_prefixes[0]", "belongs to /v1"),
+        ({"sfus": {"main": sfu(path_prefixes=["/sfu/get"])}}, "sfus.main.path_prefixes[0]", "belongs to /sfu/get"),
+        ({"sfus": {"main": sfu(path_prefixes=["/a", "/a"])}}, "sfus.main.path_prefixes[1]", "is there twice"),
+        (
+            {"sfus": {"main": sfu(path_prefixes=["/a"]), "two": sfu(keys={"APItwo": SECRET}, path_prefixes=["/b", "/a"])}},
+            "sfus.two.path_prefixes[1]",
+            "also a path of main",
+        ),
+        ({"homeservers": [{"name": "a.org", "federation_url": "a.org:8448"}]}, "homeservers[0].federation_url", "begins with https://"),
+        ({"federation": {"ca_file": "/nonexistent"}}, "federation.ca_file", "cannot be read: No such"),
+        ({"federation": {"ca_file": __file__}}, "federation.ca_file", "no certificates"),
+        ({"matrixrtc": {"openid_cache": "61m"}}, "matrixrtc.openid_cache", "at most 1h"),
+        ({"limits": {"client_rate": -1}}, "limits.client_rate", "at least 0"),
+        ({"limits": {"client_rate": float("inf")}}, "limits.client_rate", "at most 1000000"),
+        ({"limits": {"user_rate": float("nan")}}, "limits.user_rate", "at most 1000000"),
+        ({"limits": {"user_rate": True}}, "limits.user_rate", "YAML reads this as true or false"),
+        ({"limits": {"client_burst": 0}}, "limits.client_burst", "at least 1"),
+        ({"limits": {"user_burst": 0}}, "limits.user_burst", "at least 1"),
         ({"sfus": {"main": sfu(request_timeout="20s")}}, "sfus.main.request_timeout", "less than actions.lease"),
         ({"timeouts": {"request": "15s"}}, "timeouts.request", "less than actions.lease"),
         ({"timeouts": {"connect": "11s"}}, "timeouts.connect", "at most timeouts.request (10s)"),
         ({"encryption": {"keys": ["hunter2"]}}, "encryption.keys[0]", "not a Fernet key"),
+        ({"encryption": {"keys": ["hunter2 hunter2"]}}, "encryption.keys[0]", "has a space in it"),
         ({"departures": {"CLIENT_INITIATED": {"unasked": "maybe"}}}, "departures.CLIENT_INITIATED.unasked", "not one of the words"),
         ({"departures": {"client initiated": {}}}, "departures.CLIENT INITIATED", "not the name of a disconnect reason"),
         ({"departures": {"MISSING": "10s"}}, "departures.MISSING", "must be keys with values"),
@@ -404,6 +470,92 @@ def test_bad_secret_files_are_problems_all_at_once(tmp_path: Path) -> None:
     assert set(found) == {"sfus.main.key_file", "sfus.two.key_file", "homeservers[0].as_token_file", "encryption.keys_file"}
 
 
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        (" ", "a space"),
+        ("\t", "a space"),
+        ("\u00a0", "a space"),
+        ("\n", "a line break"),
+        ("\x1b", "a control character"),
+        ("\x7f", "a control character"),
+        ("\u200b", "a character that cannot be seen"),
+        ("\ufeff", "a character that cannot be seen"),
+    ],
+)
+def test_what_a_slip_in_copying_leaves_in_a_secret_is_found(inside: str, said: str, tmp_path: Path) -> None:
+    """In a file of each kind, and in the configuration itself: the key is named, and what is wrong, but never the secret."""
+    odd = f"{SECRET}{inside}x"
+    found = problems_of(
+        good(
+            sfus={
+                "main": {"url": "wss://x", "key_file": private(tmp_path / "secret", f"APIone: {json.dumps(odd)}\n")},
+                "two": {"url": "wss://y", "key_file": private(tmp_path / "key", f"{json.dumps(odd)}: {SECRET}\n")},
+                "three": sfu(keys={"APIthree": odd}),
+                "four": sfu(keys={odd: SECRET}),
+            },
+            homeservers=[
+                {"name": "a.org", "as_token_file": private(tmp_path / "as", f" {odd}\n\n")},
+                {"name": "b.org", "as_token": odd},
+            ],
+            encryption={"keys_file": private(tmp_path / "keys", f"{new_key()}\n{new_key()}{inside}x\n")},
+        )
+    )
+    assert {key: problem.problem for key, problem in found.items() if key != "encryption.keys_file"} == {
+        "sfus.main.key_file": f"secret 1 in it has {said} in it",
+        "sfus.two.key_file": f"API key 1 in it has {said} in it",
+        "sfus.three.keys.APIthree": f"has {said} in it",
+        "sfus.four.keys": f"has an API key with {said} in it",
+        "homeservers[0].as_token_file": f"has {said} in it",
+        "homeservers[1].as_token": f"has {said} in it",
+    }
+    # A file of encryption keys has one a line, so there the rest is a key of its own, and none.
+    assert found["encryption.keys_file"].problem.startswith("key 3 in it is not a Fernet key" if inside == "\n" else f"key 2 in it has {said} in it")
+    assert all(problem.remedy for problem in found.values())
+
+
+def test_a_secret_in_the_environment_is_named_by_its_variable() -> None:
+    """What is wrong with it is said of the variable that it comes from."""
+    found = problems_of(good(), {"SFU_DELEGATE_SFUS__MAIN__KEYS__APIone": f"{SECRET} x"})
+    assert found["sfus.main.keys.APIone"].where == "SFU_DELEGATE_SFUS__MAIN__KEYS__APIone"
+
+
+def test_no_file_can_make_the_daemon_wait(tmp_path: Path) -> None:
+    """Named pipes and devices are refused, and not opened: nobody may ever write into them."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found = problems_of(
+        good(
+            sfus={"main": {"url": "wss://x", "key_file": str(pipe)}},
+            homeservers=[{"name": "a.org", "as_token_file": "/dev/zero", "ca_file": str(pipe)}],
+            encryption={"keys_file": str(pipe)},
+            federation={"ca_file": str(pipe)},
+        )
+    )
+    assert {key: problem.problem.partition(": ")[2] for key, problem in found.items()} == {
+        "sfus.main.key_file": "it is a pipe",
+        "homeservers[0].as_token_file": "it is a device",
+        "homeservers[0].ca_file": "it is a pipe",
+        "encryption.keys_file": "it is a pipe",
+        "federation.ca_file": "it is a pipe",
+    }
+    with pytest.raises(ConfigInvalid, match="it is a pipe"):
+        load(pipe)
+
+
+def test_a_configuration_may_come_from_another_program() -> None:
+    """A pipe that is open already, as a shell makes it of <(…), is read; as a secret's file, which is read again later, it is not."""
+    read, write = os.pipe()
+    try:
+        os.write(write, GOOD.encode())
+        os.close(write)
+        assert load(Path(f"/dev/fd/{read}")).homeservers[0].name == "example.org"
+        found = problems_of(good(sfus={"main": {"url": "wss://x", "key_file": f"/dev/fd/{read}"}}))
+        assert "it is a pipe" in found["sfus.main.key_file"].problem
+    finally:
+        os.close(read)
+
+
 def test_a_secret_in_two_places_is_a_problem(tmp_path: Path) -> None:
     """Inline and in a file is one too many."""
     file = str(private(tmp_path / "x", f"APItwo: {SECRET}\n"))
@@ -559,7 +711,18 @@ def test_a_usual_configuration_has_no_warnings() -> None:
         ({"homeservers": [{"name": "a.org", "as_token": "example-example-example-example-example"}]}, "homeservers[0].as_token"),
         ({"homeservers": [{"name": "a.org", "url": "http://matrix.a.org"}]}, "homeservers[0].url"),
         ({"homeservers": [{"name": "*"}]}, "homeservers[0].name"),
+        ({"homeservers": [{"name": "*", "url": "https://matrix.a.org"}]}, "homeservers[0].name"),
+        ({"homeservers": [{"name": "a.org", "federation_url": "http://matrix.a.org"}]}, "homeservers[0].federation_url"),
+        ({"homeservers": [{"name": "*.a.org", "federation_url": "https://matrix.a.org"}]}, "homeservers[0].federation_url"),
+        ({"federation": {"verify_tls": False}}, "federation.verify_tls"),
+        ({"federation": {"allow_private_addresses": True}}, "federation.allow_private_addresses"),
+        ({"listen": {"trusted_proxies": ["10.0.0.0/8", "::/0"]}}, "listen.trusted_proxies[1]"),
+        ({"sfus": {"main": sfu(), "two": sfu(keys={"APItwo": SECRET})}}, "sfus.two.path_prefixes"),
         ({"homeservers": [{"name": "*.a.org", "allow_private_addresses": True}]}, "homeservers[0].allow_private_addresses"),
+        (
+            {"homeservers": [{"name": "*.a.org", "url": "https://a.org", "allow_private_addresses": True}]},
+            "homeservers[0].allow_private_addresses",
+        ),
         ({"departures": {"CLIENT_INITATED": {}}}, "departures.CLIENT_INITATED"),
         ({"departures": {"DUPLICATE_IDENTITY": {"look_after": 0}}}, "departures.DUPLICATE_IDENTITY"),
         ({"departures": {"ROOM_MISSING": {"unasked": "gone"}}}, "departures.ROOM_MISSING"),
@@ -574,6 +737,32 @@ def test_risky_settings_are_warned_of(changes: dict[str, Any], key: str) -> None
     found = {warning.key: warning for warning in warnings(from_mapping(good(**changes)))}
     assert key in found
     assert found[key].remedy
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sfus": {"main": sfu(), "two": sfu(keys={"APItwo": SECRET}, path_prefixes=["/two"])}},
+        {"sfus": {"main": sfu(), "two": sfu(keys={"APItwo": SECRET})}, "matrixrtc": {"enabled": False}},
+        {"homeservers": [{"name": "*", "url": "https://matrix.a.org"}], "matrixrtc": {"enabled": False}},
+        {"federation": {"allow_private_addresses": True}, "matrixrtc": {"other_homeservers": False}},
+        {"homeservers": [{"name": "a.org", "federation_url": "http://[::1]:8008"}]},
+        {"listen": {"trusted_proxies": []}},
+        {"listen": {"port": 8081}, "admin": {"host": "::1"}},
+    ],
+)
+def test_what_does_no_harm_is_not_warned_of(changes: dict[str, Any]) -> None:
+    """The same settings where nobody is concerned."""
+    assert warnings(from_mapping(good(**changes))) == []
+
+
+def test_who_may_create_rooms_is_said() -> None:
+    """Serving all homeservers means more where their users get tokens from us."""
+    said = {
+        enabled: warnings(from_mapping(good(homeservers=[{"name": "*"}], matrixrtc={"enabled": enabled})))[0].problem for enabled in (True, False)
+    }
+    assert said[False] == "users of any homeserver in the world may delegate"
+    assert "create rooms on your SFU, and delegate" in said[True]
 
 
 def test_a_directory_that_cannot_be_seen_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -657,6 +846,60 @@ def test_what_needs_a_restart_is_named() -> None:
         )
     )
     assert reloadable_changes(old, new) == (False, ["admin.host", "database", "encryption.keys", "listen.port", "log.format"])
+
+
+def test_routes_of_the_listener_need_a_restart() -> None:
+    """Where the MatrixRTC endpoints are, and which SFU they hand out, is decided at the start."""
+    two = sfu(keys={"APItwo": SECRET}, path_prefixes=["/two"])
+    old = from_mapping(good(sfus={"main": sfu(path_prefixes=["/a"]), "two": two}))
+    for sfus, named in (
+        ({"main": sfu(path_prefixes=["/b"]), "two": two}, ["sfus.main.path_prefixes"]),
+        ({"main": sfu(path_prefixes=["/a"])}, ["sfus.two.path_prefixes"]),
+        ({"two": two, "main": sfu(path_prefixes=["/a"])}, ["sfus (which is the first)"]),
+        ({"main": sfu(path_prefixes=["/a"]), "two": two, "new": sfu(keys={"APInew": SECRET})}, []),
+    ):
+        assert reloadable_changes(old, from_mapping(good(sfus=sfus))) == (not named, named)
+    assert reloadable_changes(old, from_mapping(good(sfus={"main": sfu(path_prefixes=["/a"]), "two": two}, matrixrtc={"enabled": False}))) == (
+        False,
+        ["matrixrtc.enabled"],
+    )
+    proxies = from_mapping(good(sfus={"main": sfu(path_prefixes=["/a"]), "two": two}, listen={"trusted_proxies": []}))
+    assert reloadable_changes(old, proxies) == (False, ["listen.trusted_proxies"])
+
+
+def test_what_needs_a_restart_keeps_its_old_value() -> None:
+    """After a reload everything else is new, and the next reload names the same keys again."""
+    old = from_mapping(good(sfus={"main": sfu(path_prefixes=["/a"]), "two": sfu(keys={"APItwo": SECRET})}))
+    new = from_mapping(
+        good(
+            sfus={"two": sfu(keys={"APItwo": SECRET}, path_prefixes=["/b"]), "main": sfu(url="wss://new", path_prefixes=["/c", "/a"])},
+            homeservers=[{"name": "b.org"}],
+            listen={"port": 1},
+            admin={"port": 2},
+            database="sqlite:///y.db",
+            encryption={"keys": [new_key()]},
+            log={"format": "json", "level": "debug"},
+            timeouts={"connect": 1, "request": 9},
+            matrixrtc={"enabled": False, "other_homeservers": False},
+            limits={"user_rate": 0.5},
+        )
+    )
+    now = reloaded(old, new)
+    assert now.matrixrtc_paths == old.matrixrtc_paths == {"": "main", "/a": "main"}
+    assert (now.listen, now.admin, now.database, now.encryption) == (old.listen, old.admin, old.database, old.encryption)
+    assert (now.log.format, now.log.level) == (old.log.format, "debug")
+    assert (now.timeouts.connect, now.timeouts.request) == (old.timeouts.connect, 9.0)
+    assert (now.matrixrtc.enabled, now.matrixrtc.other_homeservers) == (True, False)
+    assert (now.sfus["main"].url, now.homeservers, now.limits.user_rate) == ("wss://new", new.homeservers, 0.5)
+    assert reloadable_changes(old, now) == (True, [])
+    assert reloadable_changes(now, new) == reloadable_changes(old, new)
+
+
+def test_an_sfu_that_is_taken_out_is_gone_with_its_paths() -> None:
+    """A reload never keeps an SFU alive that the file does not have, nor gives a new one paths before the restart."""
+    old = from_mapping(good(sfus={"main": sfu(path_prefixes=["/a"])}))
+    now = reloaded(old, from_mapping(good(sfus={"two": sfu(keys={"APItwo": SECRET}, path_prefixes=["/a", "/b"])})))
+    assert now.matrixrtc_paths == {"": "two"}
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates() | st.binary(max_size=5)

@@ -13,7 +13,7 @@ FILE = Path(__file__).parents[2] / "config" / "sfu-delegate.yaml"
 
 def uncommented(text: str) -> dict[str, Any]:
     """The example with every default made active."""
-    data: dict[str, Any] = yaml.safe_load(re.sub(r"(?m)^( *)#(\w+:)", r"\1\2", text))
+    data: dict[str, Any] = yaml.safe_load(re.sub(r"(?m)^( *)#(\w+:|  - )", r"\1\2", text))
     return data
 
 
