@@ -39,8 +39,9 @@ def _about() -> None:
 
     \b
     To begin:
-      sfu-delegate demo                              see it work
+      sfu-delegate demo --no-synapse                 see it work
       sfu-delegate example-config > delegate.yaml    a configuration to begin with
+      sfu-delegate import-env > delegate.yaml        … from the LIVEKIT_… variables of lk-jwt-service
       sfu-delegate check-config -c delegate.yaml     find everything that is wrong with it
       sfu-delegate serve -c delegate.yaml            run
     """
@@ -120,6 +121,48 @@ def example_config() -> None:
     typer.echo(example(), nl=False)
 
 
+@app.command("import-env", short_help="Make a configuration from LIVEKIT_… variables.")
+def import_env(
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file",
+            metavar="FILE",
+            help="Read the variables from this file, and not from the environment: a regular file, - for standard input, or the shell's <(…).",
+        ),
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", metavar="FILE", help="Put LiveKit's key and secret into this new file, and print no secret.")
+    ] = None,
+) -> None:
+    """Print a configuration made from the variables of a MatrixRTC authorization service (lk-jwt-service): LIVEKIT_URL, LIVEKIT_KEY and so on.
+
+    What has no counterpart, and what is risky, is told on standard error. Exits with 1, and prints nothing, when a variable cannot be used.
+
+    \b
+    Examples:
+      (umask 077; sfu-delegate import-env > delegate.yaml)
+      sfu-delegate import-env --env-file jwt.env --key-file /etc/sfu-delegate/livekit-keys.yaml > delegate.yaml
+      docker inspect --format '{{range .Config.Env}}{{println .}}{{end}}' jwt | sfu-delegate import-env --env-file - > delegate.yaml
+    """
+    from sfu_delegate.config.import_env import STANDARD_INPUT, import_env, read_env_file
+
+    try:
+        variables, problems, notes = (dict(os.environ), [], []) if env_file is None else read_env_file(env_file)
+        imported = import_env(variables, key_file=key_file, before=problems)
+    except ConfigInvalid as error:
+        _print("Problem", error.problems, error=True)
+        source = "standard input" if env_file == STANDARD_INPUT else env_file or "the environment"
+        typer.echo(f"{source}: {_count(error.problems, 'problem')}; nothing was made of it", err=True)
+        raise typer.Exit(1) from None
+    for note in (*notes, *imported.notes):
+        typer.echo(f"note: {note}", err=True)
+    if imported.written is not None:
+        typer.echo(f"note: {imported.written} holds the key and its secret. The daemon's user must be able to read it, and nobody else.", err=True)
+    _print("Warning", imported.risks, error=True)
+    typer.echo(imported.text, nl=False)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -128,18 +171,19 @@ def version() -> None:
 
 @app.command(short_help="See the main job done, live.")
 def demo(
-    no_synapse: Annotated[bool, typer.Option("--no-synapse", help="With a stand-in homeserver, which needs nothing else.")] = False,
+    no_synapse: Annotated[bool, typer.Option("--no-synapse", help="With a stand-in for Synapse, which needs nothing installed.")] = False,
     seconds: Annotated[float | None, typer.Option("--seconds", min=1, metavar="N", help="End after about this many seconds.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live picture.")] = False,
 ) -> None:
     """Show the main job: people join a call, reconnect, leave and crash, and their leave events find their way into the room.
 
-    It uses a real Synapse where one is installed, takes about a minute, and leaves nothing behind; Ctrl-C ends it.
+    It takes about a minute, and leaves nothing behind; Ctrl-C ends it. Unless --no-synapse is given, it needs the package matrix-synapse: `make demo`
+    in a checkout installs it, and runs this.
 
     \b
     Examples:
-      sfu-delegate demo
-      sfu-delegate demo --no-synapse --plain
+      sfu-delegate demo --no-synapse
+      sfu-delegate demo --plain
     """
     from sfu_delegate.demo import run
 
