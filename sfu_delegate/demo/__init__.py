@@ -19,7 +19,8 @@ def run(*, synapse: bool, seconds: float | None, plain: bool) -> int:
     if synapse and not installed():
         sys.stderr.write(
             "The demonstration uses a real Synapse, and the package matrix-synapse is not installed here. Either run it with a stand-in "
-            "homeserver:\n  sfu-delegate demo --no-synapse\nor install Synapse too:\n  pip install 'sfu-delegate[demo]'\n"
+            "homeserver:\n  sfu-delegate demo --no-synapse\nor, in a checkout of the source, install Synapse too:\n"
+            "  make demo\nor, into an environment of your own:\n  pip install '.[demo]'\n"
         )
         return 1
     return show(synapse=synapse, length=LENGTH if seconds is None else seconds, plain=plain)

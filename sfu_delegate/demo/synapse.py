@@ -7,6 +7,7 @@ import importlib.metadata
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,20 @@ def installed() -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """A listener with TLS for the federation API, at which the client-server API is served, too, as `.well-known/matrix/client` says then."""
+
+    host: str  # on loopback, and what the certificate is for
+    port: int
+    certificate: Path  # PEM: the chain and its private key
+
+    @property
+    def url(self) -> str:
+        """Of both APIs."""
+        return f"https://{self.host}:{self.port}"
+
+
 class Synapse:
     """::
 
@@ -40,14 +55,17 @@ class Synapse:
             room = await synapse.client.create_call_room(anna)
 
     `settings` go over its configuration, key by key. Only its rate limit of delayed events' management is the default one: delegates have to live
-    with that. Raises Died when it does not start.
+    with that. `federation`: others can ask it whose an OpenID token is; without, it has no federation API. Raises Died when it does not start.
     """
 
     title = "Synapse"
 
-    def __init__(self, directory: Path, *, server_name: str = "hs.test", settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, server_name: str = "hs.test", settings: Mapping[str, Any] | None = None, federation: Federation | None = None
+    ) -> None:
         self.directory = directory
         self.server_name = server_name
+        self.federation = federation
         self.log = directory / "synapse.log"
         self._settings = dict(settings or {})
         self._shared_secret = secrets.token_urlsafe(24)
@@ -156,6 +174,11 @@ class Synapse:
             "rc_joins_per_room": _PLENTY,
             "rc_room_creation": _PLENTY,
         }
+        if self.federation is not None:
+            certificate = str(self.federation.certificate)
+            config |= {"public_baseurl": self.federation.url, "tls_certificate_path": certificate, "tls_private_key_path": certificate}
+            resources = [{"names": ["client", "federation"], "compress": False}]
+            config["listeners"].append({"port": self.federation.port, "type": "http", "tls": True, "bind_addresses": [HOST], "resources": resources})
         file = directory / "homeserver.yaml"
         file.touch(mode=0o600)
         file.write_text(yaml.safe_dump(config | self._settings))

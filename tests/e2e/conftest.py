@@ -4,13 +4,27 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from sfu_delegate.demo.synapse import Synapse, installed
+from sfu_delegate.demo.processes import free_ports
+from sfu_delegate.demo.synapse import Federation, Synapse, installed
+
+from tests.e2e.federation import HOST, Authority
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Whose certificates the tests' homeservers have."""
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def synapse(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Synapse]:
-    """A real Synapse, with its default rate limit of delayed events' management."""
+async def synapse(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> AsyncIterator[Synapse]:
+    """A real Synapse, with its default rate limit of delayed events' management.
+
+    Its server name has a port, so that server discovery finds its federation API on this machine.
+    """
     if not installed():
         pytest.skip("matrix-synapse is not installed")
-    async with Synapse(tmp_path_factory.mktemp("synapse")) as running:
+    [port] = free_ports(1)
+    federation = Federation(HOST, port, authority.certificate_file(HOST))
+    async with Synapse(tmp_path_factory.mktemp("synapse"), server_name=f"{HOST}:{port}", federation=federation) as running:
         yield running
