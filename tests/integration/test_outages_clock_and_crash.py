@@ -300,7 +300,7 @@ async def test_the_clock_is_set_while_it_runs(tmp_path: Path, system: SystemCloc
         site.sfu.nudge()
         await site.restarted(alice, counted + 3)
         restarts = site.event(alice).restarted_at[counted - 1 :]
-        assert min(b - a for a, b in pairwise(restarts)) >= 0.5 * 2.0  # not all at once, either
+        assert min(b - a for a, b in pairwise(restarts)) >= 0.15 * 2.0  # not all at once, either; the first one comes early
         assert site.event(alice).end is site.event(bob).end is End.PENDING
         await site.leave(bob)
         await site.ended(bob)

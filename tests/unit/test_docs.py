@@ -167,13 +167,13 @@ def pattern(path: str) -> str:
 
 def test_every_path_that_is_called_exists() -> None:
     """What curl and the clients' code ask the daemon for is there, and described in docs/openapi.yaml."""
-    services = cast(Services, SimpleNamespace(log=None, settings=lambda: None))
+    services = cast(Services, SimpleNamespace(log=None, settings=lambda: None, paths={"": "main"}, stopping=lambda: False))
     admin = cast(AdminServices, SimpleNamespace(log=None))
     served = paths_of(public_app(services)) | paths_of(admin_app(admin))
     described = set(yaml.safe_load((DOCS / "openapi.yaml").read_text())["paths"])
     called = set()
     for snippet in snippets("sh", "python", "typescript", "yaml"):
-        for host, path in re.findall(r"https?://(delegate\.example\.org|127\.0\.0\.1:(?:8080|8081))(/[^\s\"'`?]*)", snippet.text):
+        for host, path in re.findall(r"https?://(sfu\.example\.org(?:/livekit/jwt)?|127\.0\.0\.1:(?:8080|8081))(/[^\s\"'`?]*)", snippet.text):
             called.add(path)
             for known in (served, described):
                 assert any(re.fullmatch(pattern(p), path) for p in known), f"{snippet}: {host}{path}"

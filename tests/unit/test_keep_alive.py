@@ -38,7 +38,7 @@ def answer(task: Task, sent_at: float, verdict: Verdict = Verdict.DONE) -> Answe
 def engine() -> Engine:
     """Alice is in the call, her event was restarted at NOW, and then the disk is full."""
     store = FullDisk(":memory:")
-    engine = Engine(store, Policy(), Limits(), Random(0))
+    engine = Engine(store, Policy(first_spread=0.0), Limits(), Random(0))
     (task,) = (t for t in engine.step([accept(delay=DELAY), joined()], NOW).tasks if t.action is Action.RESTART)
     engine.step([answer(task, NOW)], NOW)
     store.full = True
