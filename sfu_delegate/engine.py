@@ -457,7 +457,7 @@ class Engine:
 
     def heard(self, sfu: str, now: float) -> None:
         """A webhook came from this SFU, perhaps one that is no input. May be called from any thread."""
-        self._reach(sfu).heard_at = now
+        self._reach(sfu).heard(now, self.policy)
 
     def _apply(self, work: _Work, given: Input) -> Reply:
         match given:

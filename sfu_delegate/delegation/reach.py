@@ -18,7 +18,8 @@ class Reach:
 
     When `breaker_after` looks in a row have failed, the SFU is asked with one look at a time, with a pause between them. All other looks count as
     failed at once, when one that was sent after that has failed as well: departures have rules of their own for an SFU that cannot be asked, and
-    nobody's waits for time-outs. Not before, since time-outs are old news: the looks that hung may be those of an outage that is over.
+    nobody's waits for time-outs. Not before, since time-outs are old news: the looks that hung may be those of an outage that is over. And not when a
+    webhook came after that: it may be back, and the next look tells.
     """
 
     most: int
@@ -52,6 +53,13 @@ class Reach:
         """A look is on its way."""
         self.in_flight += 1
         self.probing = self.open(policy)
+
+    def heard(self, now: float, policy: Policy) -> None:
+        """A webhook came. The outage may be over since the last probe: what comes due waits for another one, which may be made at once."""
+        self.heard_at = now
+        failed_at = self.probe_at - policy.look_again
+        if self.shut and now >= failed_at + policy.look_gap:
+            self.shut, self.probe_at = False, now
 
     def outdated(self, sent_at: float) -> bool:
         """Does the failure of a look that was sent then say nothing of the SFU, since a later one was answered?"""

@@ -1243,10 +1243,12 @@ def room_of(engine: Engine, name: str = ROOM) -> Room:
     return room
 
 
-def run_for(engine: Engine, seconds: float, begin: float, see: Callable[[str, float], tuple[Listed, ...] | None]) -> list[tuple[float, str]]:
+def run_for(
+    engine: Engine, seconds: float, begin: float, see: Callable[[str, float], tuple[Listed, ...] | None], first: Sequence[Input] = ()
+) -> list[tuple[float, str]]:
     """Let time pass, with a homeserver that does everything and an SFU that is seen by `see`; returns when which room was looked at."""
     looked_at: list[tuple[float, str]] = []
-    now, step = begin, engine.step((), begin)
+    now, step = begin, engine.step(first, begin)
     while True:
         inputs: list[Input] = []
         for task in step.tasks:
@@ -1397,11 +1399,31 @@ def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
         if wake is None or wake > ends:
             break
         now = max(now + 0.001, wake)
-    (waiting,) = [there.room for there in stored(engine) if there.presence is not Presence.GONE]
-    assert waiting == probe.room  # until the probe fails
+    # Webhooks came after the last probe had failed, so this one decides; at once, for all of them.
+    assert {there.presence for there in stored(engine)} == {Presence.AWAY}
     engine.step([Looked(SFU, probe.room, probe.claim, now, None)], now)
+    for _ in range(10):
+        engine.step((), now)
+    assert sum(there.presence is not Presence.GONE for there in stored(engine)) <= 1  # the next probe's
     engine.step((), now + POLICY.look_again + 0.1)
     assert {there.presence for there in stored(engine)} == {Presence.GONE}
+
+
+def test_a_webhook_of_an_sfu_that_kept_failing_is_news() -> None:
+    """It is back, and tells that somebody said goodbye; the failures of before do not make that a departure before it was asked."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(20)])
+    run_for(engine, 100.0, NOW, lambda *_: None)
+    now = NOW + 101.0
+    while not (probes := looks(engine.step((), now))):
+        now += 0.1
+        assert now < NOW + 130.0
+    (probe,) = probes
+    now += 2.0
+    engine.step([Looked(SFU, probe.room, probe.claim, now - 2.0, None)], now)
+    see = all_there("p")
+    goodbye = left("S1", identity="p", room="r7")
+    run_for(engine, 4.0, now + 1.5, lambda room, at: (listed("S2", identity="p"),) if room == "r7" else see(room, at), [goodbye])
+    assert {there.presence for there in stored(engine)} == {Presence.CONNECTED}
 
 
 def hung(engine: Engine) -> tuple[list[Task], float]:

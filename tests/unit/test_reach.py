@@ -81,6 +81,18 @@ def test_other_looks_fail_at_once_only_when_the_first_probe_has_failed_too() -> 
     assert shut == [False, True, True, False]
 
 
+def test_a_webhook_after_a_failed_probe_is_a_reason_to_probe_again() -> None:
+    """Not every one at once; and what comes due meanwhile waits for that look instead of failing by the last one."""
+    reach = broken()
+    looked(reach, NOW + 1, answered=False, took=1.0)
+    reach.heard(NOW + 1.9 + POLICY.look_gap, POLICY)
+    assert (reach.shut, reach.free(NOW + 3, POLICY)) == (True, 0)
+    reach.heard(NOW + 2 + POLICY.look_gap, POLICY)
+    assert (reach.shut, reach.free(NOW + 3, POLICY)) == (False, 1)
+    looked(reach, NOW + 3, answered=False)
+    assert (reach.shut, reach.free(NOW + 4, POLICY)) == (True, 0)
+
+
 def test_failures_of_looks_older_than_an_answer_say_nothing() -> None:
     """All places hung; one is freed by its time-out, and the next look is answered. The other time-outs that follow open nothing."""
     reach = Reach(4)
