@@ -489,7 +489,11 @@ def _again(row: DelayedEvent, answer: Answered, now: float, policy: Policy, rand
         return _done(row, Outcome.RAN_OUT, now, policy)
     if answer.verdict is Verdict.LIMITED and not answer.alone:
         return row._replace(due=now)  # whose turn it is when the homeserver lets us again is a matter of urgency
-    wait = min(policy.retry_first * 2.0 ** min(row.attempts, 16), policy.retry_most) * (0.5 + random / 2)
+    wait = min(policy.retry_first * 2.0 ** min(row.attempts, 16), policy.retry_most)
+    if row.state is State.ENDING and row.ended_at is not None:
+        # In an outage some row is the one that is tried again and again; it must not come last for that when the homeserver is back.
+        wait = min(wait, max(policy.retry_first, (now - row.ended_at) / 8))
+    wait *= 0.5 + random / 2
     if answer.retry_after is not None:
         wait = max(wait, min(answer.retry_after, policy.retry_most))
     latest = row.deadline if row.verified_at is not None else row.accepted_at + row.delay

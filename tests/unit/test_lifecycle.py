@@ -343,6 +343,14 @@ def test_failures_are_retried_with_growing_pauses_and_jitter() -> None:
         assert pauses == [share * wait for wait in (1, 2, 4, 8, 16, 32, 60, 60)]
 
 
+@pytest.mark.parametrize(("ago", "wait"), [(0.0, 1.0), (16.0, 2.0), (80.0, 10.0), (3000.0, 60.0)])
+def test_a_departure_that_was_tried_often_is_tried_again_within_an_eighth_of_its_age(ago: float, wait: float) -> None:
+    """It may have been the one that was tried in an outage, and that is over soon."""
+    there = claimed(row(Presence.GONE, delay=3600.0, running_since=NOW, ended_at=NOW - ago, attempts=9))
+    after = advance(there, answered(there, Action.SEND, Verdict.FAILED), NOW, POLICY, 1.0)
+    assert (after.state, after.due) == (State.ENDING, NOW + wait)
+
+
 def test_retries_go_on_after_our_deadline() -> None:
     """The client may have restarted as well: the true deadline may be later than ours."""
     there = claimed(row(running_since=NOW - 2 * DELAY))
