@@ -633,10 +633,10 @@ class Engine:
     def _next_look(self, now: float, sent_at: float, failures: int, asked: float | None, rows: Sequence[DelayedEvent]) -> float:
         """When somebody needs the next look at a room, or the suspicion of `asked`; infinite: nobody."""
         if not failures:
-            at = self._soonest([lifecycle.next_look(row, sent_at, now, self.policy) for row in rows], asked)
+            at = self._soonest([lifecycle.look_due(row, sent_at, now, self.policy) for row in rows], asked)
             return max(at, sent_at + self.policy.look_gap)
         pause = min(self.policy.look_again * 2.0 ** min(failures - 1, 10), self.policy.look_again_most) * (0.75 + self._random() / 4)
-        looks = [(row, lifecycle.next_look(row, now, now, self.policy, pause)) for row in rows]
+        looks = [(row, lifecycle.look_due(row, now, now, self.policy, pause)) for row in rows]
         at = self._soonest([at for _, at in looks], asked)
         if at == inf:
             at = now  # that the SFU is back should be noticed, though nobody waits for it

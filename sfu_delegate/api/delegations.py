@@ -16,7 +16,7 @@ from aiohttp import web
 
 from sfu_delegate.api.body import read_body
 from sfu_delegate.api.delegation_body import DelegationBody, read_delegation
-from sfu_delegate.api.errors import MatrixError, json_response, of_exception
+from sfu_delegate.api.errors import MatrixError, json_response, of_exception, stopping
 from sfu_delegate.api.port import Overloaded, Unavailable, Watch
 from sfu_delegate.api.services import Services, Settings
 from sfu_delegate.api.throttle import Throttle
@@ -29,7 +29,6 @@ from sfu_delegate.matrix.management import Scope
 from sfu_delegate.matrix.names import server_of
 from sfu_delegate.observe.logs import Seldom, short
 
-STOPPING_RETRY_AFTER: Final = 10.0  # seconds; a restart takes about that long
 HOMESERVER_RETRY_AFTER: Final = 30.0  # seconds; a failed discovery is remembered for a minute
 _ID: Final = re.compile(r"dlg_[0-9a-f]{32}")
 _ERRCODE: Final = re.compile(r"\b[A-Z][A-Z0-9_]*_[A-Z0-9_.]+\b")
@@ -81,8 +80,7 @@ class Delegations:
         services = self._services
         settings = services.settings()
         if services.stopping():
-            sentence = "This service is stopping and takes no new delegations. Try again shortly."
-            raise MatrixError(503, "M_UNKNOWN", sentence, retry_after=STOPPING_RETRY_AFTER)
+            raise stopping()
         self._throttle.client(request, settings)
         access = self._participant(_bearer(request))
         self._throttle.user(access.user or f"{access.sfu} {access.room} {access.identity}", settings)

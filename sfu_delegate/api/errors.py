@@ -16,6 +16,7 @@ from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.delegation.replies import TooMany
 from sfu_delegate.observe.logs import frames
 
+STOPPING_RETRY_AFTER: Final = 10.0  # seconds; a restart takes about that long
 LIMIT_RETRY_AFTER: Final = 30.0  # seconds until a participant's older delegations are verified, or a homeserver's others may have ended
 _PLAIN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
@@ -53,6 +54,12 @@ def json_response(body: dict[str, Any], *, status: int = 200, headers: dict[str,
 def printable(name: object) -> str:
     """A name that a client chose, if it is fit to be repeated to it; else "?"."""
     return name if isinstance(name, str) and _PLAIN.fullmatch(name) else "?"
+
+
+def stopping() -> MatrixError:
+    """What a delegation is answered while the daemon stops."""
+    sentence = "This service is stopping and takes no new delegations. Try again shortly."
+    return MatrixError(503, "M_UNKNOWN", sentence, retry_after=STOPPING_RETRY_AFTER)
 
 
 def of_exception(error: Exception) -> MatrixError | None:

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from sfu_delegate.api.body import read_body
 from sfu_delegate.api.delegations import new_id
-from sfu_delegate.api.errors import MatrixError, json_response, of_exception
+from sfu_delegate.api.errors import MatrixError, json_response, of_exception, stopping
 from sfu_delegate.api.matrixrtc_body import Delay, Wanted, read_delegate, read_get_token, read_sfu_get
 from sfu_delegate.api.services import Services, Settings
 from sfu_delegate.api.throttle import Throttle
@@ -29,9 +29,7 @@ from sfu_delegate.matrix.discovery import DiscoveryFailed
 from sfu_delegate.matrix.openid import OpenIdRefused, OpenIdUnavailable
 from sfu_delegate.observe.logs import Seldom
 
-RETRY_AFTER: Final = 10.0  # seconds: a homeserver that could not be asked, a service that is stopping
-
-
+RETRY_AFTER: Final = 10.0  # seconds: a homeserver that could not be asked
 CLOSED: Final = 499  # the status, for metrics, where nobody waits for the answer any more
 
 
@@ -158,8 +156,7 @@ class MatrixRtc:
         if services.homeservers.rule_for(wanted.server) is None:
             raise MatrixError(403, "M_FORBIDDEN", f"The homeserver {wanted.server} is not served here, so its users cannot delegate.")
         if services.stopping():
-            sentence = "This service is stopping and takes no new delegations. Try again shortly."
-            raise MatrixError(503, "M_UNKNOWN", sentence, retry_after=RETRY_AFTER)
+            raise stopping()
         try:
             async with asyncio.timeout(services.settings().request_timeout):
                 await services.homeservers.resolve(wanted.server)

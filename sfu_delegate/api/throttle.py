@@ -13,6 +13,7 @@ from aiohttp import web
 from sfu_delegate.api.client import client_of
 from sfu_delegate.api.errors import MatrixError
 from sfu_delegate.api.services import Settings
+from sfu_delegate.matrix.memory import keep
 
 MOST: Final = 100_000  # buckets; the one that was used least recently is forgotten first
 
@@ -36,10 +37,7 @@ class Throttle:
         wait = full_at - now - burst / rate
         if wait > 1e-9:  # less is the error of the sums above
             return wait
-        self._full_at[key] = full_at
-        self._full_at.move_to_end(key)
-        if len(self._full_at) > self._most:
-            self._full_at.popitem(last=False)
+        keep(self._full_at, key, full_at, self._most)
         return 0.0
 
     def client(self, request: web.Request, settings: Settings) -> str:

@@ -369,7 +369,7 @@ def _homeservers(given: Mapping[str, str], broken: set[str], problems: list[Prob
             )
             notes.above("homeservers", text)
             notes.told.append(text)
-    # Of several patterns that match, the first counts: so the most exact one first.
+    # In the order in which they count.
     order = sorted(served, key=lambda name: ("*" in name, -len(name) if "*" in name else 0))
     return [{"name": name, **({"url": served[name]} if served[name] else {})} for name in order]
 

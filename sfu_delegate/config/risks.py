@@ -57,7 +57,7 @@ def _risks_of(config: Config) -> Iterator[Problem]:
 
     for name, sfu in config.sfus.items():
         at = f"sfus.{name}"
-        if sfu.url.lower().startswith(("ws://", "http://")) and not _is_loopback(urlsplit(sfu.url).hostname or ""):
+        if _is_in_clear(sfu.url):
             yield Problem(f"{at}.url", sfu.url, "tokens go there unencrypted, and browsers refuse it on https pages", "use wss://")
         for key, secret in sfu.keys.items():
             text = secret.get_secret_value()
@@ -80,10 +80,10 @@ def _risks_of(config: Config) -> Iterator[Problem]:
     for number, homeserver in enumerate(config.homeservers):
         at = f"homeservers[{number}]"
         url = homeserver.url
-        if url and url.lower().startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
+        if url and _is_in_clear(url):
             yield Problem(f"{at}.url", url, "tokens and delay_ids go there unencrypted", "use https://, or a loopback address")
         federation_url = homeserver.federation_url
-        if federation_url and federation_url.lower().startswith("http://") and not _is_loopback(urlsplit(federation_url).hostname or ""):
+        if federation_url and _is_in_clear(federation_url):
             problem = "OpenID tokens go there unencrypted, and anybody on the way can pose as any of its users"
             yield Problem(f"{at}.federation_url", federation_url, problem, "use https://, or a loopback address")
         if federation_url and "*" in homeserver.name:
@@ -135,6 +135,11 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         yield Problem("history.keep", value, "what happened in a call is forgotten before anybody can ask", "1h or more")
     if config.log.level is Level.DEBUG:
         yield Problem("log.level", "debug", "writes a great deal, and slows the daemon down", "info, except while you look for something")
+
+
+def _is_in_clear(url: str) -> bool:
+    """Does what goes there cross a network unencrypted?"""
+    return url.lower().startswith(("ws://", "http://")) and not _is_loopback(urlsplit(url).hostname or "")
 
 
 def _is_loopback(host: str) -> bool:

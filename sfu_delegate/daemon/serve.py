@@ -27,7 +27,7 @@ from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
-from sfu_delegate.matrix.discovery import HomeserverRule, Homeservers
+from sfu_delegate.matrix.discovery import HomeserverRule, Homeservers, trusting
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.federation import OF_A_STRANGER, Federation, Terms
 from sfu_delegate.matrix.management import ManagementClient
@@ -322,9 +322,9 @@ class Daemon:
         if rule is None:
             return Terms(allow_private=federation.allow_private_addresses, ssl=self._tls, stranger=True)
         context = self.homeservers.ssl_for(rule) if federation.verify_tls else self._tls
-        if rule.anybodys and rule.federation_url is None:
-            return Terms(None, rule.allow_private, context, min(rule.max_in_flight, OF_A_STRANGER), stranger=True)
-        return Terms(rule.federation_url, rule.allow_private, context, rule.max_in_flight)
+        stranger = rule.anybodys and rule.federation_url is None
+        places = min(rule.max_in_flight, OF_A_STRANGER) if stranger else rule.max_in_flight
+        return Terms(rule.federation_url, rule.allow_private, context, places, stranger)
 
     def _in_flight(self, homeserver: str) -> int:
         rule = self.homeservers.rule_for(homeserver)
@@ -438,10 +438,9 @@ def _tls(config: Config) -> ssl.SSLContext | None:
     if federation.verify_tls and federation.ca_file is None:
         return None
     try:
-        context = ssl.create_default_context(cafile=federation.ca_file)
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        raise ValueError(f"federation.ca_file cannot be used: {getattr(error, 'strerror', None) or 'it holds no certificates'}") from None
-    context.set_alpn_protocols(["http/1.1"])
+        context = trusting(federation.ca_file)
+    except ValueError as error:
+        raise ValueError(f"federation.ca_file {error}") from None
     if not federation.verify_tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -382,15 +382,15 @@ def _look_at(row: DelayedEvent, new: Presence, finding: Finding, now: float, pol
             if finding.sign in (Sign.DEPARTED, Sign.ABSENT):
                 return now + finding.look_after
             if finding.sign is Sign.UNASKED and row.look_at is not None:
-                return row.look_at  # the first answer is to count; see `next_look`
-            return max(_undecided(row, now, policy, _patience(row, now, policy)), row.look_at or 0.0)
+                return row.look_at  # the first answer is to count; see `look_due`
+            return max(_undecided(row, now, policy), row.look_at or 0.0)
         case Presence.CONNECTED if finding.sign is Sign.UNASKED:
             return row.look_at
         case _:
             return None
 
 
-def next_look(row: DelayedEvent, sent_at: float, now: float, policy: Policy, pause: float | None = None) -> float | None:
+def look_due(row: DelayedEvent, sent_at: float, now: float, policy: Policy, pause: float | None = None) -> float | None:
     """When the SFU is to be asked about the participant after a look that was sent at `sent_at`; None: by no look of its own.
 
     Where the look's time had come and it could not decide, `look_at` stays what it was, so that whoever asks next has a verdict: moved on with each
@@ -398,18 +398,15 @@ def next_look(row: DelayedEvent, sent_at: float, now: float, policy: Policy, pau
     """
     if row.presence is not Presence.AWAY or row.look_at is None or row.look_at > sent_at:
         return row.look_at
-    return _undecided(row, now, policy, _patience(row, now, policy) if pause is None else pause)
+    return _undecided(row, now, policy, pause)
 
 
-def _patience(row: DelayedEvent, now: float, policy: Policy) -> float:
-    """Seconds between looks that cannot decide: less and less often."""
-    return min(max(policy.look_again, (now - row.presence_since) / 4), policy.look_again_most)
-
-
-def _undecided(row: DelayedEvent, now: float, policy: Policy, patience: float) -> float:
-    """The time of the next look after one that could not decide: `patience` later, but in time for what is to be decided then."""
+def _undecided(row: DelayedEvent, now: float, policy: Policy, pause: float | None = None) -> float:
+    """The time of the next look after one that could not decide: after `pause`, or less and less often, and in time for what is decided then."""
+    if pause is None:
+        pause = min(max(policy.look_again, (now - row.presence_since) / 4), policy.look_again_most)
     decisions = [row.presence_since + limit for limit in (policy.departure(row.reason).unasked_after, policy.joining_limit)]
-    return min([now + patience, *(at for at in decisions if at > now)])
+    return min([now + pause, *(at for at in decisions if at > now)])
 
 
 def _ended_at(row: DelayedEvent, old: Presence, new: Presence, now: float) -> float | None:

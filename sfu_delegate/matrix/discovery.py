@@ -10,6 +10,7 @@ import ssl as tls
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urljoin
 
@@ -17,6 +18,7 @@ from sfu_delegate.matrix.answers import Reply, read_reply
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import Http, HttpAnswer, HttpFailed
 from sfu_delegate.matrix.inflight import InFlight
+from sfu_delegate.matrix.memory import keep
 from sfu_delegate.matrix.names import checked_base_url, compile_pattern, is_pattern, is_server_name
 
 LOOKUP_TIMEOUT: Final = 10.0  # seconds for a lookup with all its redirects
@@ -223,10 +225,7 @@ class Homeservers:
                 found = _Found(rule.terms, old.base_url, "", now + FAILURE_LIFE, old.usable_until)
             else:
                 found = _Found(rule.terms, None, str(failed), now + FAILURE_LIFE, 0.0)
-        self._cache[name] = found
-        self._cache.move_to_end(name)
-        if len(self._cache) > MAX_CACHED:
-            self._cache.popitem(last=False)
+        keep(self._cache, name, found, MAX_CACHED)
         return found
 
     async def _well_known(self, name: str, rule: HomeserverRule) -> tuple[str, float]:
@@ -302,9 +301,17 @@ def _checked_redirect(base: str, location: str) -> str:
 
 def _context(rule: HomeserverRule) -> tls.SSLContext:
     try:
-        context = tls.create_default_context(cafile=rule.ca_file)
+        return trusting(rule.ca_file)
+    except ValueError as error:
+        raise ValueError(f"{rule.pattern}: the ca_file {error}") from None
+
+
+def trusting(ca_file: str | Path | None) -> tls.SSLContext:
+    """For clients that trust these certificates (None: the system's). Raises ValueError, with a sentence about the file."""
+    try:
+        context = tls.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         why = error.strerror if isinstance(error, OSError) and error.strerror else "it holds no certificates"
-        raise ValueError(f"{rule.pattern}: the ca_file cannot be used: {why}") from None
+        raise ValueError(f"cannot be used: {why}") from None
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -28,7 +28,9 @@ from sfu_delegate.matrix.discovery import LOOKUP_TIMEOUT, STALE_LIFE, STALE_PATI
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import HttpAnswer, HttpFailed
 from sfu_delegate.matrix.inflight import InFlight
+from sfu_delegate.matrix.memory import keep
 from sfu_delegate.matrix.names import ServerName
+from sfu_delegate.matrix.resolver import TIMEOUT, UNANSWERED, ask
 from sfu_delegate.matrix.turns import Crowded, Turns
 
 DEFAULT_PORT: Final = 8448
@@ -44,7 +46,6 @@ DOWN_LIFE: Final = 30.0  # a failure that may pass (a timeout, 5xx, SERVFAIL), d
 MAX_DOWN_LIFE: Final = 600.0
 AVOIDED: Final = 60.0  # that a target which failed is tried after the others
 
-DNS_TIMEOUT: Final = 5.0  # seconds for one SRV question, with all its repetitions and name servers
 MAX_KEPT: Final = 10_000  # names, targets
 MAX_TARGETS: Final = 8  # of one name that are tried for one request
 MAX_WAITING: Final = 100  # requests for one name, beyond those in flight
@@ -100,7 +101,7 @@ class SrvLookup(Protocol):
 class DnsSrv:
     """`SrvLookup` with dnspython, by the name servers of /etc/resolv.conf, which is read anew for each question."""
 
-    def __init__(self, resolver: Callable[[], dns.asyncresolver.Resolver] = dns.asyncresolver.Resolver, timeout: float = DNS_TIMEOUT) -> None:
+    def __init__(self, resolver: Callable[[], dns.asyncresolver.Resolver] = dns.asyncresolver.Resolver, timeout: float = TIMEOUT) -> None:
         self._resolver = resolver
         self._timeout = timeout
 
@@ -111,17 +112,14 @@ class DnsSrv:
         except dns.exception.DNSException:  # no name that the DNS could have
             return SrvRecords((), NONE_LIFE)
         try:
-            resolver = self._resolver()
-            # dnspython measures by the system's clock, which can be set meanwhile.
-            async with asyncio.timeout(self._timeout + 1.0):
-                answer = await resolver.resolve(absolute, dns.rdatatype.SRV, lifetime=self._timeout, search=False)
+            answer = await ask(self._resolver, absolute, dns.rdatatype.SRV, self._timeout)
             records = tuple(
                 SrvRecord(record.priority, record.weight, record.port, record.target.to_text(omit_final_dot=True).lower()) for record in answer
             )
             return SrvRecords(records, float(answer.chaining_result.minimum_ttl))
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
             return SrvRecords((), NONE_LIFE)
-        except (dns.exception.DNSException, OSError, ValueError, RuntimeError, EOFError) as error:  # no or a broken resolv.conf is one of them
+        except UNANSWERED as error:
             reason = type(error).__name__
         raise SrvFailed(reason)
 
@@ -225,11 +223,16 @@ class _Memory(Generic[K, V]):
                 kept = _Kept(old.value, True, now, expires, old.usable_until, failures)
             else:
                 kept = _Kept(result.value, False, now, expires, expires + STALE_LIFE, failures)
-        self._kept[key] = kept
-        self._kept.move_to_end(key)
-        if len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
+        keep(self._kept, key, kept, MAX_KEPT)
         return kept.value
+
+
+_Lookup = tuple[str, bool, tls.SSLContext | None]
+"""A host, and what the answer of its `.well-known` depends on beside it."""
+
+
+def _as_looked_up(server: ServerName, terms: Terms) -> _Lookup:
+    return server.host, terms.allow_private, terms.ssl
 
 
 @dataclass(slots=True)
@@ -261,7 +264,7 @@ class Federation:
         self._now = now
         self._srv = srv or DnsSrv()
         self._random = random or SystemRandom().random
-        self._delegations: _Memory[tuple[str, bool, tls.SSLContext | None], ServerName | None] = _Memory(now, stale_patience)
+        self._delegations: _Memory[_Lookup, ServerName | None] = _Memory(now, stale_patience)
         self._services: _Memory[str, tuple[SrvRecord, ...]] = _Memory(now, stale_patience)
         self._failed: OrderedDict[_Target, float] = OrderedDict()  # when
         self._lines: dict[str, _Line] = {}
@@ -331,7 +334,7 @@ class Federation:
                 )
             except HttpFailed as failed:
                 failures.append(failed)
-                self._avoid(target)
+                keep(self._failed, target, self._now(), MAX_KEPT)
                 if asyncio.get_running_loop().time() >= deadline:
                     break
             else:
@@ -342,14 +345,8 @@ class Federation:
             self._doubt(server, targets, terms)
         raise HttpFailed(nowhere, failures[-1].reason)
 
-    def _avoid(self, target: _Target) -> None:
-        self._failed[target] = self._now()
-        self._failed.move_to_end(target)
-        if len(self._failed) > MAX_KEPT:
-            self._failed.popitem(last=False)
-
     def _doubt(self, server: ServerName, targets: list[_Target], terms: Terms) -> None:
-        self._delegations.doubt((server.host, terms.allow_private, terms.ssl))
+        self._delegations.doubt(_as_looked_up(server, terms))
         for target in targets:
             self._services.doubt(target.host_header)
 
@@ -358,8 +355,8 @@ class Federation:
         if terms.url is not None:
             return []
         if not server.literal and server.port is None:
-            key = (server.host, terms.allow_private, terms.ssl)
-            server = await self._delegations.recall(key, lambda: self._delegation(key[0], terms)) or server
+            asked = server.host
+            server = await self._delegations.recall(_as_looked_up(server, terms), lambda: self._delegation(asked, terms)) or server
         if server.literal or server.port is not None:
             return [_Target(f"{server.host}:{server.port or DEFAULT_PORT}", str(server), None)]
         host = server.host

@@ -22,6 +22,7 @@ from sfu_delegate.matrix.discovery import Homeserver
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import HttpFailed
 from sfu_delegate.matrix.inflight import InFlight
+from sfu_delegate.matrix.memory import keep
 
 __all__ = ["Answer", "Generation", "ManagementClient", "Scope", "generations_offered"]
 
@@ -308,10 +309,7 @@ class ManagementClient:
         worked = before is not None and before.worked
         lasts = CHOICE_LASTS if offered else 0.0 if worked else OFF_LASTS
         known = _Known(offered, self._now() + lasts, worked=worked)
-        self._known[base_url] = known
-        self._known.move_to_end(base_url)
-        if len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
+        keep(self._known, base_url, known, MAX_REMEMBERED)
         return known
 
 

@@ -19,6 +19,7 @@ from sfu_delegate.matrix.discovery import DiscoveryFailed
 from sfu_delegate.matrix.federation import Federation
 from sfu_delegate.matrix.http import HttpFailed
 from sfu_delegate.matrix.inflight import InFlight
+from sfu_delegate.matrix.memory import keep
 from sfu_delegate.matrix.names import ServerName, server_of
 
 REFUSAL_LIFE: Final = 10.0  # seconds that a refusal is remembered
@@ -125,9 +126,7 @@ class OpenId:
             raise _unavailable(server, failed.reason) from None
         verdict = _judge(read_reply(answer, began), key[0], server, began)
         if verdict.user is None or self._cache() > 0:
-            self._remembered[key] = verdict
-            if len(self._remembered) > MAX_REMEMBERED:
-                self._remembered.popitem(last=False)
+            keep(self._remembered, key, verdict, MAX_REMEMBERED)
         return verdict
 
 

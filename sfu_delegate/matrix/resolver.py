@@ -1,4 +1,4 @@
-"""Addresses of host names that strangers thought of.
+"""Questions to the DNS that need no threads; above all, for addresses of host names that strangers thought of.
 
 The system's resolver can neither be given a time nor be stopped: each name with a DNS that hangs, which anybody can have, holds one of its threads
 for half a minute, and with them everybody else's lookups. So these names are looked up without threads, by the name servers of /etc/resolv.conf.
@@ -11,11 +11,28 @@ from typing import Final
 
 import dns.asyncresolver
 import dns.exception
+import dns.name
+import dns.rdatatype
 import dns.resolver
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 TIMEOUT: Final = 5.0  # seconds for one question, with all its repetitions and name servers
+UNANSWERED: Final = (dns.exception.DNSException, OSError, ValueError, RuntimeError, EOFError)
+"""What may come of a question: no or a broken /etc/resolv.conf is one of them, and that there is no such name."""
 _KINDS: Final = {socket.AF_INET: "A", socket.AF_INET6: "AAAA"}
+
+
+async def ask(
+    make: Callable[[], dns.asyncresolver.Resolver],
+    name: dns.name.Name | str,
+    kind: dns.rdatatype.RdataType | str,
+    timeout: float,  # noqa: ASYNC109
+) -> dns.resolver.Answer:
+    """One question about an absolute name, within `timeout` seconds; `make` reads /etc/resolv.conf anew. Raises UNANSWERED."""
+    resolver = make()
+    # dnspython measures by the system's clock, which can be set meanwhile.
+    async with asyncio.timeout(timeout + 1.0):
+        return await resolver.resolve(name, kind, lifetime=timeout, search=False)
 
 
 class DnsResolver(AbstractResolver):
@@ -40,12 +57,9 @@ class DnsResolver(AbstractResolver):
 
     async def _ask(self, host: str, family: socket.AddressFamily) -> list[str]:
         try:
-            resolver = self._resolver()
-            # dnspython measures by the system's clock, which can be set meanwhile.
-            async with asyncio.timeout(self._timeout + 1.0):
-                answer = await resolver.resolve(f"{host.rstrip('.')}.", _KINDS[family], lifetime=self._timeout, search=False)
+            answer = await ask(self._resolver, f"{host.rstrip('.')}.", _KINDS[family], self._timeout)
             return [str(record.address) for record in answer]
-        except (dns.exception.DNSException, OSError, ValueError, RuntimeError, EOFError):
+        except UNANSWERED:
             return []
 
     async def close(self) -> None:

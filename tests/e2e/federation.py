@@ -1,35 +1,16 @@
-"""The federation on loopback: an authority whose certificates other processes can use, and a second homeserver that vouches as it is told."""
+"""The federation on loopback: a second homeserver that vouches as it is told."""
 
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from tests.integration.federation_stand_in import Certificates, Server
+from tests.integration.federation_stand_in import Server
 
 HOST = "localhost"  # in a server name with a port, it is found without `.well-known` and SRV records
 USERINFO = "/_matrix/federation/v1/openid/userinfo"
-
-
-class Authority(Certificates):
-    """A certificate authority with files."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._files = folder
-        [certificate] = self.trusting.get_ca_certs(binary_form=True)
-        self.file = folder / "authority.pem"
-        self.file.write_text(ssl.DER_cert_to_PEM_cert(certificate))
-
-    def certificate_file(self, name: str) -> Path:
-        """Certificate and private key of a server with this host name."""
-        before = set(self._files.iterdir())
-        self.server(name)
-        [made] = set(self._files.iterdir()) - before
-        return made
 
 
 class Vouching:

@@ -22,8 +22,9 @@ from sfu_delegate.sandbox.sfu import JoinRefused
 
 from tests.e2e.call import WITHIN, Call, MatrixCall, running_call
 from tests.e2e.daemon_process import config_for, running_daemon
-from tests.e2e.federation import HOST, USERINFO, Authority, Vouching
+from tests.e2e.federation import HOST, USERINFO, Vouching
 from tests.e2e.matrixrtc import DELEGATE, GET_TOKEN, SFU_GET, Json, RtcClient, ask, post, user_with_openid
+from tests.integration.certificates import Certificates
 
 pytestmark = [pytest.mark.synapse, pytest.mark.asyncio(loop_scope="session")]
 
@@ -36,21 +37,21 @@ OPENID = "sfu_delegate_openid_checks_total"
 NOTICED_WITHIN = 90.0  # seconds: LiveKit needs some 20 to notice that a client is gone
 
 
-def discovered(synapse: Synapse, authority: Authority) -> Json:
+def discovered(synapse: Synapse, authority: Certificates) -> Json:
     """The configuration's sections for homeservers that are found by their names alone, the served Synapse and all others."""
-    trusted = {"ca_file": str(authority.file), "allow_private_addresses": True}
+    trusted = {"ca_file": str(authority.ca_file), "allow_private_addresses": True}
     return {"homeservers": [{"name": synapse.server_name, **trusted}], "federation": trusted}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def call(synapse: Synapse, authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Call]:
+async def call(synapse: Synapse, authority: Certificates, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Call]:
     """One daemon for all tests that do not need another configuration."""
     async with running_call(synapse, tmp_path_factory.mktemp("daemon"), **discovered(synapse, authority)) as running:
         yield running
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def other(authority: Authority) -> AsyncIterator[Vouching]:
+async def other(authority: Certificates) -> AsyncIterator[Vouching]:
     """A homeserver that is not served, with a good certificate."""
     async with Vouching().listening(authority.server(HOST)) as running:
         yield running
@@ -146,10 +147,10 @@ async def test_from_the_openid_token_to_the_leave_event(call: Call, for_token: s
     assert_kept_secret(call, client.openid["access_token"], client.token, client.delay_id)
 
 
-async def test_a_configured_federation_url_replaces_discovery(synapse: Synapse, authority: Authority, tmp_path: Path) -> None:
+async def test_a_configured_federation_url_replaces_discovery(synapse: Synapse, authority: Certificates, tmp_path: Path) -> None:
     """Where the operator says where the federation API is, a private address is no obstacle, though discovery may not lead to one."""
     assert synapse.federation is not None
-    homeserver = {"name": synapse.server_name, "url": synapse.url, "federation_url": synapse.federation.url, "ca_file": str(authority.file)}
+    homeserver = {"name": synapse.server_name, "url": synapse.url, "federation_url": synapse.federation.url, "ca_file": str(authority.ca_file)}
     async with running_call(synapse, tmp_path, homeservers=[homeserver]) as call:
         client = await scheduled(call)
         begun = await call.running_since(client)
@@ -269,7 +270,7 @@ async def unavailable(call: MatrixCall, client: RtcClient, reason: str) -> None:
     assert_kept_secret(call, client.openid["access_token"], client.delay_id)
 
 
-async def test_a_certificate_for_another_name_is_not_accepted(call: Call, authority: Authority) -> None:
+async def test_a_certificate_for_another_name_is_not_accepted(call: Call, authority: Certificates) -> None:
     """A homeserver that proves to be another one is not asked: no token is sent to it."""
     async with Vouching().listening(authority.server("elsewhere.test")) as impostor:
         await unavailable(call, of_other(impostor), "the TLS certificate is not accepted")
@@ -278,14 +279,14 @@ async def test_a_certificate_for_another_name_is_not_accepted(call: Call, author
 
 async def test_a_certificate_of_an_unknown_authority_is_not_accepted(call: Call, tmp_path: Path) -> None:
     """A homeserver with the right name, by the word of nobody who is trusted, is not asked."""
-    async with Vouching().listening(Authority(tmp_path).server(HOST)) as impostor:
+    async with Vouching().listening(Certificates(tmp_path).server(HOST)) as impostor:
         await unavailable(call, of_other(impostor), "the TLS certificate is not accepted")
         assert (impostor.handshakes > 0, impostor.asked) == (True, [])
 
 
-async def test_discovery_leads_to_no_private_address(synapse: Synapse, authority: Authority, other: Vouching, tmp_path: Path) -> None:
+async def test_discovery_leads_to_no_private_address(synapse: Synapse, authority: Certificates, other: Vouching, tmp_path: Path) -> None:
     """Unless the configuration allows it, nothing on this machine is connected to by a name from outside, the served homeserver's included."""
-    file = str(authority.file)
+    file = str(authority.ca_file)
     homeserver = {"name": synapse.server_name, "url": synapse.url, "ca_file": file}
     async with running_call(synapse, tmp_path, homeservers=[homeserver], federation={"ca_file": file}) as call:
         client = await scheduled(call)
@@ -325,7 +326,7 @@ async def real_call(
 @pytest.mark.livekit
 @pytest.mark.parametrize("endpoint", [GET_TOKEN, SFU_GET])
 async def test_a_real_participant_that_is_killed_leaves_the_call(
-    synapse: Synapse, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+    synapse: Synapse, authority: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
     """Two SDK participants join a real SFU with tokens from the endpoint; one is killed: its leave event is sent, the other's is not."""
     async with real_call(synapse, tmp_path, monkeypatch, **discovered(synapse, authority)) as (call, sfu):
@@ -356,7 +357,7 @@ async def test_a_real_participant_that_is_killed_leaves_the_call(
 @pytest.mark.slow
 @pytest.mark.livekit
 async def test_a_real_sfu_lets_strangers_only_into_rooms_that_exist(
-    synapse: Synapse, authority: Authority, other: Vouching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synapse: Synapse, authority: Certificates, other: Vouching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user of a homeserver that is not served has a good token, and gets in only after a user of a served one had the room made."""
     async with real_call(synapse, tmp_path, monkeypatch, **discovered(synapse, authority)) as (call, sfu):

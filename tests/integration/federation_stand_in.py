@@ -1,13 +1,10 @@
 """Stand-ins for the federation: certificates, servers at loopback ports that stand for any port, and a name server."""
 
 import asyncio
-import datetime
-import ipaddress
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import dns.flags
@@ -16,64 +13,11 @@ import dns.rdatatype
 import dns.rrset
 from aiohttp import web
 from aiohttp.abc import ResolveResult
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from sfu_delegate.matrix.egress import Egress, public_socket
 from sfu_delegate.matrix.federation import SrvRecord, SrvRecords
 from sfu_delegate.matrix.http import AddressInfo, AiohttpClient
 
 from tests.integration.matrix_stand_in import Names
-
-
-class Certificates:
-    """A certificate authority."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stand-in authority")])
-        constraints = x509.BasicConstraints(ca=True, path_length=None)
-        authority = self._builder(self._name, self._key, 1).add_extension(constraints, critical=True).sign(self._key, hashes.SHA256())
-        self.trusting = ssl.create_default_context(cadata=authority.public_bytes(serialization.Encoding.PEM).decode())
-
-    def server(self, *names: str, days: int = 1) -> ssl.SSLContext:
-        """For a server with these host names and IP addresses, valid for so many days from now."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        alternatives = [_alternative(name) for name in names]
-        certificate = (
-            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a server")]), key, days)
-            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-        file = self._folder / f"server-{certificate.serial_number}.pem"
-        file.write_bytes(
-            certificate.public_bytes(serialization.Encoding.PEM)
-            + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
-        return context
-
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=90))
-            .not_valid_after(now + datetime.timedelta(days=days))
-        )
-
-
-def _alternative(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
 
 
 def trusting_anybody() -> ssl.SSLContext:

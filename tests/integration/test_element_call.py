@@ -8,15 +8,26 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 from sfu_delegate.sandbox.homeserver import End
 
 from tests.integration.daemon import merged, until
-from tests.integration.element_call import PATIENT, ROOM, Call, Mode, hashed, open_call
+from tests.integration.element_call import PATIENT, ROOM, Call, ElementCall, Mode, hashed, open_call
 
 both_modes = pytest.mark.parametrize("mode", list(Mode))
+
+
+@asynccontextmanager
+async def alone_in_call(tmp_path: Path, mode: Mode, **changes: Any) -> AsyncIterator[tuple[Call, ElementCall]]:
+    """A call in which Alice is, as her client would join it, and nobody else."""
+    async with open_call(tmp_path, **changes) as call:
+        alice = call.member("alice", mode)
+        await alice.join()
+        await call.steady()
+        yield call, alice
 
 
 async def hang_up(call: Call) -> None:
@@ -218,10 +229,7 @@ async def test_closing_the_tab(tmp_path: Path, mode: Mode) -> None:
 @both_modes
 async def test_a_reload_cancels_the_old_event(tmp_path: Path, mode: Mode) -> None:
     """Back with a new session and a new event for the same state key: the old event is neither sent into the new membership nor left alone."""
-    async with open_call(tmp_path, **PATIENT) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode, **PATIENT) as (call, alice):
         for _ in range(2):
             await alice.close_tab()
             await call.delivered()
@@ -235,10 +243,7 @@ async def test_a_reload_cancels_the_old_event(tmp_path: Path, mode: Mode) -> Non
 @both_modes
 async def test_a_reload_that_takes_long(tmp_path: Path, mode: Mode) -> None:
     """The goodbye is said before the page is there again, and nothing of it touches the new membership."""
-    async with open_call(tmp_path) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode) as (call, alice):
         await alice.close_tab()
         await alice.ended(End.SENT)
         await alice.join()
@@ -270,10 +275,7 @@ async def test_back_with_a_membership_of_its_own(tmp_path: Path, how: str, monke
 async def test_a_browser_that_is_killed(tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """The SFU notices after a while, and the goodbye is said."""
     monkeypatch.setattr("sfu_delegate.sandbox.sfu.SILENCE", (0.2, 0.3))
-    async with open_call(tmp_path) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode) as (call, alice):
         await alice.crash()
         await alice.ended(End.SENT)
         await gone(call)
@@ -285,10 +287,7 @@ async def test_a_browser_that_is_killed(tmp_path: Path, mode: Mode, monkeypatch:
 @pytest.mark.parametrize("told", ["at once", "late"])
 async def test_killed_and_back_at_once(tmp_path: Path, mode: Mode, reason: str, told: str) -> None:
     """A new session and a new delegation, while the SFU still holds the old session, whose end comes later: it is that of the old one alone."""
-    async with open_call(tmp_path, **PATIENT) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode, **PATIENT) as (call, alice):
         await alice.crash()
         async with call.kept_back() as kept:
             await alice.join()
@@ -313,10 +312,7 @@ async def test_killed_and_back_at_once(tmp_path: Path, mode: Mode, reason: str, 
 @pytest.mark.parametrize("first", ["left", "joined"])
 async def test_full_reconnects_with_a_takeover(tmp_path: Path, mode: Mode, first: str) -> None:
     """The new session takes the identity over; `left DUPLICATE_IDENTITY` and `joined` come in either order, again and again."""
-    async with open_call(tmp_path, **PATIENT) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode, **PATIENT) as (call, alice):
         for _ in range(3):
             async with call.kept_back() as kept:
                 await alice.take_over()
@@ -332,10 +328,7 @@ async def test_full_reconnects_with_a_takeover(tmp_path: Path, mode: Mode, first
 @both_modes
 async def test_full_reconnects_that_leave_first(tmp_path: Path, mode: Mode) -> None:
     """`left CLIENT_INITIATED`, and `joined` anew within the time of the look: the same person."""
-    async with open_call(tmp_path, **PATIENT) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode, **PATIENT) as (call, alice):
         for _ in range(3):
             await alice.reconnect()
         await call.steady()
@@ -347,10 +340,7 @@ async def test_full_reconnects_that_leave_first(tmp_path: Path, mode: Mode) -> N
 @pytest.mark.parametrize("lost", ["participant_left", "participant_joined", "both"])
 async def test_full_reconnects_with_lost_webhooks(tmp_path: Path, mode: Mode, lost: str) -> None:
     """Looks find what was not told: who is in the call stays in it, and its departure is noticed all the same."""
-    async with open_call(tmp_path) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode) as (call, alice):
         async with call.kept_back() as kept:
             await alice.take_over()
         for about in kept:
@@ -368,10 +358,7 @@ async def test_full_reconnects_with_lost_webhooks(tmp_path: Path, mode: Mode, lo
 @both_modes
 async def test_hanging_up_with_the_sfu_first(tmp_path: Path, mode: Mode) -> None:
     """The delegate is faster; the client finds its event gone and puts an empty leave itself: `sent`, and nothing to worry about."""
-    async with open_call(tmp_path) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode) as (call, alice):
         await alice.disconnect()
         await alice.ended(End.SENT)
         assert await alice.say_goodbye() == 404
@@ -384,10 +371,7 @@ async def test_hanging_up_with_the_sfu_first(tmp_path: Path, mode: Mode) -> None
 @pytest.mark.parametrize("action", ["send", "cancel"])
 async def test_hanging_up_with_the_event_first(tmp_path: Path, mode: Mode, action: str) -> None:
     """The client ends its event itself, by `send`, or by `cancel` and a leave of its own: `already_ended`, and nothing to worry about."""
-    async with open_call(tmp_path) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode) as (call, alice):
         assert await alice.say_goodbye(action) == 200
         await alice.disconnect()
         await gone(call)
@@ -432,10 +416,7 @@ async def test_restarts_of_both_sides(tmp_path: Path, mode: Mode) -> None:
 @both_modes
 async def test_an_event_that_is_gone_is_scheduled_anew(tmp_path: Path, mode: Mode) -> None:
     """Its own restart finds nothing: it schedules, announces and delegates anew, and the daemon keeps the new one alive."""
-    async with open_call(tmp_path) as call:
-        alice = call.member("alice", mode)
-        await alice.join()
-        await call.steady()
+    async with alone_in_call(tmp_path, mode) as (call, alice):
         assert (await alice.manage("cancel")).status == 200
         await alice.restart()
         assert len(alice.delay_ids) == 2

@@ -33,12 +33,13 @@ from sfu_delegate.matrix.egress import Egress, public_socket
 from sfu_delegate.matrix.http import AddressInfo, AiohttpClient, HttpAnswer, HttpFailed
 from sfu_delegate.matrix.management import Generation, ManagementClient
 
+from tests.get_only import GetOnly
 from tests.integration.matrix_stand_in import Clock, HomeserverStandIn, Names, make_authority, served
 
 EXAMPLE = HomeserverRule("example.org")
 
 
-class Web:
+class Web(GetOnly):
     """Stands for the HTTP client: answers by URL, and remembers what was asked."""
 
     def __init__(self) -> None:
@@ -59,14 +60,6 @@ class Web:
         if isinstance(answer, HttpFailed):
             raise answer
         return answer
-
-    async def post(
-        self, url: str, headers: Mapping[str, str], body: bytes, deadline: float, *, ssl: SSLContext | None = None, repeatable: bool = False
-    ) -> HttpAnswer:
-        raise AssertionError("discovery never posts")
-
-    async def aclose(self) -> None:
-        pass
 
 
 def well_known(base_url: object, cache_control: str | None = None) -> HttpAnswer:

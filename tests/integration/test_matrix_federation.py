@@ -17,7 +17,8 @@ from sfu_delegate.matrix.federation import DnsSrv, Federation, SrvFailed, SrvRec
 from sfu_delegate.matrix.http import MAX_BODY, AddressInfo, HttpAnswer, HttpFailed
 from sfu_delegate.matrix.resolver import DnsResolver
 
-from tests.integration.federation_stand_in import Certificates, NameServer, Ports, Records, Server, trusting_anybody, way_out
+from tests.integration.certificates import Certificates
+from tests.integration.federation_stand_in import NameServer, Ports, Records, Server, trusting_anybody, way_out
 from tests.integration.matrix_stand_in import Clock
 
 SECRET = "token-that-nobody-may-see"

@@ -12,7 +12,8 @@ from aiohttp import web
 from sfu_delegate.matrix.federation import Federation, Terms
 from sfu_delegate.matrix.openid import OpenId, OpenIdRefused, OpenIdUnavailable
 
-from tests.integration.federation_stand_in import Certificates, Ports, Records, Server, trusting_anybody, way_out
+from tests.integration.certificates import Certificates
+from tests.integration.federation_stand_in import Ports, Records, Server, trusting_anybody, way_out
 from tests.integration.matrix_stand_in import Clock
 
 TOKEN = "secret+token/=&"

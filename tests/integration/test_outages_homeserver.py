@@ -1,8 +1,6 @@
 """A homeserver, or what stands in front of it, in every kind of trouble: waited for, named, back without a stampede; the others never notice."""
 
 import asyncio
-import datetime
-import ipaddress
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -13,13 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End, HomeserverModel
 from sfu_delegate.sandbox.server import SandboxHomeserver
 
+from tests.integration.certificates import Certificates
 from tests.integration.daemon import MATRIX_ROOM, MEMBER, SERVER, Participant, Site, found, merged, open_site, until
 from tests.integration.matrix_stand_in import Conversation, read_request
 
@@ -564,53 +559,6 @@ async def test_a_homeserver_that_fails_now_and_then_does_not_fill_the_log(tmp_pa
 # ── certificates ──
 
 
-class Certificates:
-    """A certificate authority and what it signs, for `localhost` unless another name is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority in {folder.name}")])
-        constraints = x509.BasicConstraints(ca=True, path_length=None)
-        authority = self._builder(self._name, self._key, 1).add_extension(constraints, critical=True).sign(self._key, hashes.SHA256())
-        self.ca_file = folder / "authority.pem"
-        self.ca_file.write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=90))
-            .not_valid_after(now + datetime.timedelta(days=days))
-        )
-
-    def context(self, name: str = "localhost", *, days: int = 1, self_signed: bool = False) -> ssl.SSLContext:
-        """For a server; valid for so many days from now."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = self._builder(subject, key, days)
-        if self_signed:
-            builder = x509.CertificateBuilder(subject, subject, key.public_key(), 1, builder._not_valid_before, builder._not_valid_after)
-        names: list[x509.GeneralName] = [x509.DNSName(name)]
-        if name == "localhost":
-            names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-        certificate = builder.add_extension(x509.SubjectAlternativeName(names), critical=False).sign(
-            key if self_signed else self._key, hashes.SHA256()
-        )
-        file = self._folder / f"server-{name}-{days}-{self_signed}.pem"
-        file.write_bytes(
-            certificate.public_bytes(serialization.Encoding.PEM)
-            + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
-        return context
-
-
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -623,18 +571,18 @@ class Certificates:
 )
 async def test_a_certificate_that_is_not_accepted(tmp_path: Path, kind: str, words: str) -> None:
     """Waited for like every other trouble, and said in words that tell the operator what to renew."""
-    good = Certificates(tmp_path)
-    context = good.context()
+    good, here = Certificates(tmp_path), ("localhost", "127.0.0.1")
+    context = good.server(*here)
     match kind:
         case "expired":
-            bad: ssl.SSLContext | None = good.context(days=-1)
+            bad: ssl.SSLContext | None = good.server(*here, days=-1)
         case "another name":
-            bad = good.context("elsewhere.test")
+            bad = good.server("elsewhere.test")
         case "self-signed":
-            bad = good.context(self_signed=True)
+            bad = good.server(*here, self_signed=True)
         case "another authority":
             (tmp_path / "another").mkdir()
-            bad = Certificates(tmp_path / "another").context()
+            bad = Certificates(tmp_path / "another").server(*here)
         case _:
             bad = None
     async with open_both(tmp_path, context=context, ca_file=str(good.ca_file)) as both:

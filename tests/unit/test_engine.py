@@ -1382,15 +1382,21 @@ def test_one_look_at_a_time_tries_an_sfu_that_keeps_failing() -> None:
     assert {there.presence for there in stored(engine)} == {Presence.CONNECTED}
 
 
-def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
-    """Whoever hangs up is gone after 2 s by the rule for that case, however many do so, while the probe is under way."""
-    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(200)])
+def given_up(engine: Engine) -> tuple[Task, float]:
+    """No look has been answered for 100 s: the next probe, and when it is sent."""
     run_for(engine, 100.0, NOW, lambda *_: None)
     now = NOW + 101.0
     while not (probes := looks(engine.step((), now))):
-        now += 1.0
+        now += 0.1
         assert now < NOW + 130.0
     (probe,) = probes
+    return probe, now
+
+
+def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
+    """Whoever hangs up is gone after 2 s by the rule for that case, however many do so, while the probe is under way."""
+    engine = holding(*[row(identity="p", room=f"r{n}") for n in range(200)])
+    probe, now = given_up(engine)
     engine.step([left("S1", identity="p", room=f"r{n}") for n in range(200)], now)
     ends = now + 2.0 + POLICY.look_again + 0.1
     now += 2.0
@@ -1412,12 +1418,7 @@ def test_departures_are_not_held_up_by_an_sfu_that_keeps_failing() -> None:
 def test_a_webhook_of_an_sfu_that_kept_failing_is_news() -> None:
     """It is back, and tells that somebody said goodbye; the failures of before do not make that a departure before it was asked."""
     engine = holding(*[row(identity="p", room=f"r{n}") for n in range(20)])
-    run_for(engine, 100.0, NOW, lambda *_: None)
-    now = NOW + 101.0
-    while not (probes := looks(engine.step((), now))):
-        now += 0.1
-        assert now < NOW + 130.0
-    (probe,) = probes
+    probe, now = given_up(engine)
     now += 2.0
     engine.step([Looked(SFU, probe.room, probe.claim, now - 2.0, None)], now)
     see = all_there("p")

@@ -35,6 +35,8 @@ from sfu_delegate.matrix.federation import (
 from sfu_delegate.matrix.http import HttpAnswer, HttpFailed
 from sfu_delegate.matrix.names import ServerName, server_of
 
+from tests.get_only import GetOnly
+
 SECRET = "token-that-nobody-may-see"
 PATH = f"/_matrix/federation/v1/openid/userinfo?access_token={SECRET}"
 FED, OLD = "_matrix-fed._tcp.", "_matrix._tcp."
@@ -52,7 +54,7 @@ class Clock:
         return self.at
 
 
-class Web:
+class Web(GetOnly):
     """Stands for the HTTP client: answers `.well-known` by URL and everything else by authority."""
 
     def __init__(self) -> None:
@@ -91,14 +93,6 @@ class Web:
         if isinstance(answer, HttpFailed):
             raise answer
         return answer
-
-    async def post(
-        self, url: str, headers: Mapping[str, str], body: bytes, deadline: float, *, ssl: SSLContext | None = None, repeatable: bool = False
-    ) -> HttpAnswer:
-        raise AssertionError("nothing is posted")
-
-    async def aclose(self) -> None:
-        pass
 
 
 class Dns:

@@ -16,11 +16,13 @@ from sfu_delegate.matrix.federation import Federation, Terms
 from sfu_delegate.matrix.http import HttpAnswer, HttpFailed
 from sfu_delegate.matrix.openid import MAX_REMEMBERED, REFUSAL_LIFE, OpenId, OpenIdRefused, OpenIdUnavailable
 
+from tests.get_only import GetOnly
+
 TOKEN = "secret+token/=&?#%"
 QUOTED = "secret%2Btoken%2F%3D%26%3F%23%25"
 
 
-class Web:
+class Web(GetOnly):
     """Stands for the HTTP client towards one homeserver: tells what it is told to."""
 
     def __init__(self) -> None:
@@ -44,14 +46,6 @@ class Web:
         if isinstance(answer, HttpFailed):
             raise answer
         return answer
-
-    async def post(
-        self, url: str, headers: Mapping[str, str], body: bytes, deadline: float, *, ssl: SSLContext | None = None, repeatable: bool = False
-    ) -> HttpAnswer:
-        raise AssertionError("nothing is posted")
-
-    async def aclose(self) -> None:
-        pass
 
 
 class Asker:

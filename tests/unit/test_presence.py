@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sfu_delegate.delegation import presence
-from sfu_delegate.delegation.lifecycle import PRESENCE, advance, next_look
+from sfu_delegate.delegation.lifecycle import PRESENCE, advance, look_due
 from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, Seen, Session, Sighting
 from sfu_delegate.delegation.policy import DEPARTURES, MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, Unasked
 from sfu_delegate.delegation.presence import KEPT_SESSIONS, Finding, Sign
@@ -409,7 +409,7 @@ def test_a_broken_connection_counts_after_a_minute_when_the_sfu_cannot_be_asked(
     away = row(Presence.AWAY, reason=reason, look_at=NOW, presence_since=NOW - 59.0)
     still = advance(away, look_failed(NOW), NOW, POLICY, 0.5)
     assert still.presence is Presence.AWAY
-    again = next_look(still, NOW, NOW, POLICY)
+    again = look_due(still, NOW, NOW, POLICY)
     assert again == NOW + 1.0  # in time for what is decided then
     over = advance(still, look_failed(again), again, POLICY, 0.5)
     assert (over.presence, over.ended_at) == (Presence.GONE, away.presence_since)
@@ -428,8 +428,8 @@ def test_who_is_away_is_asked_about_again_after_a_look_that_failed(look_at: floa
     away = row(Presence.AWAY, reason=MISSING, presence_since=NOW - 40.0, look_at=look_at)
     still = advance(away, look_failed(NOW), NOW, POLICY, 0.5)
     assert still.look_at == (NOW + 10.0 if look_at is None else look_at)
-    assert next_look(still, NOW, NOW, POLICY) == NOW + 10.0
-    assert next_look(still, NOW, NOW, POLICY, 5.0) == NOW + (10.0 if look_at is None else 5.0)
+    assert look_due(still, NOW, NOW, POLICY) == NOW + 10.0
+    assert look_due(still, NOW, NOW, POLICY, 5.0) == NOW + (10.0 if look_at is None else 5.0)
 
 
 def test_a_failed_look_before_its_time_does_not_end_anything() -> None:
