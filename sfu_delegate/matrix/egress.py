@@ -12,7 +12,8 @@ from typing import Final, Self
 
 from aiohttp.abc import AbstractResolver
 
-from sfu_delegate.matrix.http import CONNECT_TIMEOUT, AddressInfo, AiohttpClient, Http, NotAllowed
+from sfu_delegate.matrix.http import CONNECT_TIMEOUT, AddressInfo, Http, NotAllowed
+from sfu_delegate.matrix.keep_alive import KeepAliveClient
 from sfu_delegate.matrix.resolver import DnsResolver
 
 # The IANA special-purpose registries. Tables of our own, because those of `ipaddress` differ between the releases of Python.
@@ -100,9 +101,9 @@ class Egress:
         `allow_private` lifts the restriction of discovered URLs. `resolver` is for the discovered ones.
         """
         return cls(
-            configured=AiohttpClient(connect_timeout=connect_timeout),
-            discovered=AiohttpClient(connect_timeout=connect_timeout, socket_factory=None if allow_private else public_socket, resolver=resolver),
-            strangers=AiohttpClient(
+            configured=KeepAliveClient(connect_timeout=connect_timeout),
+            discovered=KeepAliveClient(connect_timeout=connect_timeout, socket_factory=None if allow_private else public_socket, resolver=resolver),
+            strangers=KeepAliveClient(
                 connect_timeout=connect_timeout, socket_factory=None if allow_private else public_socket, resolver=resolver or DnsResolver()
             ),
         )

@@ -1,8 +1,7 @@
 """HTTP towards homeservers, as narrow as the callers need it: one request, one whole answer, or one kind of failure.
 
 Two verbs, no redirects, no cookies, no proxies from the environment, no streaming. The interface (`Http`) is this narrow because the four
-management requests are all that is asked often: a client on httptools, which costs a quarter of the processor time of aiohttp's, can take
-its place without any caller noticing.
+management requests are all that is asked often; `keep_alive` has the client.
 
 What it must never do: repeat a request that is not safe to repeat, send anything elsewhere than it was told, or put a URL, a header or a
 body into an error, for they hold tokens and delay_ids.
@@ -18,11 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL
-
-from sfu_delegate import __version__
 
 MAX_BODY: Final = 64 * 1024  # bytes of an answer that are read; Matrix errors and `/versions` have a few hundred
 CONNECT_TIMEOUT: Final = 5.0  # seconds for DNS, TCP and TLS together
@@ -101,210 +96,39 @@ class Http(Protocol):
         """Close all connections."""
 
 
-@dataclass(slots=True)
-class _Progress:
-    """How far one request got."""
-
-    connected: bool = False  # from here on, bytes of it may have left
-    pooled: bool = False  # the connection had been used before: the server may have closed it meanwhile
+class CannotResolve(OSError):
+    """A host name has no address, or nobody can say."""
 
 
-class AiohttpClient:
-    """`Http` on aiohttp, with pooled keep-alive connections. To be made inside a running event loop.
-
-    The number of connections is not bounded here: the callers bound their requests in flight, and a bound in common would let one slow
-    homeserver hold up all others.
-    """
-
-    def __init__(
-        self,
-        *,
-        connect_timeout: float = CONNECT_TIMEOUT,
-        socket_factory: SocketFactory | None = None,
-        resolver: AbstractResolver | None = None,
-    ) -> None:
-        self._connect_timeout = connect_timeout
-        self._resolver = resolver or ThreadsResolver()
-        self._pooled = self._session(socket_factory, fresh=False)
-        # The second try of a repeatable request: a pool could hand out one more closed connection.
-        self._fresh = self._session(socket_factory, fresh=True)
-
-    def _session(self, socket_factory: SocketFactory | None, *, fresh: bool) -> aiohttp.ClientSession:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_connected)
-        trace.on_connection_reuseconn.append(_reused)
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=fresh, resolver=self._resolver, socket_factory=socket_factory),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout),
-            # Compressed answers are not asked for and not unpacked: a small one could unpack to a huge one.
-            headers={"User-Agent": f"sfu-delegate/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"},
-            auto_decompress=False,
-            trust_env=False,
-            trace_configs=[trace],
-        )
-
-    async def get(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        deadline: float,
-        *,
-        ssl: tls.SSLContext | None = None,
-        server_hostname: str | None = None,
-    ) -> HttpAnswer:
-        """GET, repeated once by aiohttp when a pooled connection turns out to be closed.
-
-        A connection is used again only for the same `server_hostname` and the same `ssl` object.
-        """
-        return await self._request(
-            self._pooled, "GET", url, headers=headers, deadline=deadline, ssl=ssl, server_hostname=server_hostname, progress=_Progress()
-        )
-
-    async def post(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes,
-        deadline: float,
-        *,
-        ssl: tls.SSLContext | None = None,
-        repeatable: bool = False,
-    ) -> HttpAnswer:
-        """POST, repeated once on a new connection if it is repeatable and its pooled connection was closed before an answer came."""
-        progress = _Progress()
-        try:
-            return await self._request(self._pooled, "POST", url, headers=headers, body=body, deadline=deadline, ssl=ssl, progress=progress)
-        except _Disconnected:
-            if not (repeatable and progress.pooled):
-                raise
-        progress = _Progress(connected=True)  # whatever becomes of this one, the first may have arrived
-        return await self._request(self._fresh, "POST", url, headers=headers, body=body, deadline=deadline, ssl=ssl, progress=progress)
-
-    async def aclose(self) -> None:
-        """Close all connections; requests in flight fail."""
-        await self._pooled.close()
-        await self._fresh.close()
-        await self._resolver.close()
-
-    async def _request(
-        self,
-        session: aiohttp.ClientSession,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-        deadline: float,
-        ssl: tls.SSLContext | None,
-        server_hostname: str | None = None,
-        progress: _Progress,
-    ) -> HttpAnswer:
-        try:
-            target = URL(url, encoded=True)
-            valid = target.scheme in {"https", "http"} and target.port and target.raw_host  # a bad port raises only when it is asked for
-        except ValueError:
-            valid = None
-        if not valid:
-            raise HttpFailed(True, "the URL is not valid")
-        if session.closed:
-            raise HttpFailed(True, "the daemon is stopping")
-        began = False
-        try:
-            async with (
-                asyncio.timeout_at(deadline),
-                session.request(
-                    method,
-                    target,
-                    headers=headers,
-                    data=body,
-                    ssl=ssl or True,
-                    server_hostname=server_hostname,
-                    allow_redirects=False,
-                    trace_request_ctx=progress,
-                ) as response,
-            ):
-                began = True
-                content, whole = await _read(response)
-                return HttpAnswer(response.status, _plain(response), content, whole)
-        except (aiohttp.ClientError, OSError, RuntimeError, UnicodeError) as error:
-            reason = self._reason(error)
-            closed = not began and isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
-        # Raised outside the handler: aiohttp's errors carry the URL, and would hang on ours as its context.
-        raise (_Disconnected if closed and progress.connected else HttpFailed)(not progress.connected, reason)
-
-    def _reason(self, error: Exception) -> str:
-        match error:
-            case aiohttp.ClientConnectorCertificateError():
-                why = getattr(error.certificate_error, "verify_message", "")
-                return f"the TLS certificate is not accepted: {why}" if why else "the TLS certificate is not accepted"
-            case aiohttp.ClientSSLError():
-                return "the TLS handshake failed"
-            case aiohttp.ClientConnectorDNSError():
-                return "the host name cannot be resolved"
-            case aiohttp.ClientConnectorError():
-                if isinstance(error.os_error, NotAllowed):
-                    return error.os_error.why
-                if error.os_error.errno == errno.EACCES:
-                    return "none of its addresses may be reached"
-                return f"no connection: {_system_words(error.os_error)}"
-            case aiohttp.ConnectionTimeoutError():
-                return f"no connection within {self._connect_timeout:g} s"
-            case TimeoutError():
-                return "no answer in time"
-            case aiohttp.InvalidURL():
-                return "the URL is not valid"
-            case aiohttp.ServerDisconnectedError():
-                return "the connection was closed before the answer"
-            case aiohttp.ClientPayloadError():
-                return "the answer broke off"
-            case aiohttp.ClientResponseError():
-                return "the answer is not HTTP"
-            case OSError():
-                return f"the connection broke: {_system_words(error)}"
-            case UnicodeError():
-                return "the host name is not valid"
-            case _:
-                return "the connection failed"
+def failure_words(error: Exception) -> str:
+    """Why there is no connection, in words without URL or address."""
+    match error:
+        case NotAllowed():
+            return error.why
+        case CannotResolve():
+            return "the host name cannot be resolved"
+        case tls.SSLCertVerificationError():
+            return f"the TLS certificate is not accepted: {error.verify_message}" if error.verify_message else "the TLS certificate is not accepted"
+        case tls.SSLError():
+            return "the TLS handshake failed"
+        case OSError() if error.errno == errno.EACCES:
+            return "none of its addresses may be reached"
+        case OSError():
+            return f"no connection: {os.strerror(error.errno).lower() if error.errno else 'an error of the network'}"
+        case UnicodeError():
+            return "the host name is not valid"
+        case _:
+            return "the connection failed"
 
 
-class _Disconnected(HttpFailed):
-    """The server closed the connection before any answer."""
-
-
-async def _connected(_session: aiohttp.ClientSession, context: Any, _params: aiohttp.TraceConnectionCreateEndParams) -> None:
-    context.trace_request_ctx.connected = True
-
-
-async def _reused(_session: aiohttp.ClientSession, context: Any, _params: aiohttp.TraceConnectionReuseconnParams) -> None:
-    context.trace_request_ctx.connected = True
-    context.trace_request_ctx.pooled = True
-
-
-async def _read(response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
-    parts: list[bytes] = []
-    size = 0
-    while part := await response.content.readany():
-        parts.append(part)
-        size += len(part)
-        if size > MAX_BODY:
-            response.close()  # the rest is not wanted, so the connection cannot be used again
-            return b"".join(parts)[:MAX_BODY], False
-    return b"".join(parts), True
-
-
-def _plain(response: aiohttp.ClientResponse) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for name, value in response.headers.items():
-        key = name.lower()
-        headers[key] = f"{headers[key]}, {value}" if key in headers else value
-    return headers
-
-
-def _system_words(error: OSError) -> str:
-    if error.errno is None:
-        return "an error of the network"
-    return os.strerror(error.errno).lower()
+def address_of(host: str, port: int) -> AddressInfo | None:
+    """What a socket needs to connect to an IP address; None where `host` is none. Asks nobody."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
+    except (OSError, UnicodeError):
+        return None
+    family, kind, protocol, name, address = found[0]
+    return (family, kind, protocol, name, address)
 
 
 class ThreadsResolver(AbstractResolver):

@@ -15,7 +15,8 @@ from aiohttp import web
 from aiohttp.abc import ResolveResult
 from sfu_delegate.matrix.egress import Egress, public_socket
 from sfu_delegate.matrix.federation import SrvRecord, SrvRecords
-from sfu_delegate.matrix.http import AddressInfo, AiohttpClient
+from sfu_delegate.matrix.http import AddressInfo
+from sfu_delegate.matrix.keep_alive import KeepAliveClient
 
 from tests.integration.matrix_stand_in import Names
 
@@ -94,7 +95,7 @@ async def way_out(names: Names, public: Callable[[AddressInfo], bool] = lambda _
     def judge(info: AddressInfo) -> socket.socket:
         return socket.socket(*info[:3]) if public(info) else public_socket(info)
 
-    egress = Egress(configured=AiohttpClient(resolver=names), discovered=AiohttpClient(socket_factory=judge, resolver=names))
+    egress = Egress(configured=KeepAliveClient(resolver=names), discovered=KeepAliveClient(socket_factory=judge, resolver=names))
     try:
         yield egress
     finally:

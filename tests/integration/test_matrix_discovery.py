@@ -30,7 +30,8 @@ from sfu_delegate.matrix.discovery import (
     life_of,
 )
 from sfu_delegate.matrix.egress import Egress, public_socket
-from sfu_delegate.matrix.http import AddressInfo, AiohttpClient, HttpAnswer, HttpFailed
+from sfu_delegate.matrix.http import AddressInfo, HttpAnswer, HttpFailed
+from sfu_delegate.matrix.keep_alive import KeepAliveClient
 from sfu_delegate.matrix.management import Generation, ManagementClient
 
 from tests.get_only import GetOnly
@@ -464,7 +465,7 @@ async def test_an_answer_that_changes() -> None:
     async with served(handler) as url:
         for addresses in (["127.0.0.1"], ["127.0.0.2"]):
             # A client for each answer: aiohttp keeps DNS answers for some seconds, which is no protection but would hide the change.
-            client = AiohttpClient(socket_factory=judge, resolver=Names({"rebind.stand.in": addresses}))
+            client = KeepAliveClient(socket_factory=judge, resolver=Names({"rebind.stand.in": addresses}))
             ask = client.get(url.replace("127.0.0.1", "rebind.stand.in"), {}, asyncio.get_running_loop().time() + 30)
             if addresses == ["127.0.0.1"]:
                 assert (await ask).status == 200
