@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, StoreUnavaila
 from sfu_delegate.store.sqlite import SqliteStore
 
 KEPT_WITHIN = 2.0  # seconds for what waits to be kept, beyond `timeouts.shutdown`
+SWITCH_INTERVAL = 0.0001  # seconds that a thread may keep the interpreter from another one
 CLOSED_WITHIN = 1.0  # seconds for each of the listeners, and for the database
 ROOMS_AT_A_TIME = 32  # that are made on one SFU
 UNNAMED = 10  # times what one user may delegate without a word of the homeserver: all together whose user is not known
@@ -62,19 +64,12 @@ class _Observer:
     def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
         """See `inbox.Observer`."""
         self._metrics.committed(inputs, seconds)
-        delegations = {}
+        rows = {}
         for change in step.changes:
             self._metrics.change(change.old, change.new, now)
-            delegations[change.new.id] = change.new
-        for note in step.notes:
-            row = delegations.get(note.event)
-            if row is None:
-                continue
-            if note.what == "delegated":
-                # The way from a person to a delegation.
-                log.info("delegation", **_line(row, note), sfu=row.sfu, room=row.room, identity=row.identity)
-            else:
-                log.info("delegation", **_line(row, note), detail=note.detail)
+            rows[change.new.id] = change.new
+        if step.notes:
+            logs.lines(__name__, "delegation", [_line(rows[note.event], note) for note in step.notes if note.event in rows])
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """See `inbox.Observer`."""
@@ -101,7 +96,9 @@ class _Observer:
 
 
 def _line(row: DelayedEvent, note: Note) -> dict[str, str | int]:
-    return {"delegation": row.delegation, "what": note.what, "row": row.id, "homeserver": row.homeserver}
+    line: dict[str, str | int] = {"delegation": row.delegation, "what": note.what, "row": row.id, "homeserver": row.homeserver}
+    # With the first one, the way from a person to a delegation.
+    return line | ({"sfu": row.sfu, "room": row.room, "identity": row.identity} if note.what == "delegated" else {"detail": note.detail})
 
 
 class _Hooks:
@@ -545,5 +542,7 @@ def run(config: Config, path: Path) -> int:
     logs.configure(level=config.log.level, format=config.log.format)
     for risk in warnings(config):
         log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
+    # The engine's thread gives the interpreter away with every statement, and would wait 5 ms to get it back while there are requests.
+    sys.setswitchinterval(SWITCH_INTERVAL)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, path))

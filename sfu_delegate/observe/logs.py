@@ -4,10 +4,14 @@ A token, a key, a full `delay_id` or a webhook's body must never get into a line
 of defence, also for what other libraries log. A line that cannot be written must never stop the daemon.
 """
 
+import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import lru_cache
 from time import monotonic
 from typing import Any, Final, TextIO
 
@@ -34,6 +38,8 @@ _SECRET_TEXT: Final = (
     (re.compile(r"\b(syd_[A-Za-z0-9]{0,4})[A-Za-z0-9_=.-]+"), r"\1…"),
     (re.compile(r"\b(sy[tra]_|m[ca][tr]_)[A-Za-z0-9_=-]{6,}"), r"\1…"),
 )
+# What any match of those patterns contains: most texts have nothing of it, and looking for a few letters costs a tenth of eight patterns.
+_CUES: Final = ("=", "/", "eyj", "gaaaa", "sy", "mct_", "mcr_", "mat_", "mar_", "bearer")
 _MOST_FRAMES: Final = 12
 _SHORTENED: Final = re.compile(r"[^\s…]{0,8}…")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -50,6 +56,28 @@ def short(delay_id: str) -> str:
 def get_logger(name: str = "sfu_delegate") -> structlog.stdlib.BoundLogger:
     """The logger for one module; `bind(delegation=…)` it where lines are about a delegation."""
     return structlog.stdlib.get_logger(name)
+
+
+def lines(logger: str, event: str, facts: Iterable[Mapping[str, str | int]]) -> None:
+    """Many lines at once, as `get_logger(logger).info(event, **fact)` would write each.
+
+    Where lines are JSON they are made and written together, which takes a tenth of the time: a line for each step of each delegation is
+    worth having, but must not cost more than what it tells of.
+    """
+    root = logging.getLogger()
+    if not root.isEnabledFor(logging.INFO):
+        return
+    handler = next((handler for handler in root.handlers if isinstance(handler, _Handler) and handler.json), None)
+    if handler is None or len(root.handlers) > 1:
+        log = get_logger(logger)
+        for fact in facts:
+            log.info(event, **fact)
+        return
+    first = {"time": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"), "level": "info", "event": event}
+    handler.write_lines([_encode({**first, **redact(None, "info", dict(fact)), "logger": logger}) for fact in facts])
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def configure(*, level: str = "info", format: str = "auto", stream: TextIO | None = None) -> None:
@@ -79,7 +107,7 @@ def configure(*, level: str = "info", format: str = "auto", stream: TextIO | Non
         *([_one_line] if console else [_order]),
         renderer,
     ]
-    handler = _Handler(output)
+    handler = _Handler(output, json=not console)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=last,
@@ -132,11 +160,19 @@ def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
     Values that are no plain data become text first, so that a repr cannot carry a secret past this.
     """
-    return {_text(key): _value(key, value, _MOST_DEPTH) for key, value in event.items()}
+    return {_key(key)[0]: _value(key, value, _MOST_DEPTH) for key, value in event.items()}
+
+
+@lru_cache(maxsize=1024)
+def _key(key: object) -> tuple[str, bool]:
+    """A key as it may be written, and whether its value is secret. Keys are few, and come again with every line."""
+    return _text(key), isinstance(key, str) and _SECRET_KEY.search(key) is not None
 
 
 def _value(key: object, value: object, depth: int) -> Any:
-    if isinstance(key, str) and _SECRET_KEY.search(key) and value is not None and not isinstance(value, bool):
+    if type(value) is str and not _key(key)[1]:
+        return _text(value)
+    if isinstance(key, str) and _key(key)[1] and value is not None and not isinstance(value, bool):
         return value if isinstance(value, str) and _SHORTENED.fullmatch(value) else HIDDEN
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -144,7 +180,7 @@ def _value(key: object, value: object, depth: int) -> Any:
         return "…"
     match value:
         case Mapping():
-            return {_text(k): _value(k, v, depth - 1) for k, v in value.items()}
+            return {_key(k)[0]: _value(k, v, depth - 1) for k, v in value.items()}
         case list() | tuple() | set() | frozenset():
             return [_value(None, v, depth - 1) for v in value]
         case bytes() | bytearray() | memoryview():
@@ -154,7 +190,15 @@ def _value(key: object, value: object, depth: int) -> Any:
 
 
 def _text(value: object) -> str:
-    text = str(value).encode("utf-8", "replace").decode()  # a JSON body may hold halves of characters, which no stream takes
+    text = value if type(value) is str else str(value)
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()  # a JSON body may hold halves of characters, which no stream takes
+    lowered = text.lower()
+    for cue in _CUES:
+        if cue in lowered:
+            break
+    else:
+        return text
     for pattern, replacement in _SECRET_TEXT:
         text = pattern.sub(replacement, text)
     return text
@@ -176,6 +220,19 @@ def _order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 class _Handler(logging.StreamHandler[TextIO]):
     """Writes lines, and never says what it could not write: logging's own complaint would print the arguments as they are."""
+
+    def __init__(self, stream: TextIO, *, json: bool) -> None:
+        super().__init__(stream)
+        self.json = json
+
+    def write_lines(self, lines: list[str]) -> None:
+        """Write lines that are ready."""
+        with self.lock or nullcontext():
+            try:
+                self.stream.write("".join([f"{line}\n" for line in lines]))
+                self.flush()
+            except (OSError, ValueError):  # the stream is gone, and there is nobody left to tell
+                return
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
