@@ -151,7 +151,9 @@ class Actions:
         begun = asyncio.get_running_loop().time()
         try:
             token = None if task.token is None else self.reach.sealer.unseal(task.token)
-            homeserver = await asyncio.wait_for(self.reach.homeservers.resolve(task.homeserver), timeout)
+            homeserver = self.reach.homeservers.configured(task.homeserver)
+            if homeserver is None:
+                homeserver = await asyncio.wait_for(self.reach.homeservers.resolve(task.homeserver), timeout)
         except CannotUnseal as error:
             return Answer(Verdict.FAILED, None, "", None, str(error))
         except DiscoveryFailed as error:

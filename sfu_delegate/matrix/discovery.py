@@ -10,6 +10,7 @@ import ssl as tls
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urljoin
@@ -128,12 +129,26 @@ class _Rules:
         for rule in rules:
             if rule.ca_file is not None and rule.ca_file not in self.contexts:
                 self.contexts[rule.ca_file] = _context(rule)
+        # Asked for with every request and every change of a row, for few names: an answer each from a bounded memory.
+        self.find = lru_cache(MAX_CACHED)(self._find)
+        self.configured = lru_cache(MAX_CACHED)(self._configured)
 
-    def find(self, name: str) -> HomeserverRule | None:
+    def _find(self, name: str) -> HomeserverRule | None:
+        """The rule of a name, whatever its case; None: not served, or no server name at all."""
+        if not is_server_name(name):
+            return None
+        name = name.lower()
         exact = self.exact.get(name)
         if exact is not None:
             return exact
         return next((rule for pattern, rule in self.patterns if pattern.fullmatch(name)), None)
+
+    def _configured(self, name: str) -> "Homeserver | None":
+        """The homeserver of that name, where no lookup is needed to find it."""
+        rule = self.find(name)
+        if rule is None or rule.url is None:
+            return None
+        return Homeserver(name.lower(), checked_base_url(rule.url, allow_http=True), rule.as_token, self.ssl(rule), discovered=False)
 
     def ssl(self, rule: HomeserverRule) -> tls.SSLContext | None:
         return None if rule.ca_file is None else self.contexts[rule.ca_file]
@@ -163,7 +178,7 @@ class Homeservers:
 
         None: not served, or no server name at all.
         """
-        return self._rules.find(name.lower()) if is_server_name(name) else None
+        return self._rules.find(name)
 
     def ssl_for(self, rule: HomeserverRule) -> tls.SSLContext | None:
         """What is trusted there, of a rule that `rule_for` has just given: the same object until the rules are replaced. None: the system's
@@ -171,8 +186,15 @@ class Homeservers:
         """
         return self._rules.ssl(rule)
 
+    def configured(self, name: str) -> Homeserver | None:
+        """Where the homeserver of that name is, if the configuration says it; else `resolve` has to look."""
+        return self._rules.configured(name)
+
     async def resolve(self, name: str) -> Homeserver:
         """Where the homeserver of that name is. Raises DiscoveryFailed."""
+        configured = self.configured(name)
+        if configured is not None:
+            return configured
         if not is_server_name(name):
             raise NotServed("this is not a valid Matrix server name")
         name = name.lower()
@@ -180,9 +202,6 @@ class Homeservers:
         rule = rules.find(name)
         if rule is None:
             raise NotServed(f"the homeserver {name} is not served here")
-        if rule.url is not None:
-            base_url = checked_base_url(rule.url, allow_http=True)
-            return Homeserver(name, base_url, rule.as_token, rules.ssl(rule), discovered=False)
         found = self._remembered(name, rule)
         now = self._now()
         if found is None or now >= found.expires:

@@ -98,6 +98,9 @@ class _Homeservers:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
 
+    def configured(self, name: str) -> Homeserver | None:
+        return None
+
     async def resolve(self, name: str) -> Homeserver:
         assert name == "hs.test"
         return await self.bench.resolve()
