@@ -42,8 +42,8 @@ class KnownSfu(NamedTuple):
 class Transaction(Protocol):
     """The queries of one step. Everything is kept, or nothing."""
 
-    def of_participant(self, sfu: str, room: str, identity: str, *, finished: bool) -> list[DelayedEvent]:
-        """The rows of a participant by either form of its identity, in the order of their ids; `finished`: also those that are."""
+    def of_participant(self, sfu: str, room: str, *identities: str, finished: bool) -> list[DelayedEvent]:
+        """The rows that have one of one or two identities as either form, in the order of their ids; `finished`: also those that are."""
 
     def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         """All rows of a room that are not finished."""

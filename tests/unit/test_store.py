@@ -450,8 +450,8 @@ def test_deleting_a_row_deletes_its_history() -> None:
 
 
 HOT = {
-    "_OF_IDENTITY": "uq_delayed_event_participant (sfu=? AND room=? AND identity=?)",
-    "_OF_ALIAS": "ix_delayed_event_alias (sfu=? AND room=? AND alias=?)",
+    "_ONE_FORM": "uq_delayed_event_participant (sfu=? AND room=? AND identity=?)",
+    "_TWO_FORMS": "ix_delayed_event_alias (sfu=? AND room=? AND alias=?)",
     "_OF_ROOM": "uq_delayed_event_participant (sfu=? AND room=?)",
     "_OF_DELEGATION": "ix_delayed_event_delegation (delegation=?)",
     "_GET": "INTEGER PRIMARY KEY (rowid=?)",
