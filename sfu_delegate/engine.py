@@ -8,7 +8,7 @@ each homeserver a `Pace` and a `Plan`, for each SFU a `Reach`.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import floor, inf
+from math import ceil, floor, inf
 from random import Random
 from zlib import crc32
 
@@ -52,6 +52,7 @@ TIMERS_A_STEP = 256  # a step stays short, however much there is to tidy up
 ROOMS_A_STEP = 64  # the same for rooms of an SFU that is not asked because it fails
 LONG_DELAY = 600.0  # restarts in so many actions' time: an event with such a delay hardly adds to what a homeserver has to bear
 NOT_ASKED = "it keeps failing"  # a look that was not made
+TOGETHER = 0.25  # seconds: restarts that are due in such a part of a second are claimed in one transaction, at its end
 PLANNED_MOST = 5000  # open events of a homeserver whose limit is unknown; reading a million deadlines takes seconds
 RATE_CHANGE = 0.2  # a rate that changed by less is not worth writing down
 
@@ -87,6 +88,7 @@ class Step:
     wake: float | None  # when to step again if nothing comes in
     changes: list[Change]
     notes: list[Note]
+    hurry: bool = False  # a departure waits for a place: an answer would free one
 
 
 # ── the working set of one step ──
@@ -126,23 +128,36 @@ class _Work:
 
     def participant(self, sfu: str, room: str, identity: str, *, finished: bool = False) -> list[DelayedEvent]:
         """A participant's rows; `finished`: also those that are, as far as they are kept for their history."""
+        if not self._is_known(sfu, room, identity, finished=finished):
+            self._learn(sfu, room, (identity,), finished=finished)
         key = (sfu, room, identity)
-        known = self.known_all if finished else self.known
-        ids = known.get(key)
+        ids = self.known_all.get(key)
         if ids is None:
-            rows = self.taken(self.tx.of_participant(*key, finished=finished))
-            seen = {row.id for row in rows}
-            rows += [row for row in self._made(sfu, room) if row.id not in seen and identity in (row.identity, row.alias)]
-            known[key] = [row.id for row in rows]
-            return rows
+            ids = self.known[key]
         # One that had come under this identity may have been put back.
-        return [row for row in (self.rows[id] for id in ids if id not in self.deleted) if identity in (row.identity, row.alias)]
+        rows = [row for row in (self.rows[id] for id in ids if id not in self.deleted) if identity in (row.identity, row.alias)]
+        return rows if finished else [row for row in rows if row.state is not State.DONE]
+
+    def _is_known(self, sfu: str, room: str, identity: str, *, finished: bool) -> bool:
+        key = (sfu, room, identity)
+        return key in self.known_all or (not finished and key in self.known)
+
+    def _learn(self, sfu: str, room: str, identities: tuple[str, ...], *, finished: bool) -> None:
+        """Ask the database for the rows of one or two identities."""
+        rows = self.taken(self.tx.of_participant(sfu, room, *identities, finished=finished))
+        seen = {row.id for row in rows}
+        rows += [row for row in self._made(sfu, room) if row.id not in seen]
+        for identity in identities:
+            known = self.known_all if finished else self.known
+            known[sfu, room, identity] = [row.id for row in rows if identity in (row.identity, row.alias)]
 
     def same_participant(self, sfu: str, room: str, identity: str, alias: str | None, *, finished: bool = False) -> list[DelayedEvent]:
         """As `participant`, and those that were delegated under the other form of the identity.
 
         Two events that share nothing but that other form are two participants': another member id is another membership.
         """
+        if alias is not None and alias != identity and not self._is_known(sfu, room, identity, finished=finished):
+            self._learn(sfu, room, (identity, alias), finished=finished)
         rows = self.participant(sfu, room, identity, finished=finished)
         if alias is None:
             return rows
@@ -217,11 +232,17 @@ class _Work:
         self.deleted.add(row.id)
         self.undo.append(lambda: self.deleted.discard(row.id))
 
+    def _story(self) -> list[Note]:
+        """What this step adds to the history."""
+        return [note for change in self.changes for note in lifecycle.story(change.old, change.new, change.given, self.now)]
+
+    def history(self, events: list[int]) -> list[Note]:
+        """The history of some rows, with what this step has added so far."""
+        return [*self.tx.history(events), *(note for note in self._story() if note.event in events)]
+
     def save(self) -> list[Note]:
         """Write everything; returns the lines of history that were added."""
-        notes: list[Note] = []
-        for change in self.changes:
-            notes.extend(lifecycle.story(change.old, change.new, change.given, self.now))
+        notes = self._story()
         for id in self.deleted:  # first: what is deleted may be in the way of a row that changes
             if self.before[id] is not None:
                 self.tx.delete(id)
@@ -279,6 +300,7 @@ class Engine:
         self._plans: dict[str, Plan] = {}
         self._replan: set[str] = set(census.schedule)  # homeservers without a plan, or whose plan may be too hopeful: there are new deadlines
         self._waiting: dict[str, frozenset[Wait]] = {}  # what could not be begun when it was last asked for
+        self._departing: set[str] = set()  # homeservers where a departure waits for a place
         self._known_homeservers = {known.name: known for known in census.homeservers}
         self._reaches: dict[str, Reach] = {}
         self._known_sfus = {known.name: known for known in census.sfus}
@@ -323,7 +345,7 @@ class Engine:
                 self._reach(task.sfu).began(self.policy)
             else:
                 self._pace(task.homeserver).began(now, alone=task.token is not None)
-        return replace(step, wake=self._wake(now))
+        return replace(step, wake=self._wake(now), hurry=bool(self._departing))
 
     def keep_alive(self, now: float) -> list[Task]:
         """Restarts to be made while the database takes no transaction, but can be read: nobody who is connected should be dropped because a disk
@@ -379,6 +401,7 @@ class Engine:
             wake=steps[-1].wake,
             changes=[change for step in steps for change in step.changes],
             notes=[note for step in steps for note in step.notes],
+            hurry=steps[-1].hurry,
         )
 
     def _step(self, tx: Transaction, inputs: Sequence[Input], now: float) -> tuple[Step, _Work, dict[str, float], dict[str, float]]:
@@ -476,7 +499,7 @@ class Engine:
                 return self._refuse(work, given)
             case Find():
                 rows = work.delegation(given.delegation)
-                return Found(tuple(rows), tuple(work.tx.history([row.id for row in rows])))
+                return Found(tuple(rows), tuple(work.history([row.id for row in rows])))
             case RoomChanged():
                 return self._room_changed(work, given)
             case Missed():
@@ -499,7 +522,7 @@ class Engine:
             return Touched(0)
         reach = self._reach(seen.sfu)
         late = reach.is_late(seen.created_at, work.now, self.policy.late_after)
-        seen = replace(seen, late=late, made_at=reach.made_at(seen.created_at, work.now))
+        seen = seen._replace(late=late, made_at=reach.made_at(seen.created_at, work.now))
         if late:
             # A look says nothing about somebody who has just been heard of.
             self._suspect(work, seen.sfu, seen.room, self.policy.settled if seen.what is Sighting.JOINED else 0.0)
@@ -692,7 +715,8 @@ class Engine:
             new = new._replace(accepted_at=stamp)
             work.put(new, accept)
             made.append(new)
-        self._supersede_others(work, made[0])
+        if all(row.verified_at is not None for row in made):
+            self._supersede_others(work, made[0])
         work.opened.update({accept.homeserver: len(made), party(accept.user, accept.homeserver): len(made)})
         if accept.token is None:
             work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
@@ -814,6 +838,8 @@ class Engine:
     def _supersede_others(self, work: _Work, row: DelayedEvent) -> None:
         """Once a delegation is verified as a whole, the events of older ones of the same participant are to be cancelled."""
         rows = [other for other in work.same_participant(*row.participant, row.alias) if other.state is not State.DONE]
+        if all(other.delegation == row.delegation for other in rows):
+            return
         mine = work.delegation(row.delegation)  # also those that have ended: one that was unknown takes the whole delegation back
         if not mine or any(other.verified_at is None for other in mine):
             return
@@ -838,6 +864,7 @@ class Engine:
         tasks: list[Task] = []
         asked: list[str] = []
         self._waiting.clear()
+        self._departing &= {*fresh, *late}
         for homeserver in dict.fromkeys([*fresh, *late, *crowded]):
             candidates = {row.id: row for row in fresh.get(homeserver, ())}
             pace = self._pace(homeserver)
@@ -858,6 +885,10 @@ class Engine:
             ready = [row for row in candidates.values() if not self._let_run(work, row)]
             choice = choose(ready, pace, plan, now)
             self._waiting[homeserver] = choice.waiting
+            if any(wait.ending for wait in choice.waiting):
+                self._departing.add(homeserver)
+            elif places:  # without one the database was not asked, and what waited there waits still
+                self._departing.discard(homeserver)
             for row in choice.rows:
                 claimed = lifecycle.claim(row, now, self.policy)
                 work.put(claimed, None)
@@ -1015,7 +1046,7 @@ class Engine:
         times = []
         for homeserver, due in self._due.items():
             if due > now:
-                times.append(due)
+                times.append(_together(due))
             elif not self._waiting.get(homeserver):
                 times.append(self._pace(homeserver).next_for(Wait(urgent=True, ending=False), now))
         for homeserver, waiting in self._waiting.items():
@@ -1150,6 +1181,11 @@ class Engine:
     def in_flight(self) -> int:
         """Requests that are under way, looks included."""
         return len(self._under_way)
+
+
+def _together(due: float) -> float:
+    """When something is begun that is due at a time, and not by an input: with what else is due in the same part of a second."""
+    return due if due == inf else ceil(due / TOGETHER) * TOGETHER
 
 
 def _urgent_first(room: Room) -> tuple[bool, bool, float]:

@@ -29,6 +29,8 @@ TICKS = 5  # … in so many parts
 IDLE_AFTER = 1.0  # without work, before housekeeping
 SURVEY_EVERY = 5.0  # how often the backlog is counted
 LONGEST_SLEEP = 5.0
+LINGER = 0.02  # seconds that answers of homeservers wait for company: nobody waits for them, and alone each would cost a durable commit
+COMPANY = 32  # … answers, and more are not waited for
 STOOD_STILL = 10.0  # a loop that was away for this much longer than it wanted to was stopped, or its machine slept
 
 log = get_logger(__name__)
@@ -93,6 +95,9 @@ class Inbox:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._waiting: list[tuple[Input, asyncio.Future[Reply] | None]] = []
         self._begun: Sequence[tuple[Input, asyncio.Future[Reply] | None]] = ()  # the batch of the present step
+        self._pressing = False  # does what waits want to be taken at once?
+        self._lingering: asyncio.TimerHandle | None = None
+        self._hurry = False  # a departure waits for a place at its homeserver, which an answer will free
         self._news = asyncio.Event()
         self._watches: dict[str, list[DelegationWatch]] = {}
         self._stopping = False
@@ -121,7 +126,7 @@ class Inbox:
             raise Overloaded("Too many requests wait for the database.", FULL_RETRY_AFTER)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting.append((given, future))
-        self._news.set()
+        self._press()
         return await future
 
     def _note_refused(self, given: Input) -> None:
@@ -129,9 +134,26 @@ class Inbox:
         self._missed = self._missed or isinstance(given, Seen | RoomChanged)
 
     def hand_in(self, given: Answered | Looked) -> None:
-        """What became of an action. Never refused, and handed in again until it can be kept."""
+        """What became of an action. Never refused, and handed in again until it can be kept.
+
+        An answer waits a little for others, or for the next webhook, unless a place at its homeserver is needed.
+        """
         self._waiting.append((given, None))
+        if self._hurry or len(self._waiting) >= COMPANY or isinstance(given, Looked):
+            self._press()
+        elif self._lingering is None:
+            self._lingering = self._loop.call_later(LINGER, self._press)
+
+    def _press(self) -> None:
+        """What waits is to be taken at once."""
+        self._stop_lingering()
+        self._pressing = True
         self._news.set()
+
+    def _stop_lingering(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
 
     @contextmanager
     def watch(self, delegation: str) -> Iterator[DelegationWatch]:
@@ -187,6 +209,8 @@ class Inbox:
                 return
             self._notice_gaps()
             self._begun, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            self._stop_lingering()
+            self._pressing = bool(self._waiting)
             wake = await self._step(self._begun)
             self._begun = ()
             self._progress += 1
@@ -204,7 +228,7 @@ class Inbox:
             self._waiting.append((Missed(), None))
 
     async def _something_to_do(self, wake: float | None) -> None:
-        if self._waiting or self._stopping:
+        if self._pressing or self._stopping:
             if self._stopping and not self._waiting and not self._flushed:
                 await self._sleep(LONGEST_SLEEP)
             return
@@ -215,7 +239,7 @@ class Inbox:
                 return
             await self._housekeeping()
             pause -= IDLE_AFTER
-        if not self._waiting:
+        if not self._pressing:
             await self._sleep(pause)
 
     async def _sleep(self, seconds: float) -> bool:
@@ -264,6 +288,7 @@ class Inbox:
                     future.set_exception(error)
             await asyncio.sleep(BROKEN_PAUSE)
             return self._clock()
+        self._hurry = step.hurry
         self._deliver(batch, step)
         self._observer.step(step, len(inputs), perf_counter() - begun, now)
         if now - self._surveyed >= SURVEY_EVERY:

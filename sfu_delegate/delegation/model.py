@@ -176,9 +176,8 @@ class Sighting(StrEnum):
     ABORTED = "aborted"  # participant_connection_aborted: it never became ACTIVE
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A participant webhook."""
+class Seen(NamedTuple):
+    """A participant webhook. A NamedTuple, since thousands come at once."""
 
     sfu: str
     room: str

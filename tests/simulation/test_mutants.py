@@ -25,7 +25,7 @@ def by_identity(patch: Patch) -> None:
     real = presence.of_webhook
 
     def of_webhook(row: DelayedEvent, seen: Seen, now: float, policy: Policy) -> Finding:
-        return real(row, seen if seen.what is Sighting.JOINED else replace(seen, sid=""), now, policy)
+        return real(row, seen if seen.what is Sighting.JOINED else seen._replace(sid=""), now, policy)
 
     patch.setattr(presence, "of_webhook", of_webhook)
 

@@ -39,7 +39,7 @@ from sfu_delegate.delegation.model import (
 from sfu_delegate.delegation.policy import DEPARTURES, MISSING, Unasked
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
 from sfu_delegate.delegation.urgency import FIRST_WIDTH, UNKNOWN_WIDTH, Limit
-from sfu_delegate.engine import Engine, Limits, Step
+from sfu_delegate.engine import TOGETHER, Engine, Limits, Step
 from sfu_delegate.store import schema
 from sfu_delegate.store.base import KnownHomeserver, StoreUnavailable, Transaction
 from sfu_delegate.store.sqlite import SqliteStore
@@ -260,7 +260,7 @@ def test_an_event_that_is_taken_up_again_is_found_by_the_rest_of_its_batch(befor
 def test_other_rooms_and_sfus_are_not_touched() -> None:
     """The same identity elsewhere is somebody else."""
     engine = fresh()
-    engine.step([accept("D1"), joined(room="other"), replace(joined(), sfu="second")], NOW)
+    engine.step([accept("D1"), joined(room="other"), joined()._replace(sfu="second")], NOW)
     assert only(engine).presence is Presence.EXPECTED
 
 
@@ -823,6 +823,39 @@ def test_the_wake_is_the_earliest_due() -> None:
     assert engine.step([left("S1", identity="a")], NOW + 1).wake == NOW + 3
     assert fresh().step((), NOW).wake is None
     assert holding(row(due=NOW + 2000)).step((), NOW).wake == NOW + 0.75 * POLICY.interval  # the routine look
+
+
+def test_the_history_is_as_new_as_the_state() -> None:
+    """Also for who asks in the very step that changed it."""
+    engine = fresh()
+    engine.step([accept("D1")], NOW)
+    _, found = engine.step([Withdraw("D1"), Find("D1")], NOW + 1.0).replies
+    assert isinstance(found, Found)
+    assert found.rows[0].state is State.DONE
+    assert [note.what for note in found.history] == ["delegated", "withdrawn"]
+    assert engine.step([Find("D1")], NOW + 2.0).replies == [found]
+
+
+def test_restarts_that_are_due_within_a_moment_are_claimed_together() -> None:
+    """One transaction serves them. A look is made when it is due."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW + 40 + 0.01 * n) for n in range(1, 5)])
+    wake = engine.step((), NOW).wake
+    assert wake == NOW + 40 + TOGETHER
+    assert len(engine.step((), wake).tasks) == 4
+    assert holding(row(due=NOW + 2000)).step([left("S1")], NOW + 0.1).wake == NOW + 2.1
+
+
+def test_answers_are_wanted_at_once_where_a_departure_waits_for_a_place() -> None:
+    """Restarts do not need it, and neither does a departure once it is claimed."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW, harm=NOW + 1000) for n in range(20)])
+    step = engine.step((), NOW)
+    assert not step.hurry
+    hurried = engine.step([left("S1", "ROOM_DELETED", identity="p19")], NOW)
+    assert hurried.hurry
+    assert engine.step((), NOW).hurry
+    after = engine.step([reply_to(task) for task in step.tasks], NOW + 0.1)
+    assert Action.SEND in actions(after)
+    assert not after.hurry
 
 
 def test_nothing_is_done_before_the_wake_and_something_at_it() -> None:
@@ -1542,7 +1575,7 @@ def test_a_start_that_comes_after_the_joined_of_its_room_is_no_second_one() -> N
     """Webhooks overtake each other. The instance before it had another sid, and its own start."""
     engine = holding(row(sessions=()))
     engine.step([started("RM1", "EV1", NOW), RoomChanged(SFU, ROOM, RoomNews.FINISHED, "RM1", "EV2", NOW + 10)], NOW + 10)
-    engine.step([replace(joined("S5", int((NOW + 20) * 1000)), room_sid="RM2", created_at=NOW + 20)], NOW + 20)
+    engine.step([joined("S5", int((NOW + 20) * 1000))._replace(room_sid="RM2", created_at=NOW + 20)], NOW + 20)
     engine.step([started("RM2", "EV3", NOW + 19)], NOW + 20.5)
     assert room_of(engine).doubt_until == 0.0
     assert engine._reach(SFU).several_nodes_at is None
@@ -1553,7 +1586,7 @@ def test_a_start_that_comes_after_the_joined_of_its_room_is_no_second_one() -> N
 def test_sessions_of_a_room_are_not_older_than_it_by_another_clock(apart: float) -> None:
     """The node's clock is not ours: both times are its own. The room's is in whole seconds."""
     engine = holding(row(Presence.EXPECTED))
-    engine.step([replace(joined("S1", int((NOW + apart + 0.3) * 1000)), created_at=NOW + apart)], NOW + 0.4)
+    engine.step([joined("S1", int((NOW + apart + 0.3) * 1000))._replace(created_at=NOW + apart)], NOW + 0.4)
     engine.step([started("RM1", "EV1", float(int(NOW + apart)))], NOW + 0.5)
     assert only(engine).presence is Presence.CONNECTED
 
@@ -1571,17 +1604,17 @@ def test_a_webhook_that_comes_much_later_than_others_is_a_reason_to_look() -> No
     """However far apart the clocks are; one that is in time is none."""
     for apart in (0.0, 5000.0):
         engine = holding(row())
-        engine.step([replace(joined("S1"), created_at=NOW + apart)], NOW)
+        engine.step([joined("S1")._replace(created_at=NOW + apart)], NOW)
         assert looks(engine.step((), NOW + 3.0)) == []
-        step = engine.step([replace(joined("S1"), created_at=NOW + apart)], NOW + 10.0)
+        step = engine.step([joined("S1")._replace(created_at=NOW + apart)], NOW + 10.0)
         assert len(looks(step)) + len(looks(engine.step((), NOW + 10.0 + POLICY.settled))) == 1
 
 
 def test_a_removal_that_is_told_late_is_looked_at_and_not_believed() -> None:
     """They may have come back since, and the joined of that be lost."""
     engine = holding(row(), row(identity="bob"))
-    engine.step([replace(joined("S1", identity="bob"), created_at=NOW)], NOW)
-    step = engine.step([replace(left("S1", "PARTICIPANT_REMOVED"), created_at=NOW)], NOW + 30.0)
+    engine.step([joined("S1", identity="bob")._replace(created_at=NOW)], NOW)
+    step = engine.step([left("S1", "PARTICIPANT_REMOVED")._replace(created_at=NOW)], NOW + 30.0)
     assert actions(step) == []
     at = NOW + 30.0
     while looks(step) or only_alice(engine).presence is Presence.AWAY:

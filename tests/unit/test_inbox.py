@@ -68,6 +68,7 @@ class FakeEngine:
         self.tasks: list[Task] = []
         self.changes: list[Change] = []
         self.wakes: list[float] = []
+        self.hurry = False
         self.kept_alive = 0
         self.keep_alive_error: Exception | None = None
 
@@ -79,7 +80,7 @@ class FakeEngine:
             raise self.errors.pop(0)
         tasks, self.tasks = self.tasks, []
         changes, self.changes = self.changes, []
-        return Step([self.reply(given) for given in inputs], tasks, self.wakes.pop(0) if self.wakes else None, changes, [])
+        return Step([self.reply(given) for given in inputs], tasks, self.wakes.pop(0) if self.wakes else None, changes, [], self.hurry)
 
     def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
         return {("hs.test", Lane.END): (3, now)}
@@ -204,6 +205,46 @@ async def test_what_comes_while_a_step_runs_is_the_next_batch() -> None:
         assert await asyncio.gather(first, *others) == [Touched(1)] * 6
         assert it.engine.batches == [[Find("first")], [*(Find(f"other{n}") for n in range(5)), answered()]]
         await until(lambda: it.watched.steps[-1] == 6)
+
+
+async def test_answers_wait_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for them; what somebody waits for takes them along, and at some number they are enough."""
+    monkeypatch.setattr(module, "LINGER", 1000.0)
+    monkeypatch.setattr(module, "COMPANY", 4)
+    async with bench() as it:
+        await until(lambda: bool(it.engine.steps))
+        it.inbox.hand_in(answered(1))
+        it.inbox.hand_in(answered(2))
+        await it.inbox.in_thread(lambda: None)
+        assert it.engine.batches == []
+        await it.inbox.put(Find("somebody"))
+        assert it.engine.batches == [[answered(1), answered(2), Find("somebody")]]
+        for n in range(4):
+            it.inbox.hand_in(answered(n))
+        await until(lambda: len(it.engine.batches) == 2)
+        assert it.engine.batches[1] == [answered(n) for n in range(4)]
+
+
+async def test_an_answer_without_company_does_not_wait_for_long() -> None:
+    """It is taken by itself after a moment."""
+    async with bench() as it:
+        await until(lambda: bool(it.engine.steps))
+        it.inbox.hand_in(answered())
+        await until(lambda: it.engine.batches == [[answered()]])
+
+
+async def test_an_answer_whose_place_is_needed_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is a look, which may be what somebody's departure waits for."""
+    monkeypatch.setattr(module, "LINGER", 1000.0)
+    async with bench() as it:
+        look = Looked("main", "room", 1, NOW, ())
+        await until(lambda: bool(it.engine.steps))
+        it.inbox.hand_in(look)
+        await until(lambda: it.engine.batches == [[look]])
+        it.engine.hurry = True
+        await it.inbox.put(Find("a departure that waits for a place"))
+        it.inbox.hand_in(answered())
+        await until(lambda: it.engine.batches[-1] == [answered()])
 
 
 async def test_a_batch_is_not_larger_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -928,7 +928,7 @@ def test_who_is_found_to_be_gone_after_all_is_said_goodbye() -> None:
 def test_a_session_that_ended_before_its_participant_delegated(presence: Presence, then: Presence) -> None:
     """It is about to come back; but whom looks did not find after it had delegated, it is no news of."""
     before = row(presence, accepted_at=NOW - 10.0, sessions=(live(heard_at=NOW - 60.0),))
-    after = advance(before, replace(left("S1"), made_at=NOW - 20.0, late=True), NOW, POLICY, 0.5)
+    after = advance(before, left("S1")._replace(made_at=NOW - 20.0, late=True), NOW, POLICY, 0.5)
     assert after.presence is then
     assert not after.live_sids
 
@@ -936,7 +936,7 @@ def test_a_session_that_ended_before_its_participant_delegated(presence: Presenc
 def test_a_session_that_began_after_its_participant_delegated_is_left() -> None:
     """Whatever the SFU's clock says."""
     before = row(accepted_at=NOW - 10.0, sessions=(live(heard_at=NOW - 5.0),))
-    assert advance(before, replace(left("S1"), made_at=NOW - 20.0), NOW, POLICY, 0.5).presence is Presence.AWAY
+    assert advance(before, left("S1")._replace(made_at=NOW - 20.0), NOW, POLICY, 0.5).presence is Presence.AWAY
 
 
 def test_an_event_that_nobody_could_tell_of_has_run_out() -> None:
@@ -1007,6 +1007,6 @@ def test_a_room_that_finished_makes_a_room_that_went_missing_a_usual_absence() -
 @pytest.mark.parametrize("reason", ["PARTICIPANT_REMOVED", "ROOM_DELETED"])
 def test_a_removal_that_is_told_late_is_checked(reason: str) -> None:
     """They may be back already, with a session that nobody has told of yet."""
-    after = advance(row(), replace(left("S1", reason), late=True), NOW, POLICY, 0.5)
+    after = advance(row(), left("S1", reason)._replace(late=True), NOW, POLICY, 0.5)
     assert (after.presence, after.look_at) == (Presence.AWAY, NOW + POLICY.look_gap)
     assert advance(row(), left("S1", reason), NOW, POLICY, 0.5).presence is Presence.GONE
