@@ -162,7 +162,7 @@ class Homeserver(Section):
         description="Does its rate limit for delayed events (Synapse: rc_delayed_event_mgmt) hold for the daemon? Not set: not with an as_token, and "
         "otherwise it is found out, which costs a few refused requests.",
     )
-    in_flight: Count = Field(16, ge=1, le=1000, description="How many requests may be open there at the same time.")
+    in_flight: Count = Field(32, ge=1, le=1000, description="How many requests may be open there at the same time.")
     allow_private_addresses: bool = Field(
         False,
         description="May discovery lead to a private or loopback address? A URL that is written here is always reached.",

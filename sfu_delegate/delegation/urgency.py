@@ -62,6 +62,7 @@ ROUNDING = 1e-6
 FIRST_WIDTH = 4  # requests at a time until a homeserver has shown what it takes
 UNKNOWN_WIDTH = 6  # … and at the most, as long as it might refuse them: so many refusals may come at once
 FREE_WIDTH = 12  # … where there has been no limit so far, which may change, and so many more than its burst may be refused at once
+FREE_PROVED = 200  # so many actions granted since the last refusal, and as many may be under way as the operator allows
 LIMITED_WIDTH = 4  # a refusal is held back for half a second
 FREE_BEYOND = 32.0  # so many actions more than the assumed limit allows, and none refused: there is no such limit
 PROBE_AFTER = 8  # successes without a refusal, with work waiting, until it is tried whether more is allowed
@@ -276,7 +277,7 @@ class Pace:
             self._marks.clear()
 
     def _widen(self) -> None:
-        free = self.most if self.exempt else FREE_WIDTH
+        free = self.most if self.exempt or self._successes >= FREE_PROVED else FREE_WIDTH
         most = min(self.most, {Limit.NONE: free, Limit.UNKNOWN: UNKNOWN_WIDTH, Limit.SOME: LIMITED_WIDTH}[self.limit])
         self._widening += 1
         if self.width < most and self._widening >= self.width:

@@ -22,6 +22,7 @@ from sfu_delegate.delegation.urgency import (
     ENDANGERED,
     FEASIBLE,
     FIRST_WIDTH,
+    FREE_PROVED,
     FREE_WIDTH,
     LIMITED_WIDTH,
     LONGEST_BLOCK,
@@ -269,22 +270,24 @@ def test_a_homeserver_that_takes_much_more_than_the_default_has_no_limit() -> No
         assert pace.limit is limit
 
 
-def test_a_homeserver_that_has_shown_no_limit_does_not_get_all_that_is_allowed() -> None:
+def test_a_homeserver_that_has_shown_no_limit_gets_all_that_is_allowed_step_by_step() -> None:
     """It may have one tomorrow, and what is on its way then is refused at once. Where the operator allows less, it is that."""
     pace, narrow = Pace(64), Pace(10)
-    for one, most in ((pace, FREE_WIDTH), (narrow, 10)):
+    for one, most, proved in ((pace, FREE_WIDTH, 64), (narrow, 10, 10)):
         run(one, 60)
         assert one.limit is Limit.NONE
         assert not one.exempt
-        run(one, 500)
+        run(one, FREE_PROVED - 61)
         assert one.places(NOW) == most
+        run(one, FREE_PROVED)
+        assert one.places(NOW) == proved
     assert UNKNOWN_WIDTH < FREE_WIDTH
 
 
 def test_a_homeserver_that_the_operator_exempts_gets_all_that_is_allowed() -> None:
     """Also one that had shown no limit before, and not any more when the exemption is taken back."""
     pace = Pace(64)
-    run(pace, 560)
+    run(pace, FREE_PROVED - 1)
     pace.reset(Limit.NONE)
     assert pace.exempt
     assert pace.places(NOW) == FREE_WIDTH  # what it takes is shown step by step
@@ -301,7 +304,7 @@ def test_what_was_learned_before_a_start_is_no_exemption() -> None:
     """No limit was found then: there may be one now."""
     pace = Pace(64)
     pace.recall(Limit.NONE, ASSUMED_RATE, ASSUMED_BURST, NOW)
-    run(pace, 500)
+    run(pace, FREE_PROVED - 1)
     assert (pace.limit, pace.exempt, pace.places(NOW)) == (Limit.NONE, False, FREE_WIDTH)
 
 
