@@ -35,6 +35,8 @@ OVERLOADED: Final = "overloaded"
 UNAVAILABLE: Final = "unavailable"
 FAILED: Final = "failed"
 
+_JSON: Final = {"Content-Type": "application/json"}
+
 RESULTS: Final = (STORED, IGNORED, TOO_LARGE, UNREADABLE, OVERLOADED, UNAVAILABLE, FAILED, *(reason.value for reason in webhook.Refusal))
 """What `on_webhook` may be told as the result."""
 
@@ -101,4 +103,4 @@ def _try_again() -> MatrixError:
 
 
 def _ok() -> web.Response:
-    return web.Response(body=b"{}", content_type="application/json")
+    return web.Response(body=b"{}", headers=_JSON)
