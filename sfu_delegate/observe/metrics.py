@@ -28,6 +28,7 @@ class _States(Collector):
     def __init__(self, states: Callable[[], Mapping[tuple[str, str, str], int]], label: Callable[[str], str]) -> None:
         self._states = states
         self._label = label
+        self._seen: set[tuple[str, str, str]] = set()  # what is none any more goes on as 0
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """See prometheus_client."""
@@ -36,11 +37,12 @@ class _States(Collector):
             "Delayed events by state, and by presence of their participant.",
             labels=("homeserver", "state", "presence"),
         )
-        tally: Tally[tuple[str, str, str]] = Tally()
+        tally: Tally[tuple[str, str, str]] = Tally(dict.fromkeys(self._seen, 0))
         for (homeserver, state, presence), count in self._states().items():
             tally[self._label(homeserver), state, presence] += count
         for labels, count in sorted(tally.items()):
             family.add_metric(labels, count)
+        self._seen.update(tally)
         yield family
 
 
@@ -209,7 +211,7 @@ class Metrics:
         if new.restarts > old.restarts and old.verified_at is not None:
             self._fraction[homeserver,].observe((new.running_since - old.running_since) / new.delay)
         if new.state is State.DONE and old.state is not State.DONE:
-            self._ended[homeserver, new.outcome.value].inc()
+            self._ended[homeserver, new.outcome].inc()
             there = new.verified_at is not None and new.presence is Presence.CONNECTED
             if new.outcome is Outcome.LOST or (there and new.outcome in (Outcome.REJECTED, Outcome.RAN_OUT)):
                 self.lost.labels(homeserver).inc()
@@ -219,8 +221,8 @@ class Metrics:
     def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
         """A request to a homeserver came to an end."""
         name = self.label(homeserver)
-        self._actions[name, action.value, outcome].inc()
-        self._action_seconds[name, action.value].observe(seconds)
+        self._actions[name, action, outcome].inc()
+        self._action_seconds[name, action].observe(seconds)
 
     def look(self, sfu: str, outcome: str, seconds: float) -> None:
         """A look at an SFU came to an end."""

@@ -3,15 +3,22 @@
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from sfu_delegate.api.listener import AtOnce, Usual, _Request
+from sfu_delegate.api.plain import Answer, Asked, Asker
+from sfu_delegate.delegation.model import Action, Carried, DelayedEvent, NewEvent, OnEnd, Task
+from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import HIDDEN, Seldom, configure, get_logger, redact, set_level, short
+
+from tests.rows import NOW, row
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJAYWxpY2UifQ.c2lnbmF0dXJlLXNpZ25hdHVyZQ"
 DELAY_ID = "syd_qWertZuiOpAsdfGhjkl"
@@ -224,6 +231,93 @@ def test_secrets_inside_texts_are_shortened(text: str, shown: str) -> None:
     assert redacted(event="x", error=ValueError(text)) == {"event": "x", "error": shown}
 
 
+def test_a_named_tuple_is_written_by_its_fields() -> None:
+    """Those that are secret by their names are hidden, also where it is within another value; that there is none can be seen."""
+    task = Task(Action.SEND, 7, 3, "main", "room", "hs.test", "D1", "hunter2", b"hunter2", lease_ends=NOW)
+    written = redacted(task=task, tasks=[task._replace(delay_id="", token=None)])
+    assert written["task"] | {"delay_id": HIDDEN, "token": HIDDEN} == written["task"]
+    assert (written["task"]["action"], written["task"]["event"], written["task"]["delegation"], written["task"]["user"]) == ("send", 7, "D1", None)
+    assert written["tasks"][0]["token"] is None
+    event = redacted(row=row(delay_id="hunter2", token=b"hunter2"))["row"]
+    assert list(event) == list(DelayedEvent._fields)
+    assert (event["delay_id"], event["token"], event["identity"], event["state"]) == (HIDDEN, HIDDEN, "alice", "live")
+    assert event["sessions"] == [{"sid": "S1", "joined_at_ms": 1000, "live": True, "heard_at": NOW - 60.0}]
+    asked = redacted(asked=Asked(Asker("192.0.2.1", ("a",)), "hunter2", None, b"hunter2"))["asked"]
+    assert asked == {"asker": {"peer": "192.0.2.1", "forwarded": ["a"]}, "authorization": HIDDEN, "origin": None, "body": HIDDEN}
+
+
+def test_a_named_tuple_in_a_line_is_an_object(lines: Lines) -> None:
+    """With its fields' names, in JSON."""
+    get_logger().info("asked", event_row=row(delay_id="hunter2", token=b"hunter2"))
+    (line,) = lines()
+    assert line["event_row"]["delay_id"] == HIDDEN
+    assert "hunter2" not in json.dumps(line)
+
+
+USUAL: Usual = AtOnce(lambda asked, told: None, lambda: 1000)
+
+HOLDING_SECRETS = [
+    row(delay_id="hunter2", token=b"hunter2"),
+    NewEvent("hunter2", 60.0, OnEnd.SEND),
+    Carried(1, "D1", "alice", None, None, 60.0, OnEnd.SEND, b"hunter2", NOW, None),
+    Task(Action.SEND, 7, 3, "main", "room", delay_id="hunter2", token=b"hunter2"),
+    Asked(Asker("192.0.2.1", ()), "hunter2", "hunter2", b"hunter2"),
+    Answer(200, {"Location": "hunter2"}, b"hunter2"),
+    _Request(b"POST /hunter2 HTTP/1.1", USUAL, "hunter2", "hunter2", (), b"hunter2", 7),
+]
+
+
+@pytest.mark.parametrize("value", HOLDING_SECRETS, ids=lambda value: type(value).__name__)
+def test_a_repr_has_no_secret(value: object) -> None:
+    """Not in an assertion, a traceback of another library's, or a list of them, either."""
+    for text in (repr(value), str(value), f"{value}", repr([value]), repr({"a": (value,)})):
+        assert "hunter2" not in text
+        assert type(value).__name__ in text
+
+
+def test_a_repr_shows_what_is_no_secret() -> None:
+    """So that it is of use: all other fields, and whether there is a secret."""
+    shown = repr(row(delay_id="hunter2", token=None, room="the-room"))
+    assert "delay_id=…" in shown
+    assert "token=None" in shown
+    assert "room='the-room'" in shown
+    assert repr(NewEvent("hunter2", 60.0, OnEnd.SEND)) == f"NewEvent(delay_id=…, delay=60.0, on_end={OnEnd.SEND!r})"
+
+
+def changed_by_patterns(text: str) -> bool:
+    """Is there anything in it that a pattern would hide?"""
+    return any(pattern.sub(replacement, text) != text for pattern, replacement in logs._SECRET_TEXT)
+
+
+PIECES = (
+    *("delayed_", "events", "/", "access_", "token", "as_", "hs_", "jwt", "secret", "password", "="),
+    *("Bearer", "bear", "er", " ", "\t", ":", "//", "@"),
+    *("ey", "J", "gAAAA", "gAA", "syd", "syt", "syr", "sya", "mct", "mcr", "mat", "mar", "_", ".", "-", "abcdef0123456789abcdef", "x", "&", "'"),
+    # What is no ASCII, and one of these letters to a pattern that ignores case: a long s, and the sign of the kelvin.
+    *("\u017f", "\u212a", "to\u212aen", "\u017fecret", "pa\u017f\u017fword", "ä", "\ud800"),
+)
+
+
+@example("\u017fecret=hunter2")
+@example("to\u212aen=hunter2")
+@example("pas\u017fword=hunter2")
+@example("half of a character: \ud800")
+@given(st.lists(st.sampled_from(PIECES).flatmap(lambda piece: st.sampled_from([piece, piece.upper(), piece.lower(), piece.title()]))).map("".join))
+def test_what_is_harmless_at_first_sight_has_nothing_to_be_hidden(text: str) -> None:
+    """Whatever it is made of, no pattern would have changed it."""
+    assert not (logs._is_harmless(text) and changed_by_patterns(text))
+
+
+@pytest.mark.parametrize("number", range(len(logs._SECRET_TEXT)))
+@given(data=st.data())
+def test_nothing_that_is_to_be_hidden_is_harmless_at_first_sight(number: int, data: st.DataObject) -> None:
+    """Each pattern's matches are seen to need it, wherever they stand."""
+    pattern, _ = logs._SECRET_TEXT[number]
+    around = st.text("ab _=./:\n", max_size=4)
+    text = data.draw(around) + data.draw(st.from_regex(pattern, fullmatch=True, alphabet=st.characters(codec="ascii"))) + data.draw(around)
+    assert not (logs._is_harmless(text) and changed_by_patterns(text))
+
+
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyzABCXYZ0123456789_-", min_size=12))
 def test_no_delay_id_survives_in_a_path(delay_id: str) -> None:
     """Whatever a homeserver's delay_ids look like, their place in a URL is hidden."""
@@ -301,3 +395,38 @@ def test_what_anybody_can_set_off_does_not_fill_the_log() -> None:
     now = 60.0
     assert seldom.times("bad_signature") == 6
     assert seldom.times("bad_signature") == 0
+
+
+# ── many lines at once ──
+
+FACTS: list[dict[str, str | int]] = [
+    {"delegation": "dlg_1", "what": "sent", "row": 7, "detail": f"Bearer {JWT}", "identity": "a\ud800b\nc", "delay_id": DELAY_ID},
+    {"delegation": "dlg_2", "what": "gone", "row": 8, "detail": "200", "identity": "@alice:example.org:DEVICE", "delay_id": short(DELAY_ID)},
+]
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_many_lines_are_what_as_many_calls_write(format: str) -> None:
+    """To the letter, but for the time; what is secret is hidden in them, too."""
+    written = []
+    for many in (True, False):
+        stream = io.StringIO()
+        configure(level="info", format=format, stream=stream)
+        if many:
+            logs.lines("sfu_delegate.daemon", "delegation", FACTS, ours=("delegation", "what", "row"))
+        else:
+            for fact in FACTS:
+                get_logger("sfu_delegate.daemon").info("delegation", **fact)
+        written.append([re.sub(r"20\d\d-\d\d-\d\dT[0-9:.]+Z", "(time)", line) for line in stream.getvalue().splitlines()])
+    assert written[0] == written[1]
+    assert len(written[0]) == len(FACTS)
+    assert JWT not in "".join(written[0])
+    assert DELAY_ID not in "".join(written[0])
+
+
+def test_many_lines_follow_the_level(lines: Lines) -> None:
+    """None of them where the operator wants warnings only, and none where there are none."""
+    logs.lines("sfu_delegate.daemon", "delegation", [])
+    set_level("warning")
+    logs.lines("sfu_delegate.daemon", "delegation", FACTS)
+    assert lines() == []

@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
+from sfu_delegate.daemon.serve import _Observer
+from sfu_delegate.delegation.model import Action, Answered, DelayedEvent, Lane, Outcome, Presence, State, Verdict
+from sfu_delegate.delegation.replies import Touched
 from sfu_delegate.delegation.urgency import Limit
+from sfu_delegate.engine import Change, Step
 from sfu_delegate.observe.metrics import ENDED, Metrics
 
 from tests.rows import NOW, row
@@ -91,6 +94,17 @@ def test_an_end_without_a_departure_has_no_such_time(metrics: Metrics) -> None:
     assert value(metrics, "sfu_delegate_disconnect_to_end_seconds_count", homeserver=PATTERN) is None
 
 
+@pytest.mark.parametrize(("answered_at", "seconds"), [(NOW + 2.0, 7.0), (None, 37.0)])
+def test_the_time_to_the_end_is_over_when_the_answer_comes(metrics: Metrics, answered_at: float | None, seconds: float) -> None:
+    """Not when it is kept, for which answers wait for company: that is when the step was, and counts where nothing else is known."""
+    old = row(Presence.GONE, ended_at=NOW - 5.0)
+    answer = Answered(old.homeserver, old.id, old.claim, Action.SEND, NOW, Verdict.DONE, answered_at=answered_at)
+    change = Change(old, old._replace(state=State.DONE, outcome=Outcome.SENT), answer)
+    _Observer(metrics).step(Step([Touched(1)], [], None, [change], []), 1, 0.001, NOW + 32.0)
+    assert value(metrics, "sfu_delegate_disconnect_to_end_seconds_count", homeserver=PATTERN) == 1
+    assert value(metrics, "sfu_delegate_disconnect_to_end_seconds_sum", homeserver=PATTERN) == seconds
+
+
 def test_the_fraction_of_the_delay_at_a_restart(metrics: Metrics) -> None:
     """Of all restarts but the first, whose countdown began at an unknown time."""
     first = row(verified_at=None, restarts=0, running_since=NOW - 3600.0)
@@ -160,6 +174,20 @@ def test_delegated_events_by_state(metrics: Metrics) -> None:
     assert value(metrics, "sfu_delegate_delegated_events", homeserver=PATTERN, state="live", presence="connected") == 5
     states["two.test", "live", "connected"] = 0
     assert value(metrics, "sfu_delegate_delegated_events", homeserver=PATTERN, state="live", presence="connected") == 2
+
+
+def test_a_state_that_nobody_is_in_any_more_goes_on_as_zero(metrics: Metrics) -> None:
+    """The engine does not name it any more; a series that ends would go on at its last value for a while."""
+    states = {("one.test", "live", "connected"): 2, ("elsewhere.example", "ending", "gone"): 1}
+    metrics.watch_states(lambda: states)
+    assert value(metrics, "sfu_delegate_delegated_events", homeserver="(not configured)", state="ending", presence="gone") == 1
+    states.clear()
+    for _ in range(2):
+        assert value(metrics, "sfu_delegate_delegated_events", homeserver="(not configured)", state="ending", presence="gone") == 0
+        assert value(metrics, "sfu_delegate_delegated_events", homeserver=PATTERN, state="live", presence="connected") == 0
+    states["two.test", "live", "connected"] = 3
+    assert value(metrics, "sfu_delegate_delegated_events", homeserver=PATTERN, state="live", presence="connected") == 3
+    assert value(metrics, "sfu_delegate_delegated_events", homeserver="(not configured)", state="ending", presence="gone") == 0
 
 
 def test_webhooks(metrics: Metrics) -> None:
