@@ -11,10 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sfu_delegate.delegation.model import Verdict
 from sfu_delegate.matrix.http import HttpAnswer
@@ -26,8 +25,7 @@ _ERRCODE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 _SECONDS = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What became of a management request."""
 
     verdict: Verdict
@@ -37,14 +35,24 @@ class Answer:
     detail: str  # for people: status, errcode and a remark; never a token, a delay_id or a URL
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An HTTP answer, read as Matrix would have it."""
+class Reply(NamedTuple):
+    """An HTTP answer, read as Matrix would have it. Its repr has nothing of the body."""
 
     status: int
-    content: Mapping[str, Any] | None = field(repr=False)  # the body, if it is a JSON object
+    content: Mapping[str, Any] | None  # the body, if it is a JSON object
     errcode: str  # of a Matrix error; "" for everything else
     retry_after: float | None  # seconds
+
+    def __repr__(self) -> str:
+        return f"Reply(status={self.status}, errcode={self.errcode!r}, retry_after={self.retry_after})"
+
+
+DONE: Final = Answer(Verdict.DONE, 200, "", None, "200")
+
+
+def is_usual(answer: HttpAnswer) -> bool:
+    """Is it what homeservers answer to a management request that was carried out, to the letter? Then it means DONE, and need not be read."""
+    return answer.status == 200 and answer.body == b"{}"
 
 
 def read_reply(answer: HttpAnswer, now: float) -> Reply:
@@ -52,7 +60,7 @@ def read_reply(answer: HttpAnswer, now: float) -> Reply:
     value: object = None
     if answer.whole:
         with suppress(ValueError, RecursionError):
-            value = json.loads(answer.body)
+            value = json.loads(answer.body.decode("utf-8"))
     content = value if isinstance(value, dict) else None
     errcode = content.get("errcode") if content is not None else None
     if not (isinstance(errcode, str) and _ERRCODE.fullmatch(errcode)):

@@ -55,7 +55,7 @@ class HomeserverRule:
     ca_file: str | None = None  # certificate authorities (PEM) to be trusted there, in place of the system's
     allow_http: bool = False  # may the URL that is discovered be without TLS?
     allow_private: bool = False  # may discovery lead into private networks?
-    max_in_flight: int = 32  # requests at a time, for whoever plans them
+    max_in_flight: int = 64  # requests at a time, for whoever plans them
     limited: bool | None = None  # does its rate limit hold for us? None: that depends on the as_token, or is to be found out
     federation_url: str | None = None  # of the server-server API; None: by server discovery
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import ssl as tls
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Final, Generic, Protocol, TypeVar
@@ -185,13 +185,19 @@ class _Memory(Generic[K, V]):
         self._kept: OrderedDict[K, _Kept[V]] = OrderedDict()
         self._lookups: InFlight[V] = InFlight()
 
+    def fresh(self, key: K) -> tuple[V] | None:
+        """What is known, and need not be looked up again."""
+        kept = self._kept.get(key)
+        if kept is None or self._now() >= kept.expires:
+            return None
+        self._kept.move_to_end(key)
+        return (kept.value,)
+
     async def recall(self, key: K, look_up: Callable[[], Awaitable[_Result[V]]]) -> V:
         """What is known, or comes of `look_up`, which must not raise."""
+        if (known := self.fresh(key)) is not None:
+            return known[0]
         kept, now = self._kept.get(key), self._now()
-        if kept is not None:
-            self._kept.move_to_end(key)
-            if now < kept.expires:
-                return kept.value
         lookup = self._lookups.share(key, lambda: self._look_again(key, look_up))
         if kept is None or now >= kept.usable_until:
             return await lookup
@@ -243,6 +249,11 @@ class _Line:
     people: int = 0
 
 
+def _at(server: ServerName) -> _Target:
+    """A server that is where its name says."""
+    return _Target(f"{server.host}:{server.port or DEFAULT_PORT}", str(server), None)
+
+
 class Federation:
     """The server-server API of all homeservers.
 
@@ -282,6 +293,11 @@ class Federation:
         except ValueError as error:
             raise DiscoveryFailed(f"the server name {error}") from None
         terms = self._terms(str(server))
+        targets = None if terms.stranger else self._known_targets(server, terms)
+        if targets is not None:
+            with self._place_now(str(server), terms.in_flight) as given:
+                if given:  # as usual: nobody waits, and nothing has to be looked up
+                    return await self._ask(server, targets, path_and_query, deadline, terms)
         async with contextlib.AsyncExitStack() as held:
             try:
                 async with asyncio.timeout_at(deadline) as limit:
@@ -299,15 +315,27 @@ class Federation:
                 raise HttpFailed(True, "too many requests to it, or to servers like it, are waiting already") from None
             except TimeoutError:
                 raise HttpFailed(True, "it could not be found, or earlier requests to it were not answered, in time") from None
-            if terms.url is not None:
-                way = self._egress.way(discovered=False)
-                return await way.get(terms.url.rstrip("/") + path_and_query, {}, deadline, ssl=terms.ssl)
             return await self._ask(server, targets, path_and_query, deadline, terms)
 
     async def aclose(self) -> None:
         """Stop lookups that are under way. The connections belong to the egress."""
         await self._delegations.aclose()
         await self._services.aclose()
+
+    @contextlib.contextmanager
+    def _place_now(self, name: str, in_flight: int) -> Iterator[bool]:
+        """A place for one more request to this homeserver, if one is free now."""
+        line = self._lines.setdefault(name, _Line(Turns(in_flight, MAX_WAITING)))
+        line.people += 1
+        given = line.turns.take()
+        try:
+            yield given
+        finally:
+            if given:
+                line.turns.give_back()
+            line.people -= 1
+            if not line.people:
+                del self._lines[name]
 
     @contextlib.asynccontextmanager
     async def _turn(self, name: str, in_flight: int, who: str) -> AsyncIterator[None]:
@@ -322,6 +350,8 @@ class Federation:
                 del self._lines[name]
 
     async def _ask(self, server: ServerName, targets: list[_Target], path_and_query: str, deadline: float, terms: Terms) -> HttpAnswer:
+        if terms.url is not None:
+            return await self._egress.way(discovered=False).get(terms.url.rstrip("/") + path_and_query, {}, deadline, ssl=terms.ssl)
         way, failures = self._egress.way(discovered=not terms.allow_private, stranger=terms.stranger), []
         for target in targets:
             try:
@@ -350,6 +380,20 @@ class Federation:
         for target in targets:
             self._services.doubt(target.host_header)
 
+    def _known_targets(self, server: ServerName, terms: Terms) -> list[_Target] | None:
+        """As `_targets`, if nothing has to be looked up; None: something has."""
+        if terms.url is not None:
+            return []
+        if not server.literal and server.port is None:
+            delegation = self._delegations.fresh(_as_looked_up(server, terms))
+            if delegation is None:
+                return None
+            server = delegation[0] or server
+        if server.literal or server.port is not None:
+            return [_at(server)]
+        services = self._services.fresh(server.host)
+        return None if services is None else self._of_service(server.host, services[0])
+
     async def _targets(self, server: ServerName, terms: Terms) -> list[_Target]:
         """Where to ask, in this order: steps 1 to 6 of "Resolving server names". Raises DiscoveryFailed."""
         if terms.url is not None:
@@ -358,9 +402,12 @@ class Federation:
             asked = server.host
             server = await self._delegations.recall(_as_looked_up(server, terms), lambda: self._delegation(asked, terms)) or server
         if server.literal or server.port is not None:
-            return [_Target(f"{server.host}:{server.port or DEFAULT_PORT}", str(server), None)]
+            return [_at(server)]
         host = server.host
-        records = await self._services.recall(host, lambda: self._service(host))
+        return self._of_service(host, await self._services.recall(host, lambda: self._service(host)))
+
+    def _of_service(self, host: str, records: Sequence[SrvRecord]) -> list[_Target]:
+        """The targets that a host's SRV records name, in the order in which to try them. Raises DiscoveryFailed."""
         if not records:
             return [_Target(f"{host}:{DEFAULT_PORT}", host, None)]
         usable = [record for record in records if record.port and _is_host(record.target)]

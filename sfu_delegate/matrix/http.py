@@ -14,8 +14,7 @@ import socket
 import ssl as tls
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -47,14 +46,16 @@ class HttpFailed(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
-    """An answer, of whatever status."""
+class HttpAnswer(NamedTuple):
+    """An answer, of whatever status. Its repr has nothing of what somebody else's server said."""
 
     status: int
-    headers: Mapping[str, str] = field(repr=False)  # by lower-case name; repeated ones are joined with commas
-    body: bytes = field(repr=False)
+    headers: Mapping[str, str]  # by lower-case name; repeated ones are joined with commas
+    body: bytes
     whole: bool = True  # False: the body was longer than MAX_BODY, and only its beginning is here
+
+    def __repr__(self) -> str:
+        return f"HttpAnswer(status={self.status}, whole={self.whole})"
 
 
 class Http(Protocol):

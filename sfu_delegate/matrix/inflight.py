@@ -21,11 +21,17 @@ class InFlight(Generic[V]):
 
         Raises what the work raises.
         """
-        task = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.create_task(work())
-            task.add_done_callback(lambda done: self._ended(key, done))
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._tasks.get(key) or self.begin(key, work()))
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Is work under way for the key?"""
+        return key in self._tasks
+
+    def begin(self, key: Hashable, work: Coroutine[Any, Any, V]) -> asyncio.Task[V]:
+        """Begin with the work for a key for which none is under way. To be shielded: others may come to wait for it."""
+        task = self._tasks[key] = asyncio.create_task(work)
+        task.add_done_callback(lambda done: self._ended(key, done))
+        return task
 
     async def aclose(self) -> None:
         """Stop everything that is under way. Whoever still waits is cancelled."""

@@ -13,11 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from sfu_delegate.delegation.model import Action, Verdict
-from sfu_delegate.matrix.answers import Answer, Reply, no_such_endpoint, read_reply, understand
+from sfu_delegate.matrix.answers import DONE, Answer, Reply, is_usual, no_such_endpoint, read_reply, understand
 from sfu_delegate.matrix.discovery import Homeserver
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import HttpFailed
@@ -36,6 +36,8 @@ SPEC_VERSIONS_WITH_DELAYED_EVENTS: Final[frozenset[str]] = frozenset()
 
 _UNSTABLE: Final = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/"
 _STABLE: Final = "/_matrix/client/v1/delayed_events/"
+_JSON: Final = {"Content-Type": "application/json"}
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+")  # ids that need no quoting, as Synapse's
 _TOKEN = re.compile(r"[!-~]+")
 _DOT_SEGMENT = re.compile(r"(?:^|[/\\])\.{1,2}(?:$|[/\\])")
 _ACTIONS: Final = {Action.RESTART: "restart", Action.SEND: "send", Action.CANCEL: "cancel"}
@@ -55,8 +57,8 @@ class Generation(Enum):
 
     def request(self, delay_id: str, action: Action) -> tuple[str, bytes]:
         """Path and body."""
-        prefix, in_path = self.value
-        path = prefix + quote(delay_id, safe="")
+        prefix, in_path = self._value_  # `value` takes longer than all the rest of this
+        path = prefix + (delay_id if _PLAIN.fullmatch(delay_id) else quote(delay_id, safe=""))
         verb = _ACTIONS[action]
         return (f"{path}/{verb}", b"{}") if in_path else (path, b'{"action":"%s"}' % verb.encode())
 
@@ -79,6 +81,11 @@ class _Known:
     lacking: dict[Action, float] = field(default_factory=dict)  # none of the offered is there; until when that is believed
     worked: bool = False  # a request of ours has proved once that delayed events can be managed there
 
+    def proves(self, action: Action, generation: Generation) -> None:
+        """An answer that only this endpoint gives."""
+        self.proved[action] = generation
+        self.worked = True
+
 
 class _NotNegotiated(Exception):
     """The homeserver could not be asked what it offers."""
@@ -88,17 +95,19 @@ class _NotNegotiated(Exception):
         self.answer = answer
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(NamedTuple):
     """One management request, before its generation is chosen."""
 
     homeserver: Homeserver
     action: Action
-    delay_id: str = field(repr=False)
-    headers: Mapping[str, str] = field(repr=False)
+    delay_id: str
+    headers: Mapping[str, str]
     query: str
     own_token: bool
     deadline: float
+
+    def __repr__(self) -> str:
+        return f"_Request({self.action!r})"
 
 
 class ManagementClient:
@@ -127,7 +136,7 @@ class ManagementClient:
         """
         if action not in _ACTIONS:
             raise ValueError(f"{action} is not a management request")
-        if problem := _unspeakable(delay_id, token):
+        if (token is not None or not _PLAIN.fullmatch(delay_id)) and (problem := _unspeakable(delay_id, token)):
             return Answer(Verdict.REFUSED, None, "", None, problem)
         own_token = token is None and homeserver.as_token is not None
         credential = token if token is not None else homeserver.as_token
@@ -135,7 +144,7 @@ class ManagementClient:
             homeserver=homeserver,
             action=action,
             delay_id=delay_id,
-            headers={"Content-Type": "application/json", **_bearer(credential)},
+            headers=_JSON if credential is None else {**_JSON, **_bearer(credential)},
             query=_as_user(user) if own_token else "",
             own_token=own_token,
             deadline=asyncio.get_running_loop().time() + timeout,
@@ -183,8 +192,9 @@ class ManagementClient:
         used: _Known | None = None
         fresh = False
         while True:
-            known, asked_now = await self._what_it_offers(request, instead_of=used)
-            fresh = fresh or asked_now
+            known = self._remembered(request.homeserver.base_url, instead_of=used)
+            if known is None:
+                known, fresh = await self._what_it_offers(request, instead_of=used), True
             if not known.offered:
                 return Answer(
                     Verdict.FAILED,
@@ -193,7 +203,7 @@ class ManagementClient:
                     None,
                     DELAYED_EVENTS_OFF,
                 )
-            if known.lacking.get(request.action, 0.0) <= self._now():
+            if not known.lacking or known.lacking.get(request.action, 0.0) <= self._now():
                 answer = await self._try(request, known)
                 if answer is not None:
                     return answer
@@ -220,32 +230,33 @@ class ManagementClient:
         None: the homeserver has none of these endpoints, so nothing was done.
         """
         proved = known.proved.get(request.action)
+        homeserver, action = request.homeserver, request.action
+        way = self._egress.way(discovered=homeserver.discovered, stranger=homeserver.stranger)
         for generation in known.offered if proved is None else (proved,):
+            path, body = generation.request(request.delay_id, action)
             try:
-                reply = await self._post(request, generation)
+                answer = await way.post(
+                    homeserver.base_url + path + request.query,
+                    request.headers,
+                    body,
+                    request.deadline,
+                    ssl=homeserver.ssl,
+                    # A second restart does what the first did. A second send would be answered 404 if the first arrived, and hide that it did.
+                    repeatable=action is Action.RESTART,
+                )
             except HttpFailed as failed:
                 return Answer(Verdict.FAILED if failed.certainly_not_sent else Verdict.UNCERTAIN, None, "", None, failed.reason)
+            if is_usual(answer):
+                if proved is None:
+                    known.proves(action, generation)
+                return DONE
+            reply = read_reply(answer, self._now())
             if not no_such_endpoint(reply):
-                answer = understand(reply, own_token=request.own_token)
-                if answer.verdict is Verdict.DONE or reply.errcode:
-                    known.proved[request.action] = generation
-                    known.worked = True
-                return answer
+                meant = understand(reply, own_token=request.own_token)
+                if meant.verdict is Verdict.DONE or reply.errcode:
+                    known.proves(action, generation)
+                return meant
         return None
-
-    async def _post(self, request: _Request, generation: Generation) -> Reply:
-        path, body = generation.request(request.delay_id, request.action)
-        homeserver = request.homeserver
-        answer = await self._egress.way(discovered=homeserver.discovered, stranger=homeserver.stranger).post(
-            homeserver.base_url + path + request.query,
-            request.headers,
-            body,
-            request.deadline,
-            ssl=homeserver.ssl,
-            # A second restart does what the first did. A second send would be answered 404 if the first arrived, and hide that it did.
-            repeatable=request.action is Action.RESTART,
-        )
-        return read_reply(answer, self._now())
 
     async def _get(self, homeserver: Homeserver, path: str, headers: Mapping[str, str], deadline: float) -> Reply:
         http = self._egress.way(discovered=homeserver.discovered, stranger=homeserver.stranger)
@@ -271,17 +282,20 @@ class ManagementClient:
             return Answer(Verdict.REFUSED, answer.status, answer.errcode, answer.retry_after, f"403 {answer.errcode}")
         return answer
 
-    async def _what_it_offers(self, request: _Request, *, instead_of: _Known | None) -> tuple[_Known, bool]:
-        """What is remembered, unless it is `instead_of` or too old; else ask. And whether it was asked just now. Raises _NotNegotiated."""
-        base_url = request.homeserver.base_url
+    def _remembered(self, base_url: str, *, instead_of: _Known | None) -> _Known | None:
+        """What is known of a homeserver, unless it is `instead_of` or too old."""
         known = self._known.get(base_url)
-        if known is not None and known is not instead_of and self._now() < known.expires:
-            self._known.move_to_end(base_url)
-            return known, False
+        if known is None or known is instead_of or self._now() >= known.expires:
+            return None
+        self._known.move_to_end(base_url)
+        return known
+
+    async def _what_it_offers(self, request: _Request, *, instead_of: _Known | None) -> _Known:
+        """Ask. Raises _NotNegotiated."""
         try:
             async with asyncio.timeout_at(request.deadline):
-                negotiated = self._negotiations.share(base_url, lambda: self._negotiate(request.homeserver, request.deadline, instead_of))
-                return await negotiated, True
+                share = self._negotiations.share
+                return await share(request.homeserver.base_url, lambda: self._negotiate(request.homeserver, request.deadline, instead_of))
         except TimeoutError:
             raise _NotNegotiated(_not_negotiated("no answer in time")) from None
 

@@ -4,12 +4,15 @@ import ipaddress
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 MAX_URL = 2048
 MAX_USER_ID = 255  # bytes (the specification's appendices, "User Identifiers")
 MAX_DNS_NAME = 253
 MAX_LABEL = 63
+MAX_NAME = 270  # characters, more than any name has with its port: what is longer is not remembered
+REMEMBERED = 1000  # names whose form is known: most requests are about few
 
 _NAME = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[0-9A-Za-z.-]{1,255}))(?::(?P<port>[0-9]{1,5}))?")
 _PATTERN = re.compile(r"[0-9A-Za-z.:\[\]*-]{1,270}")
@@ -22,6 +25,11 @@ def is_server_name(name: str) -> bool:
 
     Stricter than the grammar in two points: what stands in brackets is an IPv6 address, and a port is one that can be connected to.
     """
+    return len(name) <= MAX_NAME and _is_server_name(name)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _is_server_name(name: str) -> bool:
     found = _NAME.fullmatch(name)
     if found is None:
         return False
@@ -45,6 +53,7 @@ class ServerName:
     literal: bool  # the host is an IP address
 
     @classmethod
+    @lru_cache(maxsize=REMEMBERED)
     def parse(cls, name: str) -> "ServerName":
         """Raises ValueError where `is_server_name` is false, and for hosts that are neither IP addresses nor names of the DNS.
 
@@ -81,7 +90,9 @@ def server_of(user_id: object) -> str | None:
     if not isinstance(user_id, str) or not user_id.startswith("@"):
         return None
     localpart, colon, server = user_id[1:].partition(":")
-    if not localpart or not colon or any(unicodedata.category(character) in {"Cc", "Cs"} for character in localpart):
+    if not localpart or not colon:
+        return None
+    if not localpart.isprintable() and any(unicodedata.category(character) in {"Cc", "Cs"} for character in localpart):
         return None
     if not is_server_name(server) or len(user_id.encode()) > MAX_USER_ID:
         return None

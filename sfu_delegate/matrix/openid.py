@@ -90,6 +90,9 @@ class OpenId:
     async def _share(self, key: _Key, server: ServerName, token: str, deadline: float, who: str) -> _Verdict:
         loop = asyncio.get_running_loop()
         try:
+            if key not in self._questions and not self._closed:  # the question has the same deadline
+                with suppress(_OutOfTime):
+                    return await asyncio.shield(self._questions.begin(key, self._ask(key, server, token, deadline, who)))
             async with asyncio.timeout_at(deadline):
                 while loop.time() < deadline and not self._closed:
                     with suppress(_OutOfTime):

@@ -36,9 +36,19 @@ class Turns:
         finally:
             self._give_back()
 
+    def take(self) -> bool:
+        """A place, if one is free; to be given back."""
+        if not self._free:
+            return False
+        self._free -= 1
+        return True
+
+    def give_back(self) -> None:
+        """The place that `take` gave."""
+        self._give_back()
+
     async def _take(self, who: str) -> None:
-        if self._free:
-            self._free -= 1
+        if self.take():
             return
         if self._waiting >= self._most:
             self._make_room(who)

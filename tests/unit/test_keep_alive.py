@@ -23,7 +23,7 @@ class FullDisk(SqliteStore):
 
     full = False
 
-    def atomically(self, work: Callable[[Transaction], T]) -> T:
+    def atomically(self, work: Callable[[Transaction], T], *, about_to_wait: Callable[[], object] | None = None) -> T:
         """See SqliteStore."""
         if self.full:
             raise StoreUnavailable("the disk is full")

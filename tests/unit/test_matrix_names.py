@@ -5,7 +5,8 @@ import string
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sfu_delegate.matrix.names import checked_base_url, compile_pattern, is_pattern, is_server_name
+from sfu_delegate.matrix import names
+from sfu_delegate.matrix.names import ServerName, checked_base_url, compile_pattern, is_pattern, is_server_name, server_of
 
 hosts = st.one_of(
     st.text(string.ascii_letters + string.digits + "-.", min_size=1, max_size=255),
@@ -59,6 +60,26 @@ def test_foreign_characters(before: str, character: str, after: str) -> None:
 def test_no_server_names(name: str) -> None:
     """What the Matrix grammar does not allow, or nobody could connect to, is refused."""
     assert not is_server_name(name)
+
+
+@pytest.mark.parametrize("name", ["a" * (names.MAX_NAME + 1), "ä" * 100_000, "[" + ":" * 1000 + "]", "a" * 255 + ":" + "0" * 100_000])
+def test_names_that_are_too_long_are_not_remembered(name: str) -> None:
+    """Anybody can send any number of them, and each may be as long as a body."""
+    before = names._is_server_name.cache_info()
+    assert not is_server_name(name)
+    assert server_of(f"@alice:{name}") is None
+    with pytest.raises(ValueError, match="is not a valid Matrix server name"):
+        ServerName.parse(name)
+    assert names._is_server_name.cache_info() == before
+
+
+def test_the_longest_names_are_names() -> None:
+    """With their ports; and they are remembered."""
+    longest = "a" * 255 + ":65535"
+    assert len(longest) <= names.MAX_NAME
+    names._is_server_name.cache_clear()
+    assert is_server_name(longest)
+    assert names._is_server_name.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize(
