@@ -1,6 +1,8 @@
 """The two HTTP applications: what everybody may reach, and what only the operator may."""
 
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -8,33 +10,43 @@ from sfu_delegate.api.cors import cors
 from sfu_delegate.api.delegations import Delegations
 from sfu_delegate.api.errors import one_error_shape
 from sfu_delegate.api.health import Health, healthz
-from sfu_delegate.api.matrixrtc import MatrixRtc, handlers
+from sfu_delegate.api.listener import AtOnce, Soon, Usual
+from sfu_delegate.api.matrixrtc import PATHS, MatrixRtc
 from sfu_delegate.api.services import AdminServices, Hooks, Phase, Readiness, Services, Settings
 from sfu_delegate.api.throttle import Throttle
 from sfu_delegate.api.webhooks import PATH, PATH_DEPLOYED, Webhooks
 
-__all__ = ["AdminServices", "Hooks", "Phase", "Readiness", "Services", "Settings", "admin_app", "public_app"]
+__all__ = ["AdminServices", "Hooks", "Phase", "Public", "Readiness", "Services", "Settings", "admin_app"]
 
 
-def public_app(services: Services) -> web.Application:
-    """The delegation API, the MatrixRTC endpoints and the SFU's webhooks. Described in `docs/openapi.yaml`."""
-    throttle = Throttle(time.monotonic)
-    endpoints = {
-        prefix + path: handler for prefix, sfu in services.paths.items() for path, handler in handlers(MatrixRtc(services, sfu, throttle)).items()
-    }
-    app = web.Application(middlewares=[cors(lambda: services.settings().cors_origins, endpoints), one_error_shape(services.log)])
-    delegations = Delegations(services, throttle)
-    app.router.add_post("/v1/delegations", delegations.delegate)
-    app.router.add_get("/v1/delegations/{id}", delegations.show, allow_head=False)
-    app.router.add_delete("/v1/delegations/{id}", delegations.withdraw)
-    webhooks = Webhooks(services)
-    app.router.add_post(PATH, webhooks.receive)
-    for path, handler in endpoints.items():
-        app.router.add_post(path, handler)
-    for prefix in dict.fromkeys(["", *services.paths]):
-        app.router.add_post(prefix + PATH_DEPLOYED, webhooks.receive)
-        app.router.add_get(f"{prefix}/healthz", healthz(services.stopping))
-    return app
+class Public:
+    """What everybody may reach: the delegation API, the MatrixRTC endpoints and the SFU's webhooks. Described in `docs/openapi.yaml`.
+
+    `app` answers everything; `usual` has those that are asked most, for the listener, which answers them with less effort if they come as usual.
+    """
+
+    def __init__(self, services: Services) -> None:
+        throttle = Throttle(time.monotonic)
+        webhooks = Webhooks(services)
+        self.usual: dict[str, Usual] = {}
+        handlers: dict[str, Callable[[web.Request], Awaitable[web.Response]]] = {}
+        for prefix, sfu in services.paths.items():
+            rtc = MatrixRtc(services, sfu, throttle)
+            for endpoint, path in PATHS.items():
+                handlers[prefix + path] = partial(rtc.receive, endpoint)
+                self.usual[prefix + path] = Soon(partial(rtc.answer, endpoint), lambda: services.settings().max_body)
+        self.app = app = web.Application(middlewares=[cors(lambda: services.settings().cors_origins, dict(handlers)), one_error_shape(services.log)])
+        for path in [PATH, *(prefix + PATH_DEPLOYED for prefix in dict.fromkeys(["", *services.paths]))]:
+            handlers[path] = webhooks.receive
+            self.usual[path] = AtOnce(webhooks.take, lambda: services.settings().max_webhook_body)
+        for path, handler in handlers.items():
+            app.router.add_post(path, handler)
+        delegations = Delegations(services, throttle)
+        app.router.add_post("/v1/delegations", delegations.delegate)
+        app.router.add_get("/v1/delegations/{id}", delegations.show, allow_head=False)
+        app.router.add_delete("/v1/delegations/{id}", delegations.withdraw)
+        for prefix in dict.fromkeys(["", *services.paths]):
+            app.router.add_get(f"{prefix}/healthz", healthz(services.stopping))
 
 
 def admin_app(services: AdminServices) -> web.Application:

@@ -53,7 +53,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     problem = ""
     value: object = None
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        value = _DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         problem = "it is not UTF-8"
     except _Ambiguous as error:
@@ -84,6 +84,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(_: str) -> NoReturn:
     raise _Ambiguous("it has NaN or Infinity, which JSON does not know")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 
 
 def _too_large(limit: int) -> MatrixError:

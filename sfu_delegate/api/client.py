@@ -4,24 +4,24 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Final
 
-from aiohttp import web
-
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+FORWARDED_FOR: Final = "X-Forwarded-For"
 _SUBSCRIBER: Final = 64  # bits of an IPv6 address that a provider gives to one subscriber
 
 
-def client_of(request: web.Request, trusted: Sequence[Network]) -> str | None:
-    """The client's address, as a key; None where it is not known.
+def client_of(remote: str, forwarded: Sequence[str], trusted: Sequence[Network]) -> str | None:
+    """The client's address, as a key; None where it is not known. `remote` is the address at the other end of the connection, `forwarded` are the
+    headers in which proxies say whose request it is.
 
     A request of a trusted proxy is its client's: the last address in `X-Forwarded-For` that is not itself a trusted proxy's. If the proxy does not
     name one, its clients cannot be told apart, and limiting them all as one would be an outage.
     """
-    peer = _address(request.remote or "")
+    peer = _address(remote)
     if peer is None or not _within(peer, trusted):
         return None if peer is None else _key(peer)
-    told = [part for header in request.headers.getall("X-Forwarded-For", []) for part in header.split(",")]
+    told = [part for header in forwarded for part in header.split(",")]
     for part in reversed(told):
         address = _address(part.strip())
         if address is None:  # a proxy that passes on what anybody writes there

@@ -57,21 +57,20 @@ def cors(origins: Callable[[], Sequence[str]], matrixrtc: Container[str] = ()) -
             response: web.StreamResponse = web.Response(status=preflight.status, headers=preflight.headers)
         else:
             response = await handler(request)
-        _add_headers(response, request.headers.get(hdrs.ORIGIN), origins(), preflight)
+        allows = access(request.headers.get(hdrs.ORIGIN), origins())
+        if hdrs.ACCESS_CONTROL_ALLOW_ORIGIN not in allows:
+            for name in preflight.headers:
+                response.headers.pop(name, None)
+        response.headers.extend(allows)
         return response
 
     return middleware
 
 
-def _add_headers(response: web.StreamResponse, origin: str | None, allowed: Sequence[str], preflight: _Preflight) -> None:
-    headers = response.headers
+def access(origin: str | None, allowed: Sequence[str]) -> dict[str, str]:
+    """The headers that let a page of this origin read an answer, or that tell that another one may be allowed to."""
     if "*" in allowed:
-        headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
-    else:
-        headers.add(hdrs.VARY, hdrs.ORIGIN)
-        if origin is None or origin not in allowed:
-            for name in preflight.headers:
-                headers.pop(name, None)
-            return
-        headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-    headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Retry-After"
+        return {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*", hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: "Retry-After"}
+    if origin is None or origin not in allowed:
+        return {hdrs.VARY: hdrs.ORIGIN}
+    return {hdrs.VARY: hdrs.ORIGIN, hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: origin, hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: "Retry-After"}

@@ -9,6 +9,7 @@ A full delay_id or a token of a client must never be answered or logged, and a t
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -16,7 +17,8 @@ from aiohttp import web
 
 from sfu_delegate.api.body import read_body
 from sfu_delegate.api.delegation_body import DelegationBody, read_delegation
-from sfu_delegate.api.errors import MatrixError, json_response, of_exception, stopping
+from sfu_delegate.api.errors import MatrixError, form_of, json_response, stopping
+from sfu_delegate.api.plain import Asker
 from sfu_delegate.api.port import Overloaded, Unavailable, Watch
 from sfu_delegate.api.services import Services, Settings
 from sfu_delegate.api.throttle import Throttle
@@ -38,8 +40,8 @@ _NO_SUCH_DELEGATION: Final = "There is no such delegation, or it belongs to anot
 
 
 def new_id() -> str:
-    """A fresh delegation id: 128 random bits."""
-    return f"dlg_{secrets.token_hex(16)}"
+    """A fresh delegation id: 80 random bits, after the time in milliseconds, so that new ones are neighbours in the database."""
+    return f"dlg_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
 def matrix_user(identity: str, homeserver: str) -> str | None:
@@ -71,9 +73,9 @@ class Delegations:
         try:
             return await self._delegate(request)
         except Exception as error:
-            refused = of_exception(error)
-            if refused is not None and (times := self._refused.times(f"{refused.status} {refused.errcode}")):
-                self._services.log.info("delegation_refused", status=refused.status, errcode=refused.errcode, times=times)
+            status, errcode, _ = form_of(error)
+            if errcode and (times := self._refused.times(f"{status} {errcode}")):
+                self._services.log.info("delegation_refused", status=status, errcode=errcode, times=times)
             raise
 
     async def _delegate(self, request: web.Request) -> web.Response:
@@ -81,7 +83,7 @@ class Delegations:
         settings = services.settings()
         if services.stopping():
             raise stopping()
-        self._throttle.client(request, settings)
+        self._throttle.client(Asker.of(request), settings)
         access = self._participant(_bearer(request))
         self._throttle.user(access.user or f"{access.sfu} {access.room} {access.identity}", settings)
         wanted = read_delegation(await read_body(request, settings.max_body), settings)

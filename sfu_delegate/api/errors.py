@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from pydantic_core import PydanticSerializationError, to_json
 from structlog.stdlib import BoundLogger
 
 from sfu_delegate.api.port import Overloaded, Unavailable
@@ -18,6 +19,8 @@ from sfu_delegate.observe.logs import frames
 
 STOPPING_RETRY_AFTER: Final = 10.0  # seconds; a restart takes about that long
 LIMIT_RETRY_AFTER: Final = 30.0  # seconds until a participant's older delegations are verified, or a homeserver's others may have ended
+JSON: Final = {"Content-Type": "application/json"}
+NO_STORE: Final = {"Cache-Control": "no-store"}
 _PLAIN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
@@ -35,20 +38,32 @@ class MatrixError(Exception):
         self.headers = headers or {}
         self.extra = extra
 
-    def response(self) -> web.Response:
-        """As it goes to the client: `retry_after_ms` in the body, and `Retry-After` in whole seconds, where it makes sense to try again."""
+    def form(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Body and headers: `retry_after_ms`, and `Retry-After` in whole seconds, where it makes sense to try again."""
         body: dict[str, Any] = {"errcode": self.errcode, "error": self.error, **self.extra}
-        headers = dict(self.headers)
+        headers = {**NO_STORE, **self.headers}
         if self.retry_after is not None:
             body["retry_after_ms"] = math.ceil(self.retry_after * 1000)
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        return body, headers
+
+    def response(self) -> web.Response:
+        """As it goes to the client."""
+        body, headers = self.form()
         return json_response(body, status=self.status, headers=headers)
+
+
+def json_bytes(body: dict[str, Any]) -> bytes:
+    """A body."""
+    try:
+        return to_json(body)
+    except PydanticSerializationError:  # half of a character, which a client's JSON may hold
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def json_response(body: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """A JSON answer. Nothing of ours may be kept by a cache: bodies hold management tokens, and states change."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return web.Response(body=text, status=status, headers={"Cache-Control": "no-store", **(headers or {})}, content_type="application/json")
+    return web.Response(body=json_bytes(body), status=status, headers={**JSON, **NO_STORE, **(headers or {})})
 
 
 def printable(name: object) -> str:
@@ -89,25 +104,37 @@ def of_exception(error: Exception) -> MatrixError | None:
             return None
 
 
+def form_of(error: Exception) -> tuple[int, str, str]:
+    """Status, errcode and sentence of what a client sees; the errcode of a defect of ours is empty.
+
+    For those who go on: a frame that holds its own exception would hold the body of the request, too, until a garbage collection.
+    """
+    expected = of_exception(error)
+    return (500, "", "") if expected is None else (expected.status, expected.errcode, expected.error)
+
+
+def logged(log: BoundLogger, error: Exception, method: str, path: str) -> MatrixError:
+    """What nobody expected is logged by its type and place: its text might hold a secret."""
+    log.error("request_failed", method=method, path=path, error=type(error).__name__, at=frames(error))
+    return MatrixError(500, "M_UNKNOWN", "Something went wrong here that should not have. It is in the daemon's log.")
+
+
+def _response(error: Exception) -> web.Response | None:
+    expected = of_exception(error)
+    return None if expected is None else expected.response()
+
+
 def one_error_shape(log: BoundLogger) -> Middleware:
-    """Every failed request is answered in the one shape. What nobody expected is logged by its type and place: its text might hold a secret."""
+    """Every failed request is answered in the one shape."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except Exception as error:
-            expected = of_exception(error)
-            if expected is not None:
-                return expected.response()
+            if (response := _response(error)) is not None:
+                return response
             resource = request.match_info.route.resource
-            log.error(
-                "request_failed",
-                method=request.method,
-                path=resource.canonical if resource is not None else "?",
-                error=type(error).__name__,
-                at=frames(error),
-            )
-            return MatrixError(500, "M_UNKNOWN", "Something went wrong here that should not have. It is in the daemon's log.").response()
+            return logged(log, error, request.method, "?" if resource is None else resource.canonical).response()
 
     return middleware

@@ -33,7 +33,7 @@ def wrong(sentence: str) -> PydanticCustomError:
 
 def plain_text(value: str) -> str:
     """A validator: no control characters."""
-    if any(unicodedata.category(character) == "Cc" for character in value):
+    if not value.isprintable() and any(unicodedata.category(character) == "Cc" for character in value):
         raise wrong("must not have control characters; give it as the homeserver gave it")
     return value
 

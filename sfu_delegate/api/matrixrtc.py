@@ -9,16 +9,18 @@ alive by itself, and gets into the call. Every other error would keep it out.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
 from sfu_delegate.api.body import read_body
+from sfu_delegate.api.cors import access
 from sfu_delegate.api.delegations import new_id
-from sfu_delegate.api.errors import MatrixError, json_response, of_exception, stopping
+from sfu_delegate.api.errors import MatrixError, form_of, json_response, logged, of_exception, stopping
 from sfu_delegate.api.matrixrtc_body import Delay, Wanted, read_delegate, read_get_token, read_sfu_get
+from sfu_delegate.api.plain import Answer, Asked, Asker, refusal, success
 from sfu_delegate.api.services import Services, Settings
 from sfu_delegate.api.throttle import Throttle
 from sfu_delegate.delegation.model import Accept, NewEvent, OnEnd
@@ -53,42 +55,47 @@ class MatrixRtc:
         self._throttle = throttle
         self._seldom = Seldom()
 
-    async def get_token(self, request: web.Request) -> web.Response:
-        """A LiveKit token, and perhaps a delegation."""
-        return await self._answer(request, Endpoint.GET_TOKEN, read_get_token)
+    async def receive(self, endpoint: Endpoint, request: web.Request) -> web.Response:
+        """Answer a request that aiohttp reads. Raises MatrixError."""
+        return json_response(await self._answer(endpoint, Asker.of(request), read_body(request, self._services.settings().max_body)))
 
-    async def sfu_get(self, request: web.Request) -> web.Response:
-        """The same in the legacy form."""
-        return await self._answer(request, Endpoint.SFU_GET, read_sfu_get)
+    async def answer(self, endpoint: Endpoint, asked: Asked) -> Answer:
+        """Answer a request that has come as a whole, with what pages in browsers need."""
+        services = self._services
 
-    async def delegate(self, request: web.Request) -> web.Response:
-        """A delegation alone."""
-        return await self._answer(request, Endpoint.DELEGATE, read_delegate)
+        async def at_hand() -> bytes:
+            return asked.body
 
-    async def _answer(self, request: web.Request, endpoint: Endpoint, read: Callable[[bytes, Settings], Wanted]) -> web.Response:
+        try:
+            answer = success(await self._answer(endpoint, asked.asker, at_hand()))
+        except Exception as error:
+            answer = refusal(of_exception(error) or logged(services.log, error, "POST", PATHS[endpoint]))
+        return answer._replace(headers={**answer.headers, **access(asked.origin, services.settings().cors_origins)})
+
+    async def _answer(self, endpoint: Endpoint, asker: Asker, reading: Coroutine[Any, Any, bytes]) -> dict[str, Any]:
         services = self._services
         settings = services.settings()
         status, delegates, probes = CLOSED, endpoint is Endpoint.DELEGATE, False
         try:
-            client = self._throttle.client(request, settings)
-            body = await read_body(request, settings.max_body)
+            client = self._throttle.client(asker, settings)
+            body = await reading
             probes = not body  # how Element Call finds out whether the endpoint is there
             delegates = delegates and not probes
-            wanted = read(body, settings)
+            wanted = _READ[endpoint](body, settings)
             delegates = wanted.delay is not None
             user = await self._user(wanted, client, settings)
             self._throttle.user(user, settings)
-            response = await (self._delegated(wanted, user) if endpoint is Endpoint.DELEGATE else self._token(wanted, user))
-            status = response.status
+            answer = await (self._delegated(wanted, user) if endpoint is Endpoint.DELEGATE else self._token(wanted, user))
+            status = 200
         except Exception as error:
-            refused = of_exception(error)
-            status = 500 if refused is None else refused.status
-            if refused is not None and not probes and (times := self._seldom.times(f"{endpoint} {status} {refused.errcode}")):
-                services.log.info("matrixrtc_refused", endpoint=endpoint.value, status=status, errcode=refused.errcode, times=times)
+            status, errcode, _ = form_of(error)
+            if errcode and not probes and (times := self._seldom.times(f"{endpoint} {status} {errcode}")):
+                services.log.info("matrixrtc_refused", endpoint=endpoint.value, status=status, errcode=errcode, times=times)
             raise
         finally:
+            reading.close()  # where it was not asked for
             services.hooks.on_matrixrtc(endpoint.value, status, delegates)
-        return response
+        return answer
 
     # ── who is asking? ──
 
@@ -116,7 +123,7 @@ class MatrixRtc:
 
     # ── what is given ──
 
-    async def _token(self, wanted: Wanted, user: str) -> web.Response:
+    async def _token(self, wanted: Wanted, user: str) -> dict[str, Any]:
         services = self._services
         if wanted.delay is not None:
             await _or_without(self._may_delegate(wanted))
@@ -129,7 +136,7 @@ class MatrixRtc:
         if wanted.delay is not None:
             await _or_without(self._put(wanted, wanted.delay, user))
         jwt = tokens.mint_participant(key, wanted.room, wanted.identities(user)[0], services.clock(), user)
-        return json_response({"url": url, "jwt": jwt})
+        return {"url": url, "jwt": jwt}
 
     def _access(self) -> tuple[str, SfuKey]:
         """The SFU's URL and key. Raises MatrixError."""
@@ -143,12 +150,12 @@ class MatrixRtc:
             self._services.log.warning("room_not_created", sfu=self._sfu, problem=error.sentence, times=times)
         return MatrixError(500, "M_UNKNOWN", "The room could not be created on the SFU. Try again later.")
 
-    async def _delegated(self, wanted: Wanted, user: str) -> web.Response:
+    async def _delegated(self, wanted: Wanted, user: str) -> dict[str, Any]:
         assert wanted.delay is not None  # noqa: S101 — its form requires it
         await self._may_delegate(wanted)
         self._access()  # of an SFU that is not configured any more nobody could ever say who is there
         await self._put(wanted, wanted.delay, user)
-        return json_response({})
+        return {}
 
     async def _may_delegate(self, wanted: Wanted) -> None:
         """Raises MatrixError."""
@@ -157,6 +164,8 @@ class MatrixRtc:
             raise MatrixError(403, "M_FORBIDDEN", f"The homeserver {wanted.server} is not served here, so its users cannot delegate.")
         if services.stopping():
             raise stopping()
+        if services.homeservers.configured(wanted.server) is not None:
+            return
         try:
             async with asyncio.timeout(services.settings().request_timeout):
                 await services.homeservers.resolve(wanted.server)
@@ -179,10 +188,10 @@ async def _or_without(doing: Awaitable[None]) -> None:
     try:
         await doing
     except Exception as error:
-        refused = of_exception(error)
-        if refused is None:
+        _, errcode, refused = form_of(error)
+        if not errcode:
             raise
-        sentence = f"{refused.error} Ask again without delay_id and delay_timeout, and restart the delayed event yourself."
+        sentence = f"{refused} Ask again without delay_id and delay_timeout, and restart the delayed event yourself."
         raise MatrixError(400, "M_BAD_JSON", sentence) from None
 
 
@@ -191,6 +200,8 @@ def _unauthorized() -> MatrixError:
     return MatrixError(401, "M_UNAUTHORIZED", "The openid_token is not valid, or not the claimed user's. Ask the homeserver for a new one.")
 
 
-def handlers(rtc: MatrixRtc) -> dict[str, Callable[[web.Request], Awaitable[web.Response]]]:
-    """What answers each path."""
-    return {PATHS[Endpoint.GET_TOKEN]: rtc.get_token, PATHS[Endpoint.SFU_GET]: rtc.sfu_get, PATHS[Endpoint.DELEGATE]: rtc.delegate}
+_READ: Final[Mapping[Endpoint, Callable[[bytes, Settings], Wanted]]] = {
+    Endpoint.GET_TOKEN: read_get_token,
+    Endpoint.SFU_GET: read_sfu_get,
+    Endpoint.DELEGATE: read_delegate,
+}

@@ -1,5 +1,6 @@
 """What the HTTP side needs of the daemon: a place to put inputs, and a way to see what becomes of a fresh delegation."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -23,6 +24,10 @@ class Unavailable(Exception):
         self.retry_after = retry_after
 
 
+Told = Callable[[Reply | Exception], object]
+"""Who is told, in the event loop, what became of an input. It must not raise."""
+
+
 class Watch(Protocol):
     """The delayed events of one delegation, as they change while the watch is open."""
 
@@ -34,6 +39,9 @@ class Watch(Protocol):
 
 class Port(Protocol):
     """The daemon, as the HTTP side sees it."""
+
+    def hand(self, given: Input, told: Told) -> None:
+        """Hand an input in. `told` is called once, perhaps at once: with the reply when it is durable, or with what `put` would raise."""
 
     async def put(self, given: Input) -> Reply:
         """Hand an input in, and get its reply once it is durable.

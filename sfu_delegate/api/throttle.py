@@ -8,13 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from aiohttp import web
-
 from sfu_delegate.api.client import client_of
 from sfu_delegate.api.errors import MatrixError
+from sfu_delegate.api.plain import Asker
 from sfu_delegate.api.services import Settings
 from sfu_delegate.matrix.memory import keep
 
+PEERS: Final = 1000  # addresses whose reading is remembered
 MOST: Final = 100_000  # buckets; the one that was used least recently is forgotten first
 
 
@@ -24,6 +24,9 @@ class Throttle:
     def __init__(self, clock: Callable[[], float], most: int = MOST) -> None:
         self._clock = clock
         self._most = most
+        # By the address at the other end of the connection: whose request it is, where no proxy tells. For the settings of now.
+        self._clients: OrderedDict[str, str | None] = OrderedDict()
+        self._settings: Settings | None = None
         # Key → when its bucket is full again. That is all there is to know of a bucket (GCRA).
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
@@ -40,12 +43,23 @@ class Throttle:
         keep(self._full_at, key, full_at, self._most)
         return 0.0
 
-    def client(self, request: web.Request, settings: Settings) -> str:
+    def client(self, asker: Asker, settings: Settings) -> str:
         """One more request of this client; its address, "" where that is not known. Raises MatrixError (429)."""
-        client = client_of(request, settings.trusted_proxies)
+        client = self._client(asker, settings)
         if client is not None:
             self._check(f"client {client}", settings.client_rate, settings.client_burst, "Too many requests come from this address.")
         return client or ""
+
+    def _client(self, asker: Asker, settings: Settings) -> str | None:
+        peer = asker.peer
+        if asker.forwarded:
+            return client_of(peer, asker.forwarded, settings.trusted_proxies)
+        if settings is not self._settings:
+            self._clients.clear()
+            self._settings = settings
+        if peer not in self._clients:
+            keep(self._clients, peer, client_of(peer, (), settings.trusted_proxies), PEERS)
+        return self._clients[peer]
 
     def user(self, user: str, settings: Settings) -> None:
         """One more request of this user, whom somebody has vouched for. Raises MatrixError (429)."""

@@ -5,17 +5,19 @@ must come at once, but never before what it acknowledges is durable; and a webho
 Nothing of a body or a token may be logged or repeated.
 """
 
-from contextlib import suppress
+import asyncio
 from time import perf_counter
 from typing import Final
 
 from aiohttp import web
 
 from sfu_delegate.api.body import read_body
-from sfu_delegate.api.errors import MatrixError
+from sfu_delegate.api.errors import MatrixError, logged
+from sfu_delegate.api.plain import DONE, Answer, Asked, Asker, Told, refusal
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import Services
 from sfu_delegate.delegation.model import Missed
+from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.livekit import webhook
 from sfu_delegate.livekit.webhook import WebhookRefused
 from sfu_delegate.observe.logs import Seldom
@@ -35,7 +37,6 @@ OVERLOADED: Final = "overloaded"
 UNAVAILABLE: Final = "unavailable"
 FAILED: Final = "failed"
 
-_JSON: Final = {"Content-Type": "application/json"}
 
 RESULTS: Final = (STORED, IGNORED, TOO_LARGE, UNREADABLE, OVERLOADED, UNAVAILABLE, FAILED, *(reason.value for reason in webhook.Refusal))
 """What `on_webhook` may be told as the result."""
@@ -46,61 +47,70 @@ _OUT_OF_TIME = frozenset({webhook.Refusal.EXPIRED, webhook.Refusal.NOT_YET_VALID
 
 
 class Webhooks:
-    """Receives webhooks."""
+    """Receives webhooks, whoever reads HTTP."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self._refused = Seldom()
 
     async def receive(self, request: web.Request) -> web.Response:
-        """Verify, decode, hand in, and answer `200 {}` once it is durable; at once where it does not matter."""
+        """Answer a request: `200 {}` once what it tells is durable. Raises MatrixError."""
+        try:
+            body = await read_body(request, self._services.settings().max_webhook_body)
+        except MatrixError as error:
+            self._services.hooks.on_webhook(UNKNOWN, UNKNOWN, TOO_LARGE if error.status == 413 else UNREADABLE)
+            raise
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        asked = Asked(Asker.of(request), request.headers.get("Authorization"), None, body)
+        self.take(asked, lambda given: None if answer.done() else answer.set_result(given))
+        given = await answer
+        return web.Response(status=given.status, headers=given.headers, body=given.body)
+
+    def take(self, asked: Asked, answer: Told) -> None:
+        """Verify, decode, hand in, and have it answered once it is durable; at once where it does not matter."""
         began = perf_counter()
         services = self._services
-        told = services.hooks.on_webhook
-        try:
-            body = await read_body(request, services.settings().max_webhook_body)
-        except MatrixError as error:
-            told(UNKNOWN, UNKNOWN, TOO_LARGE if error.status == 413 else UNREADABLE)
-            raise
         sfu = UNKNOWN
         try:
-            sfu = webhook.verify(request.headers.get("Authorization"), body, services.keys, services.clock()).sfu
-            decoded = webhook.decode(body)
+            sfu = webhook.verify(asked.authorization, asked.body, services.keys, services.clock()).sfu
+            decoded = webhook.decode(asked.body)
         except WebhookRefused as refused:
-            told(sfu, UNKNOWN, refused.reason.value)
-            if times := self._refused.times(refused.reason.value):
-                services.log.warning("webhook_refused", reason=refused.reason.value, sfu=sfu, times=times)
-                if refused.reason in _OUT_OF_TIME:
-                    with suppress(Overloaded, Unavailable):
-                        await services.port.put(Missed())
-            if refused.unauthorized:
-                raise MatrixError(401, "M_UNAUTHORIZED", refused.sentence) from None
-            raise MatrixError(400, "M_BAD_JSON", refused.sentence) from None
+            self._refuse(refused, sfu, answer)
+            return
         event = webhook.label(decoded.event)
         given = webhook.to_input(sfu, decoded)
         if given is None:
-            told(sfu, event, IGNORED)
-            return _ok()
-        result = FAILED
-        try:
-            await services.port.put(given)
-            result = STORED
-        except Overloaded:
-            result = OVERLOADED
-            raise _try_again() from None
-        except Unavailable:
-            result = UNAVAILABLE
-            raise _try_again() from None
-        finally:
-            told(sfu, event, result)
-        services.hooks.on_acknowledged(perf_counter() - began)
-        return _ok()
+            services.hooks.on_webhook(sfu, event, IGNORED)
+            answer(DONE)
+        else:
+            services.port.hand(given, lambda reply: self._kept(reply, sfu, event, began, answer))
+
+    def _kept(self, reply: Reply | Exception, sfu: str, event: str, began: float, answer: Told) -> None:
+        """It is durable, or is not."""
+        hooks = self._services.hooks
+        if not isinstance(reply, Exception):
+            hooks.on_webhook(sfu, event, STORED)
+            hooks.on_acknowledged(perf_counter() - began)
+            answer(DONE)
+        elif isinstance(reply, Overloaded | Unavailable):
+            hooks.on_webhook(sfu, event, OVERLOADED if isinstance(reply, Overloaded) else UNAVAILABLE)
+            answer(refusal(_try_again()))
+        else:
+            hooks.on_webhook(sfu, event, FAILED)
+            answer(refusal(logged(self._services.log, reply, "POST", PATH)))
+
+    def _refuse(self, refused: WebhookRefused, sfu: str, answer: Told) -> None:
+        services = self._services
+        services.hooks.on_webhook(sfu, UNKNOWN, refused.reason.value)
+        error = refusal(MatrixError(*((401, "M_UNAUTHORIZED") if refused.unauthorized else (400, "M_BAD_JSON")), refused.sentence))
+        if times := self._refused.times(refused.reason.value):
+            services.log.warning("webhook_refused", reason=refused.reason.value, sfu=sfu, times=times)
+            if refused.reason in _OUT_OF_TIME:
+                services.port.hand(Missed(), lambda _: answer(error))
+                return
+        answer(error)
 
 
 def _try_again() -> MatrixError:
     """Without a `Retry-After`: LiveKit 1.13 tries five times, and obeys it. By itself it waits longer, for 15 s in all."""
     return MatrixError(503, "M_UNKNOWN", "Nothing can be stored at the moment. Try again later.")
-
-
-def _ok() -> web.Response:
-    return web.Response(body=b"{}", headers=_JSON)

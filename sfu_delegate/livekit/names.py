@@ -3,21 +3,26 @@
 A derived name is the unpadded base64 (standard alphabet) of the SHA-256 of a list of strings in canonical JSON.
 """
 
-import json
 from base64 import b64encode
+from functools import lru_cache
 from hashlib import sha256
+from json import JSONEncoder
 from typing import Final
 
 ROOM_SLOT: Final = "m.call#ROOM"
 """The slot of a room's one call, which the legacy endpoint `/sfu/get` always means."""
 
 
+_canonical: Final = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def derived(*parts: str) -> str:
     """The derived name of a list of strings. Raises UnicodeEncodeError for half of a character (a lone surrogate)."""
-    canonical = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
+    canonical = _canonical(parts).encode()
     return b64encode(sha256(canonical).digest()).decode().rstrip("=")
 
 
+@lru_cache(maxsize=1000)  # everybody in a call asks for it
 def room_name(room_id: str, slot_id: str = ROOM_SLOT) -> str:
     """LiveKit's room of a slot (a call) of a Matrix room."""
     return derived(room_id, slot_id)

@@ -9,7 +9,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sfu_delegate.api.app import public_app
+from sfu_delegate.api.app import Public
 from structlog.testing import capture_logs
 from yarl import URL
 
@@ -70,7 +70,7 @@ class Loop:
         self.client: TestClient[Any, Any] = self.run(self._start)
 
     async def _start(self) -> "TestClient[Any, Any]":
-        client: TestClient[Any, Any] = TestClient(TestServer(public_app(self.bench.services)))
+        client: TestClient[Any, Any] = TestClient(TestServer(Public(self.bench.services).app))
         await client.start_server()
         return client
 

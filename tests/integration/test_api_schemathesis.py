@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import ignored_auth
-from sfu_delegate.api.app import AdminServices, Phase, Readiness, Settings, admin_app, public_app
+from sfu_delegate.api.app import AdminServices, Phase, Public, Readiness, Settings, admin_app
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.delegation.model import Task, Verdict
 from sfu_delegate.delegation.replies import TooMany
@@ -104,7 +104,7 @@ def bench(served: Served) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def public(served: Served, bench: Bench) -> str:
-    return served.serve(public_app(bench.services))
+    return served.serve(Public(bench.services).app)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_answers_to_matrixrtc_clients_are_as_described(path: str, status: int, b
     bench.port.error = state.get("error")
     bench.rooms.error = state.get("room")
     bench.stopping = state.get("stopping", False)
-    base_url = served.serve(public_app(bench.services))
+    base_url = served.serve(Public(bench.services).app)
     case = schema[path]["POST"].Case(body=body, media_type="application/json")
     with capture_logs():
         for _ in range(state.get("before", 0)):
@@ -275,7 +275,7 @@ def test_a_service_that_stops_says_so(served: Served) -> None:
     bench = Bench()
     bench.stopping = True
     response = (
-        schema["/healthz"]["GET"].Case().call_and_validate(base_url=served.serve(public_app(bench.services)), excluded_checks=[not_a_server_error])
+        schema["/healthz"]["GET"].Case().call_and_validate(base_url=served.serve(Public(bench.services).app), excluded_checks=[not_a_server_error])
     )
     assert response.status_code == 503
     served.close(bench)
@@ -284,7 +284,7 @@ def test_a_service_that_stops_says_so(served: Served) -> None:
 def test_the_delegation_api_is_limited_by_client(served: Served) -> None:
     """One address cannot keep the service busy: 429, as described."""
     bench = Bench(answers, settings=Settings(client_rate=0.001))
-    base_url = served.serve(public_app(bench.services))
+    base_url = served.serve(Public(bench.services).app)
     case = schema["/v1/delegations"]["POST"].Case(body=delegation(), media_type="application/json")
     # A check of schemathesis asks without a token, which is one more request of this address.
     statuses = [
@@ -334,7 +334,7 @@ def test_the_rare_answers_are_as_described(status: int, body: dict[str, Any], st
     bench.port.error = state.get("error")
     bench.stopping = state.get("stopping", False)
     bench.scopes.scope = state.get("scope", Scope.SCOPED)
-    base_url = served.serve(public_app(bench.services))
+    base_url = served.serve(Public(bench.services).app)
     case = schema["/v1/delegations"]["POST"].Case(body=body, media_type="application/json")
     with capture_logs():
         response = case.call_and_validate(base_url=base_url, headers=bench.bearer(IDENTITY), excluded_checks=[not_a_server_error])
@@ -358,7 +358,7 @@ def test_the_answers_to_genuine_webhooks_are_as_described(path: str, status: int
     """With LiveKit's signature, by either name of the path."""
     bench = Bench()
     bench.port.error = error
-    base_url = served.serve(public_app(bench.services))
+    base_url = served.serve(Public(bench.services).app)
     case = schema[path]["POST"].Case(media_type="application/webhook+json")
     headers = {"Authorization": signature(KEY, body, NOW), "Content-Type": "application/webhook+json"}
     with capture_logs():

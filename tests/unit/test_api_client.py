@@ -9,21 +9,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 from sfu_delegate.api.client import Network, client_of
+from sfu_delegate.api.plain import Asker
 
 TRUSTED: tuple[Network, ...] = (ip_network("10.0.0.0/8"), ip_network("127.0.0.0/8"), ip_network("fd00::/8"), ip_network("::1/128"))
 PROXY = "10.0.0.1"
 
 
-def asked(peer: str | None, *forwarded: str) -> web.BaseRequest:
-    """A request from this address, with these X-Forwarded-For headers."""
-    request = make_mocked_request("POST", "/get_token", CIMultiDict([("X-Forwarded-For", header) for header in forwarded]))
-    return request.clone(remote=peer) if peer is not None else request.clone(remote="")
-
-
 def client(peer: str | None, *forwarded: str, trusted: tuple[Network, ...] = TRUSTED) -> str | None:
-    request = asked(peer, *forwarded)
+    request = make_mocked_request("POST", "/get_token", CIMultiDict([("X-Forwarded-For", header) for header in forwarded]))
+    request = request.clone(remote=peer or "")
     assert isinstance(request, web.Request)
-    return client_of(request, trusted)
+    asker = Asker.of(request)
+    assert asker.peer == (peer or "")
+    return client_of(asker.peer, asker.forwarded, trusted)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ from sfu_delegate.api.delegations import matrix_user, new_id
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import Settings
 from sfu_delegate.delegation.model import Action, Outcome, Presence, Seen, Sighting, State, Task, Verdict
+from sfu_delegate.delegation.replies import TooMany
 from sfu_delegate.engine import Limits
 from sfu_delegate.livekit.keys import SfuKey
 from sfu_delegate.matrix.management import Scope
 from yarl import URL
 
 from tests.engine_port import NOW, SERVER, Bench, agrees, delayed, delegation, only_restarts, serving, silent, until
+from tests.garbage import left_for_the_collector
 
 PATH = "/v1/delegations"
 FIRST, SECOND, THIRD = "syd_first_firstfirstfirst", "syd_second_secondsecond", "syd_third_thirdthirdthird"
@@ -513,6 +516,49 @@ async def test_an_ending_is_under_way() -> None:
         await bench.port.put(Seen("main", "room", "alice", Sighting.LEFT, "PA_1", reason="PARTICIPANT_REMOVED"))
         body = await (await client.get(f"{PATH}/{made['id']}", headers=bench.bearer())).json()
         assert (body["state"], body["delayed_events"][0]["ended_ts"]) == ("ending", None)
+
+
+def always(error: Callable[[], Exception]) -> Callable[..., Any]:
+    """What raises a new error at each call, and keeps none."""
+
+    async def fail(*_: object) -> Any:
+        raise error()
+
+    return fail
+
+
+REFUSALS: dict[str, tuple[bytes, Callable[[Bench], object]]] = {
+    "no JSON": (b'{"needle', lambda _: None),
+    "wrong fields": (json.dumps(delegation(delayed(FIRST), needle="needle")).encode(), lambda _: None),
+    "not served": (json.dumps(delegation(delayed("needle"), homeserver="needle.example")).encode(), lambda _: None),
+    "not found": (json.dumps(delegation(delayed("needle"), homeserver="unreachable.org")).encode(), lambda _: None),
+    "full": (
+        json.dumps(delegation(delayed("needle"))).encode(),
+        lambda bench: setattr(bench.port, "put", always(lambda: Overloaded("Too many.", 1.0))),
+    ),
+    "limited": (
+        json.dumps(delegation(delayed("needle"))).encode(),
+        lambda bench: setattr(bench.port, "put", always(lambda: TooMany("delegations.max_per_user", 1, "Too many."))),
+    ),
+    "stopping": (json.dumps(delegation(delayed("needle"))).encode(), lambda bench: setattr(bench, "stopping", True)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+async def test_a_refused_request_is_forgotten_at_once(why: str) -> None:
+    """Neither its error nor its body waits for a garbage collection: bodies can be large, and many."""
+    bench = Bench()
+    body, spoil = REFUSALS[why]
+    async with serving(bench) as client:
+        headers = bench.bearer()
+        spoil(bench)
+        await client.post(PATH, headers=headers)
+        with left_for_the_collector("needle") as left:
+            response = await client.post(PATH, data=body, headers=headers)
+            assert response.status >= 400
+            await response.read()
+            await asyncio.sleep(0)
+        assert left == []
 
 
 async def test_withdrawing() -> None:

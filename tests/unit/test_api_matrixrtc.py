@@ -19,7 +19,9 @@ from sfu_delegate.livekit.tokens import Access
 from sfu_delegate.matrix.openid import OpenIdRefused, OpenIdUnavailable
 from structlog.testing import capture_logs
 
+from tests import engine_port
 from tests.engine_port import KEY, NOW, OTHER_KEY, SERVER, SFU_URL, Bench, serving
+from tests.garbage import left_for_the_collector
 from tests.webhook_requests import signature
 
 Body = dict[str, Any]
@@ -70,6 +72,12 @@ CLAIMING = [Ask(GET_TOKEN, False), Ask(GET_TOKEN, True), DELEGATES]  # requests 
 EVERY = [*FOR_TOKENS, DELEGATES]
 
 asking = pytest.mark.parametrize("ask", EVERY, ids=str)
+
+
+@pytest.fixture(autouse=True, params=["aiohttp", "listener"])
+def read_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both who read requests."""
+    monkeypatch.setattr(engine_port, "BY_LISTENER", request.param == "listener")
 
 
 def bench_of(**given: Any) -> Bench:
@@ -437,6 +445,7 @@ async def test_a_client_server_api_that_is_being_looked_for(ask: Ask, monkeypatc
         await asyncio.Event().wait()
 
     bench = bench_of(settings=Settings(request_timeout=0.01))
+    monkeypatch.setattr(bench.homeservers, "configured", lambda _: None)
     monkeypatch.setattr(bench.homeservers, "resolve", hangs)
     async with serving(bench) as client:
         assert await error_of(await client.post(ask.path, json=ask.body())) == (400, "M_BAD_JSON")
@@ -579,6 +588,44 @@ async def test_no_secret_is_logged() -> None:
     assert len(logs) > 5
     assert "verysecret" not in told
     assert not [jwt for jwt in given if jwt in told or jwt.rpartition(".")[2] in told]
+
+
+def always(error: Callable[[], Exception]) -> Callable[..., Any]:
+    """What raises a new error at each call, and keeps none."""
+
+    async def fail(*_: object) -> Any:
+        raise error()
+
+    return fail
+
+
+REFUSALS: dict[str, tuple[bytes | None, Callable[[Bench], object]]] = {
+    "no JSON": (b'{"needle', lambda _: None),
+    "wrong fields": (b'{"room": "needle", "room_id": "needle", "unknown": 1}', lambda _: None),
+    "unauthorized": (None, lambda bench: setattr(bench.vouchers, "user", always(lambda: OpenIdRefused("unknown")))),
+    "not to be asked": (None, lambda bench: setattr(bench.vouchers, "user", always(lambda: OpenIdUnavailable("no route")))),
+    "full": (None, lambda bench: setattr(bench.port, "put", always(lambda: Overloaded("Too many.", 1.0)))),
+    "limited": (None, lambda bench: setattr(bench.port, "put", always(lambda: TooMany("delegations.max_per_user", 1, "Too many.")))),
+    "stopping": (None, lambda bench: setattr(bench, "stopping", True)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+@pytest.mark.parametrize("ask", WITH_DELAY, ids=str)
+async def test_a_refused_request_is_forgotten_at_once(ask: Ask, why: str) -> None:
+    """Neither its error nor its body waits for a garbage collection: bodies can be large, and many."""
+    bench = bench_of()
+    body, spoil = REFUSALS[why]
+    sent = json.dumps(ask.body(device="needle")).encode() if body is None else body
+    async with serving(bench) as client:
+        spoil(bench)
+        await client.post(ask.path)
+        with left_for_the_collector("needle") as left:
+            response = await client.post(ask.path, data=sent)
+            assert response.status >= 400
+            await response.read()
+            await asyncio.sleep(0)
+        assert left == []
 
 
 async def test_a_refusal_is_logged_seldom() -> None:

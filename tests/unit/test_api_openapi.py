@@ -14,7 +14,7 @@ from openapi_spec_validator import validate
 from prometheus_client import CollectorRegistry
 from sfu_delegate import config
 from sfu_delegate.api import matrixrtc_body
-from sfu_delegate.api.app import AdminServices, Phase, Readiness, Settings, admin_app, public_app
+from sfu_delegate.api.app import AdminServices, Phase, Public, Readiness, Settings, admin_app
 from sfu_delegate.api.form import Form
 from sfu_delegate.api.matrixrtc import PATHS
 from sfu_delegate.api.services import Services
@@ -43,7 +43,7 @@ def test_every_path_is_described_and_every_described_path_is_there() -> None:
         return Readiness(Phase.RUNNING)
 
     services: Services = Bench().services
-    there = routes(public_app(services)) | routes(admin_app(AdminServices(ready, CollectorRegistry(), services.log)))
+    there = routes(Public(services).app) | routes(admin_app(AdminServices(ready, CollectorRegistry(), services.log)))
     described = {
         (method.upper(), path) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post", "delete", "head")
     }
@@ -53,7 +53,7 @@ def test_every_path_is_described_and_every_described_path_is_there() -> None:
 def test_the_matrixrtc_endpoints_are_the_same_under_each_path_prefix() -> None:
     """What a client finds at its `livekit_service_url` is there for each SFU; of the other paths, only `/sfu_webhook` and `/healthz` are."""
     services: Services = Bench(paths={"": "main", "/livekit/jwt": "other"}).services
-    prefixed = {path.removeprefix("/livekit/jwt") for _, path in routes(public_app(services)) if path.startswith("/livekit/jwt/")}
+    prefixed = {path.removeprefix("/livekit/jwt") for _, path in routes(Public(services).app) if path.startswith("/livekit/jwt/")}
     assert prefixed == {*PATHS.values(), "/sfu_webhook", "/healthz"}
     for path in prefixed:
         urls = [server["url"] for server in DESCRIPTION["paths"][path]["servers"]]

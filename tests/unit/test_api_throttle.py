@@ -11,6 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 from sfu_delegate.api.errors import MatrixError
+from sfu_delegate.api.plain import Asker
 from sfu_delegate.api.services import Settings
 from sfu_delegate.api.throttle import MOST, Throttle
 
@@ -28,10 +29,10 @@ class Clock:
         return self.at
 
 
-def request_of(peer: str, **headers: str) -> web.Request:
+def request_of(peer: str, **headers: str) -> Asker:
     request = make_mocked_request("POST", "/get_token", headers).clone(remote=peer)
     assert isinstance(request, web.Request)
-    return request
+    return Asker.of(request)
 
 
 def refused(taking: Callable[[], object]) -> MatrixError:

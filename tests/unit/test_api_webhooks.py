@@ -10,11 +10,18 @@ from sfu_delegate.delegation.model import Input, Missed, RoomChanged, RoomNews, 
 from sfu_delegate.livekit.keys import SfuKey
 from structlog.testing import capture_logs
 
+from tests import engine_port
 from tests.engine_port import KEY, NOW, Bench, serving
 from tests.webhook_requests import send, signature
 
 ROOM = {"sid": "RM_1", "name": "room", "turnPassword": "verysecret"}
 ALICE = {"sid": "PA_1", "identity": "alice", "joinedAtMs": "1760000000000", "disconnectReason": "CLIENT_INITIATED"}
+
+
+@pytest.fixture(autouse=True, params=["aiohttp", "listener"])
+def read_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both who read requests."""
+    monkeypatch.setattr(engine_port, "BY_LISTENER", request.param == "listener")
 
 
 @pytest.mark.parametrize(
