@@ -6,10 +6,11 @@ each homeserver a `Pace` and a `Plan`, for each SFU a `Reach`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, floor, inf
 from random import Random
+from typing import NamedTuple
 from zlib import crc32
 
 from sfu_delegate.delegation import lifecycle
@@ -46,7 +47,7 @@ from sfu_delegate.delegation.reach import Reach
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
 from sfu_delegate.delegation.urgency import FEASIBLE, NOTHING_PLANNED, Countdown, Limit, Pace, Plan, Wait, choose, may_be_restarted
 from sfu_delegate.delegation.urgency import plan as plan_restarts
-from sfu_delegate.store.base import KnownHomeserver, KnownSfu, Store, StoreUnavailable, Transaction
+from sfu_delegate.store.base import KnownHomeserver, KnownSfu, Participant, Store, StoreUnavailable, Transaction
 
 TIMERS_A_STEP = 256  # a step stays short, however much there is to tidy up
 ROOMS_A_STEP = 64  # the same for rooms of an SFU that is not asked because it fails
@@ -70,8 +71,7 @@ class Limits:
 # ── what comes out ──
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One row before and after one input; `old` is None for a new row."""
 
     old: DelayedEvent | None
@@ -89,6 +89,7 @@ class Step:
     changes: list[Change]
     notes: list[Note]
     hurry: bool = False  # a departure waits for a place: an answer would free one
+    company: int = 0  # something else does: so many answers free half of the places; 0: nothing waits
 
 
 # ── the working set of one step ──
@@ -100,10 +101,11 @@ class _Work:
 
     tx: Transaction
     now: float
+    held: Mapping[int, DelayedEvent]  # rows that need not be read
     rows: dict[int, DelayedEvent] = field(default_factory=dict)
     before: dict[int, DelayedEvent | None] = field(default_factory=dict)
-    known: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
-    known_all: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+    known: dict[Participant, list[int]] = field(default_factory=dict)  # rows by either form of their identity, open ones …
+    known_all: dict[Participant, list[int]] = field(default_factory=dict)  # … or all of them
     made: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     opened: Counter[str] = field(default_factory=Counter)  # by homeserver, and by user: delayed events accepted in this step
     load: dict[str, float] = field(default_factory=dict)  # by homeserver: restarts a second that these need
@@ -113,7 +115,11 @@ class _Work:
     learned: dict[str, KnownHomeserver] = field(default_factory=dict)
     learned_sfus: dict[str, KnownSfu] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
-    undo: list[Callable[[], object]] = field(default_factory=list)
+    # What the present input has changed, and what was there before. No closures: they would hold this, and this them, until a garbage collection.
+    rows_undo: list[tuple[int, DelayedEvent | None]] = field(default_factory=list)
+    rooms_undo: list[tuple[tuple[str, str], Room | None]] = field(default_factory=list)
+    deleted_undo: list[int] = field(default_factory=list)
+    changes_undo: int = 0
 
     def taken(self, rows: Iterable[DelayedEvent]) -> list[DelayedEvent]:
         """Rows from the database, as this step has them by now."""
@@ -126,43 +132,82 @@ class _Work:
             taken.append(self.rows[row.id])
         return taken
 
+    def foresee(self, inputs: Sequence[Input]) -> None:
+        """Read at once what most inputs ask for one by one: a statement takes as long as several rows."""
+        answered = {given.event: None for given in inputs if type(given) is Answered}
+        rows = self.taken([self.held[event] for event in answered if event in self.held])
+        wanted_rows = [event for event in answered if event not in self.held]
+        if wanted_rows:
+            rows += self.taken(self.tx.get_all(wanted_rows))
+        seen: dict[Participant, None] = {(given.sfu, given.room, given.identity): None for given in inputs if type(given) is Seen}
+        # What is confirmed takes the place of what its participant had delegated before.
+        wanted = seen | {key: None for row in rows if row.verified_at is None for key in _forms(row)}
+        wanted_all = {key: None for given in inputs if type(given) is Accept for key in _forms(given)}
+        if wanted:
+            self._foresee(wanted, self.known, finished=False)
+        if wanted_all:
+            self._foresee(wanted_all, self.known_all, finished=True)
+        rooms: dict[tuple[str, str], Room | None] = {key[:2]: None for key in (*(key for key in seen if self.known[key]), *wanted_all)}
+        rooms.update({(given.sfu, given.room): None for given in inputs if type(given) is Looked})
+        if rooms:
+            rooms.update({(room.sfu, room.name): room for room in self.tx.rooms(rooms)})
+            self.rooms.update(rooms)
+            self.rooms_before.update(rooms)
+
+    def _foresee(self, wanted: Collection[Participant], known: dict[Participant, list[int]], *, finished: bool) -> None:
+        known.update((key, []) for key in wanted)
+        rows = self.tx.of_participants(wanted, finished=finished)
+        for row in self.taken(rows):
+            for key in _forms(row):
+                ids = known.get(key)
+                if ids is not None:
+                    ids.append(row.id)
+
     def participant(self, sfu: str, room: str, identity: str, *, finished: bool = False) -> list[DelayedEvent]:
         """A participant's rows; `finished`: also those that are, as far as they are kept for their history."""
-        if not self._is_known(sfu, room, identity, finished=finished):
-            self._learn(sfu, room, (identity,), finished=finished)
         key = (sfu, room, identity)
+        if not self._is_known(key, finished=finished):
+            self._learn((key,), finished=finished)
         ids = self.known_all.get(key)
         if ids is None:
             ids = self.known[key]
-        # One that had come under this identity may have been put back.
-        rows = [row for row in (self.rows[id] for id in ids if id not in self.deleted) if identity in (row.identity, row.alias)]
-        return rows if finished else [row for row in rows if row.state is not State.DONE]
+        if not ids:
+            return []
+        found = []
+        for id in ids:
+            row = self.rows[id]
+            # One that had come under this identity may have been put back.
+            if id not in self.deleted and identity in (row.identity, row.alias) and (finished or row.state is not State.DONE):
+                found.append(row)
+        return found
 
-    def _is_known(self, sfu: str, room: str, identity: str, *, finished: bool) -> bool:
-        key = (sfu, room, identity)
+    def _is_known(self, key: Participant, *, finished: bool) -> bool:
         return key in self.known_all or (not finished and key in self.known)
 
-    def _learn(self, sfu: str, room: str, identities: tuple[str, ...], *, finished: bool) -> None:
-        """Ask the database for the rows of one or two identities."""
-        rows = self.taken(self.tx.of_participant(sfu, room, *identities, finished=finished))
-        seen = {row.id for row in rows}
-        rows += [row for row in self._made(sfu, room) if row.id not in seen]
-        for identity in identities:
-            known = self.known_all if finished else self.known
-            known[sfu, room, identity] = [row.id for row in rows if identity in (row.identity, row.alias)]
+    def _learn(self, keys: Collection[Participant], *, finished: bool) -> None:
+        """Ask the database for the rows of some participants."""
+        learned: dict[Participant, list[int]] = {}
+        self._foresee(keys, learned, finished=finished)
+        for sfu, room in {key[:2] for key in keys}:
+            for row in self._made(sfu, room):
+                for key in _forms(row):
+                    if key in learned and row.id not in learned[key]:
+                        learned[key].append(row.id)
+        (self.known_all if finished else self.known).update(learned)
 
     def same_participant(self, sfu: str, room: str, identity: str, alias: str | None, *, finished: bool = False) -> list[DelayedEvent]:
         """As `participant`, and those that were delegated under the other form of the identity.
 
         Two events that share nothing but that other form are two participants': another member id is another membership.
         """
-        if alias is not None and alias != identity and not self._is_known(sfu, room, identity, finished=finished):
-            self._learn(sfu, room, (identity, alias), finished=finished)
+        if alias is not None and not self._is_known((sfu, room, identity), finished=finished):
+            self._learn(((sfu, room, identity), (sfu, room, alias)), finished=finished)
         rows = self.participant(sfu, room, identity, finished=finished)
-        if alias is None:
+        others = [] if alias is None else self.participant(sfu, room, alias, finished=finished)
+        if not others:
             return rows
         seen = {row.id for row in rows}
-        return rows + [row for row in self.participant(sfu, room, alias, finished=finished) if row.identity == alias and row.id not in seen]
+        return rows + [row for row in others if row.identity == alias and row.id not in seen]
 
     def _made(self, sfu: str, room: str) -> list[DelayedEvent]:
         """What this step has opened in a room: the database does not know of it yet."""
@@ -199,23 +244,36 @@ class _Work:
         self.rows[row.id] = row
         if given is not None:
             self.changes.append(Change(old, row, given))
-        self.undo.append(lambda: self._undo(row.id, old))
+        self.rows_undo.append((row.id, old))
 
     def _know(self, row: DelayedEvent) -> None:
-        for identity in (row.identity, row.alias):
+        for key in _forms(row):
             for known in (self.known, self.known_all):
-                ids = None if identity is None else known.get((row.sfu, row.room, identity))
+                ids = known.get(key)
                 if ids is not None and row.id not in ids:
                     ids.append(row.id)
 
-    def _undo(self, id: int, old: DelayedEvent | None) -> None:
-        if old is not None:
-            self.rows[id] = old
-            return
-        del self.rows[id], self.before[id]
-        for ids in (*self.known.values(), *self.known_all.values(), *self.made.values()):
-            if id in ids:
-                ids.remove(id)
+    def begin(self) -> None:
+        """What is changed from here on can be taken back."""
+        self.rows_undo.clear()
+        self.rooms_undo.clear()
+        self.deleted_undo.clear()
+        self.changes_undo = len(self.changes)
+
+    def take_back(self) -> None:
+        """Everything is as it was at `begin`."""
+        for id, row in reversed(self.rows_undo):
+            if row is not None:
+                self.rows[id] = row
+                continue
+            del self.rows[id], self.before[id]
+            for ids in (*self.known.values(), *self.known_all.values(), *self.made.values()):
+                if id in ids:
+                    ids.remove(id)
+        for key, room in reversed(self.rooms_undo):
+            self.rooms[key] = room
+        self.deleted.difference_update(self.deleted_undo)
+        del self.changes[self.changes_undo :]
 
     def room(self, sfu: str, name: str) -> Room | None:
         key = (sfu, name)
@@ -223,14 +281,20 @@ class _Work:
             self.rooms[key] = self.rooms_before[key] = self.tx.room(sfu, name)
         return self.rooms[key]
 
+    def take_room(self, room: Room) -> None:
+        """A room from the database, where this step does not have it yet."""
+        key = (room.sfu, room.name)
+        if key not in self.rooms:
+            self.rooms[key] = self.rooms_before[key] = room
+
     def put_room(self, sfu: str, name: str, room: Room | None) -> None:
         old = self.room(sfu, name)
         self.rooms[sfu, name] = room
-        self.undo.append(lambda: self.rooms.__setitem__((sfu, name), old))
+        self.rooms_undo.append(((sfu, name), old))
 
     def delete(self, row: DelayedEvent) -> None:
         self.deleted.add(row.id)
-        self.undo.append(lambda: self.deleted.discard(row.id))
+        self.deleted_undo.append(row.id)
 
     def _story(self) -> list[Note]:
         """What this step adds to the history."""
@@ -296,6 +360,7 @@ class Engine:
         self._due: dict[str, float] = dict(census.schedule)  # by homeserver: nothing is due before
         self._rooms_due: dict[str, float] = dict(census.rooms)  # by SFU: no look is due before
         self._now = -inf
+        self._stepped_at = -inf
         self._paces: dict[str, Pace] = {}
         self._plans: dict[str, Plan] = {}
         self._replan: set[str] = set(census.schedule)  # homeservers without a plan, or whose plan may be too hopeful: there are new deadlines
@@ -313,6 +378,7 @@ class Engine:
         self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
         self._doubts = Doubts()
         self._under_way: set[tuple[str, int | str, int]] = set()  # (homeserver, event, claim) and (SFU, room, claim)
+        self._held: dict[int, DelayedEvent] = {}  # rows as they are in the database, of actions that are under way
         self._open: Counter[str] = Counter()  # delayed events by homeserver that are not finished
         for (homeserver, state, _), count in census.states.items():
             if state != State.DONE:
@@ -320,32 +386,69 @@ class Engine:
 
     # ── one step ──
 
-    def step(self, inputs: Sequence[Input], now: float) -> Step:
+    def step(
+        self,
+        inputs: Sequence[Input],
+        now: float,
+        *,
+        answered: Sequence[Answered] = (),
+        about_to_wait: Callable[[], object] | None = None,
+    ) -> Step:
         """Apply `inputs` in order, in one transaction, and claim actions for the places that are free.
 
-        An input that raises is answered with its exception, alone. Raises StoreUnavailable when nothing could be kept.
+        An input that raises is answered with its exception, alone. Raises StoreUnavailable when nothing could be kept. `answered`: what has come
+        back, and will be an input later; its places are free from now on. `about_to_wait`: see `Store.atomically`.
         """
         self._now = now
+        self._came_back(answered, now)
         self._came_back(inputs, now)
         try:
-            step, work, due, rooms_due = self.store.atomically(lambda tx: self._step(tx, inputs, now))
+            step, work, due, rooms_due = self.store.atomically(lambda tx: self._step(tx, inputs, now), about_to_wait=about_to_wait)
         except StoreUnavailable:
+            self._held.clear()  # what was kept of a commit that failed is not known everywhere
             raise
         except Exception as error:
             # Something that only came out when it was written. Whoever it belongs to is answered alone.
             if not inputs:
                 raise
             return self._one_by_one(inputs, now) if len(inputs) > 1 else replace(self.step((), now), replies=[error])
-        self._due.update(due)
+        for homeserver, at in due.items():
+            if at == inf:
+                self._due.pop(homeserver, None)  # of homeservers there may be any number, with patterns
+                if homeserver not in self._open:
+                    self._forget(homeserver)
+            else:
+                self._due[homeserver] = at
         self._rooms_due.update(rooms_due)
         self._count(work)
+        self._hold(work, inputs, step.tasks)
         for task in step.tasks:
             self._under_way.add((task.homeserver or task.sfu, task.event or task.room, task.claim))
             if task.action is Action.LOOK:
                 self._reach(task.sfu).began(self.policy)
             else:
                 self._pace(task.homeserver).began(now, alone=task.token is not None)
-        return replace(step, wake=self._wake(now), hurry=bool(self._departing))
+        step = replace(step, wake=self._wake(now), hurry=bool(self._departing), company=self._company(now))
+        self._stepped_at = now
+        return step
+
+    def _company(self, now: float) -> int:
+        """See `Step.company`: by the homeserver with the fewest places of those where something is due."""
+        return min((self._pace(homeserver).half() for homeserver, due in self._due.items() if self._begins(due) <= now), default=0)
+
+    def _hold(self, work: _Work, inputs: Sequence[Input], tasks: Sequence[Task]) -> None:
+        """Keep the rows that an answer will ask for, as they are in the database now."""
+        for given in inputs:
+            if type(given) is Answered:
+                self._held.pop(given.event, None)
+        if self._held:
+            for id in self._held.keys() & work.rows.keys():
+                self._held[id] = work.rows[id]
+            for id in work.deleted:
+                self._held.pop(id, None)
+        for task in tasks:
+            if task.event:
+                self._held[task.event] = work.rows[task.event]
 
     def keep_alive(self, now: float) -> list[Task]:
         """Restarts to be made while the database takes no transaction, but can be read: nobody who is connected should be dropped because a disk
@@ -392,7 +495,7 @@ class Engine:
         for given in inputs:
             try:
                 steps.append(self.step((given,), now))
-            except StoreUnavailable as error:
+            except Exception as error:
                 # What the steps before it have claimed must still be carried out.
                 steps.append(Step([error], [], now, [], []))
         return Step(
@@ -402,23 +505,22 @@ class Engine:
             changes=[change for step in steps for change in step.changes],
             notes=[note for step in steps for note in step.notes],
             hurry=steps[-1].hurry,
+            company=steps[-1].company,
         )
 
     def _step(self, tx: Transaction, inputs: Sequence[Input], now: float) -> tuple[Step, _Work, dict[str, float], dict[str, float]]:
-        work = _Work(tx, now)
+        work = _Work(tx, now, self._held)
+        work.foresee(inputs)
         replies: list[Reply | Exception] = []
         for given in inputs:
-            work.undo.clear()
-            changes = len(work.changes)
+            work.begin()
             try:
                 replies.append(self._apply(work, given))
             except StoreUnavailable:
                 raise
             except Exception as error:
                 # The error of one must not undo the others of its batch; whoever waits for the answer reports it.
-                for undo in reversed(work.undo):
-                    undo()
-                del work.changes[changes:]
+                work.take_back()
                 replies.append(error)
         self._fail_looks(work)
         tasks, asked = self._claim(work)
@@ -449,8 +551,13 @@ class Engine:
 
     def _came_back(self, inputs: Sequence[Input], now: float) -> None:
         """Free the places of what was answered, whether or not the answer can be kept; once, even if it is handed in again."""
+        heard: str | None = None
         for given in inputs:
-            if isinstance(given, Answered):
+            if isinstance(given, Seen):
+                if given.sfu != heard:  # once is enough
+                    heard = given.sfu
+                    self.heard(heard, now)
+            elif isinstance(given, Answered):
                 key = (given.homeserver, given.event, given.claim)
                 if key in self._under_way:
                     self._under_way.discard(key)
@@ -463,7 +570,7 @@ class Engine:
                     if reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None, reached=given.reached):
                         self._ask.add(given.sfu)  # what happened while it could not be asked is found out now
                     self._learned.add(given.sfu)
-            elif isinstance(given, Seen | RoomChanged):
+            elif isinstance(given, RoomChanged):
                 self.heard(given.sfu, now)
 
     def _answer_came(self, given: Answered, now: float) -> None:
@@ -517,20 +624,22 @@ class Engine:
         return new
 
     def _seen(self, work: _Work, seen: Seen) -> Touched:
-        rows = [row for row in work.participant(seen.sfu, seen.room, seen.identity) if row.state is not State.DONE]
+        rows = work.participant(seen.sfu, seen.room, seen.identity)
         if not rows:
             return Touched(0)
         reach = self._reach(seen.sfu)
+        joined = seen.what is Sighting.JOINED
         late = reach.is_late(seen.created_at, work.now, self.policy.late_after)
-        seen = seen._replace(late=late, made_at=reach.made_at(seen.created_at, work.now))
         if late:
             # A look says nothing about somebody who has just been heard of.
-            self._suspect(work, seen.sfu, seen.room, self.policy.settled if seen.what is Sighting.JOINED else 0.0)
-        if seen.what is Sighting.JOINED:
+            self._suspect(work, seen.sfu, seen.room, self.policy.settled if joined else 0.0)
+        if late or not joined:
+            seen = seen._replace(late=late, made_at=reach.made_at(seen.created_at, work.now))
+        if joined:
             self._in_room(work, seen)
         for row in rows:
             new = self._advance(work, row, seen)
-            if seen.what is Sighting.LEFT and new.presence is Presence.CONNECTED and new.sessions != row.sessions:
+            if not joined and new.presence is Presence.CONNECTED and seen.what is Sighting.LEFT and new.sessions != row.sessions:
                 self._doubt_if_late(work, row, new, seen)
         return Touched(len(rows))
 
@@ -689,7 +798,7 @@ class Engine:
             seen, wanted = {row.id for row in rows}, {event.delay_id for event in accept.events}
             others = work.participant(accept.sfu, accept.room, accept.alias)
             rows += [row for row in others if row.id not in seen and row.delay_id in wanted]
-        rows = self._once(work, rows, accept)
+        rows = self._once(work, rows, accept) if rows else rows
         unfinished = [row for row in rows if row.state is not State.DONE]
         current = [row for row in unfinished if row.state is not State.SUPERSEDED]
         same = self._same(current, accept)
@@ -702,7 +811,7 @@ class Engine:
         current = [self._advance(work, row, accept) for row in unfinished]
         like = max(current, key=lambda row: (row.accepted_at, row.id), default=rows[-1] if rows else None)
         # Later than what there is, also within one step, so that it is known which delegation is the newest.
-        stamp = max([work.now, *(row.accepted_at + 0.001 for row in current)])
+        stamp = max(work.now, *(row.accepted_at + 0.001 for row in current)) if current else work.now
         by_delay_id = {row.delay_id: row for row in rows} | {row.delay_id: row for row in current}
         made = []
         carried = []
@@ -711,13 +820,13 @@ class Engine:
             if old is not None and old.state is State.LIVE:
                 before = (old.delegation, old.identity, old.alias, old.user, old.delay, old.on_end, old.token, old.accepted_at, old.verified_at)
                 carried.append(Carried(old.id, *before))
-            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, self.policy)
-            new = new._replace(accepted_at=stamp)
+            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy)
             work.put(new, accept)
             made.append(new)
         if all(row.verified_at is not None for row in made):
             self._supersede_others(work, made[0])
-        work.opened.update({accept.homeserver: len(made), party(accept.user, accept.homeserver): len(made)})
+        work.opened[accept.homeserver] += len(made)
+        work.opened[party(accept.user, accept.homeserver)] += len(made)
         if accept.token is None:
             work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
         return Accepted(accept.delegation, True, tuple(work.rows[row.id] for row in made), tuple(carried))
@@ -858,7 +967,7 @@ class Engine:
         for id, row in work.rows.items():
             if row.due is not None and row.due <= now and row.lane is not Lane.TIMER and work.before[id] is not row and id not in work.deleted:
                 fresh.setdefault(row.homeserver, []).append(row)
-        late = [homeserver for homeserver, due in self._due.items() if due <= now]
+        late = [homeserver for homeserver, due in self._due.items() if self._begins(due) <= now]
         crowded = [homeserver for homeserver in sorted({*self._plans, *self._replan}) if self._plan_at(homeserver) <= now]
         crowded += [homeserver for homeserver, plan in self._plans.items() if plan.early <= now]
         tasks: list[Task] = []
@@ -869,7 +978,7 @@ class Engine:
             candidates = {row.id: row for row in fresh.get(homeserver, ())}
             pace = self._pace(homeserver)
             places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
-            if self._due.get(homeserver, inf) <= now:
+            if self._begins(self._due.get(homeserver, inf)) <= now:
                 asked.append(homeserver)
                 self._timers(work, homeserver)
                 if places:
@@ -895,11 +1004,15 @@ class Engine:
                 tasks.append(_task(claimed))
         return tasks, asked
 
+    def _begins(self, due: float) -> float:
+        """When something is begun that is due at a time: with what else is due in the same part of a second; but what the last step left, at once."""
+        return due if due <= self._stepped_at or due == inf else ceil(due / TOGETHER) * TOGETHER
+
     def _found(self, work: _Work, homeserver: str, places: int) -> list[DelayedEvent]:
         found = work.tx.todo(homeserver, Lane.END, places, work.now)
         # Those whose deadline has passed must not hide those that can still make it.
-        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed_after=work.now)
-        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed=False)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed=True)
         return work.taken(found)
 
     def _not_due_yet(self, work: _Work, plan: Plan, most: int) -> list[DelayedEvent]:
@@ -1018,7 +1131,7 @@ class Engine:
         """Rooms of an SFU that are to be looked at: what this step knows, and `most` of what the database does."""
         if most > 0 and self._rooms_due.get(sfu, inf) <= work.now:
             for stored in work.tx.rooms_due(sfu, most, work.now):
-                work.room(sfu, stored.name)
+                work.take_room(stored)
         rooms = [room for room in work.rooms.values() if room is not None and room.sfu == sfu]
         return [room for room in rooms if room.due is not None and room.due <= work.now]
 
@@ -1045,8 +1158,9 @@ class Engine:
         """When something can be done next that is not set off by an input."""
         times = []
         for homeserver, due in self._due.items():
-            if due > now:
-                times.append(_together(due))
+            at = self._begins(due)
+            if at > now:
+                times.append(at)
             elif not self._waiting.get(homeserver):
                 times.append(self._pace(homeserver).next_for(Wait(urgent=True, ending=False), now))
         for homeserver, waiting in self._waiting.items():
@@ -1111,36 +1225,59 @@ class Engine:
             deleted = id in work.deleted
             if before is row and not deleted:
                 continue
-            self._doubts.changed(id, None if deleted else row, work.now)
-            if before is not None:
-                self.states[before.homeserver, before.state.value, before.presence.value] -= 1
-            if not deleted:
-                self.states[row.homeserver, row.state.value, row.presence.value] += 1
-                if row.lane is Lane.RESTART and row.harm is not None and row.token is None:
-                    new = before is None or before.lane is not Lane.RESTART or before.harm is None or row.harm < before.harm
-                    if new and self._is_planned(row.homeserver):
-                        self._replan.add(row.homeserver)
+            if before is None or before.verified_at is None or row.verified_at is None:
+                self._doubts.changed(id, None if deleted else row, work.now)
+            if (
+                before is None
+                or deleted
+                or before.state is not row.state
+                or before.presence is not row.presence
+                or before.homeserver != row.homeserver
+            ):
+                self._count_states(before, None if deleted else row)
+            if not deleted and row.lane is Lane.RESTART and row.harm is not None and row.token is None:
+                new = before is None or before.lane is not Lane.RESTART or before.harm is None or row.harm < before.harm
+                if new and self._is_planned(row.homeserver):
+                    self._replan.add(row.homeserver)
             is_open = None if deleted or row.state is State.DONE else row
             was_open = None if before is None or before.state is State.DONE else before
-            if is_open is None or was_open is None or (is_open.delay, is_open.token is None) != (was_open.delay, was_open.token is None):
-                self._count_open(row.homeserver, was_open, is_open)
+            if is_open is None or was_open is None or _load(is_open) != _load(was_open) or is_open.homeserver != was_open.homeserver:
+                self._count_open(was_open, is_open)
         self._known_homeservers.update(work.learned)
         self._known_sfus.update(work.learned_sfus)
         self._learned.clear()
         self._ask.clear()
         self._kept_alive.clear()
 
-    def _count_open(self, homeserver: str, was: DelayedEvent | None, is_now: DelayedEvent | None) -> None:
-        """A delayed event has begun or ended, or has another delay. Of a homeserver that has none any more, only what was written down is kept."""
-        self._open[homeserver] += (is_now is not None) - (was is not None)
-        self._load[homeserver] = max(0.0, self._load.get(homeserver, 0.0) + _load(is_now) - _load(was))
+    def _count_states(self, was: DelayedEvent | None, is_now: DelayedEvent | None) -> None:
+        if was is not None:
+            key = (was.homeserver, was.state, was.presence)
+            self.states[key] -= 1
+            if not self.states[key]:
+                del self.states[key]
+        if is_now is not None:
+            self.states[is_now.homeserver, is_now.state, is_now.presence] += 1
+
+    def _count_open(self, was: DelayedEvent | None, is_now: DelayedEvent | None) -> None:
+        """A delayed event has begun or ended, has another delay, or is another homeserver's."""
+        if was is not None:
+            self._open[was.homeserver] -= 1
+            self._load[was.homeserver] = max(0.0, self._load.get(was.homeserver, 0.0) - _load(was))
+        if is_now is not None:
+            self._open[is_now.homeserver] += 1
+            self._load[is_now.homeserver] = self._load.get(is_now.homeserver, 0.0) + _load(is_now)
+        if was is not None and self._open[was.homeserver] <= 0:
+            self._forget(was.homeserver)
+
+    def _forget(self, homeserver: str) -> None:
+        """Of a homeserver that has no open events any more, only what was written down is kept."""
+        self._open.pop(homeserver, None)
+        self._load.pop(homeserver, None)
+        self._plans.pop(homeserver, None)
+        self._replan.discard(homeserver)
         pace = self._paces.get(homeserver)
-        if self._open[homeserver] <= 0:
-            del self._open[homeserver], self._load[homeserver]
-            self._plans.pop(homeserver, None)
-            self._replan.discard(homeserver)
-            if pace is not None and not pace.in_flight and pace.blocked_until <= self._now:
-                del self._paces[homeserver]
+        if pace is not None and not pace.in_flight and pace.blocked_until <= self._now:
+            del self._paces[homeserver], self._was_exempt[homeserver]
 
     def reconfigure(self, policy: Policy, limits: Limits) -> None:
         """Take new rules from the next step on. In-flight limits, and who is exempt from rate limits, are asked for anew, too."""
@@ -1183,9 +1320,10 @@ class Engine:
         return len(self._under_way)
 
 
-def _together(due: float) -> float:
-    """When something is begun that is due at a time, and not by an input: with what else is due in the same part of a second."""
-    return due if due == inf else ceil(due / TOGETHER) * TOGETHER
+def _forms(whose: DelayedEvent | Accept) -> list[Participant]:
+    """The participant by both forms of its identity, as far as they are known."""
+    key = (whose.sfu, whose.room, whose.identity)
+    return [key] if whose.alias is None or whose.alias == whose.identity else [key, (whose.sfu, whose.room, whose.alias)]
 
 
 def _urgent_first(room: Room) -> tuple[bool, bool, float]:

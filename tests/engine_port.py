@@ -1,6 +1,7 @@
 """A daemon without a daemon: the real engine on a database in memory, stepped at once, with a homeserver and an SFU that answer by a script."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,9 +9,12 @@ from random import Random
 from typing import Any
 
 import structlog
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp import web
+from aiohttp.test_utils import BaseTestServer, TestClient, TestServer, get_port_socket
 from livekit.api import VideoGrants
-from sfu_delegate.api.app import Services, Settings, public_app
+from sfu_delegate.api import port as api_port
+from sfu_delegate.api.app import Public, Services, Settings
+from sfu_delegate.api.listener import Listener
 from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Listed, Looked, Note, Task, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.replies import Reply
@@ -24,6 +28,7 @@ from sfu_delegate.matrix.management import Scope
 from sfu_delegate.matrix.openid import OpenIdRefused
 from sfu_delegate.sealing import Sealer, new_key
 from sfu_delegate.store.sqlite import SqliteStore
+from yarl import URL
 
 NOW = 1_760_000_000.0
 KEY = SfuKey("main", "APIkey", "a-secret-of-forty-characters-or-so-000000")
@@ -99,8 +104,17 @@ class EnginePort:
         return self.at
 
     async def put(self, given: Input) -> Reply:
+        replies: list[Reply | Exception] = []
+        self.hand(given, replies.append)
+        await self._tell()
+        if isinstance(replies[0], Exception):
+            raise replies[0]
+        return replies[0]
+
+    def hand(self, given: Input, told: api_port.Told) -> None:
         if self.error is not None:
-            raise self.error
+            told(self.error)
+            return
         self.given.append(given)
         self.course.append(type(given).__name__)
         reply, tasks = self._step([given])
@@ -108,10 +122,7 @@ class EnginePort:
             task = asyncio.get_running_loop().create_task(self._act(tasks))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-        await self._tell()
-        if isinstance(reply[0], Exception):
-            raise reply[0]
-        return reply[0]
+        told(reply[0])
 
     @contextmanager
     def watch(self, delegation: str) -> Iterator[EngineWatch]:
@@ -329,10 +340,46 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0)
 
 
+BY_LISTENER = False
+"""Is what is usual read by the listener, as in the daemon? Else aiohttp reads everything."""
+
+
+class ListenerServer(BaseTestServer):
+    """The daemon's public listener, for aiohttp's test client."""
+
+    def __init__(self, services: Services) -> None:
+        super().__init__()
+        self._services = services
+        self.listener: Listener | None = None
+
+    async def _make_runner(self, **_: Any) -> web.BaseRunner:
+        raise NotImplementedError  # the listener has its own
+
+    @property
+    def started(self) -> bool:
+        return self.listener is not None
+
+    async def start_server(self, loop: asyncio.AbstractEventLoop | None = None, **_: Any) -> None:
+        if self.listener is None:
+            public = Public(self._services)
+            sock = get_port_socket("127.0.0.1", 0, socket.AF_INET)
+            self.listener = Listener(public.app, public.usual, self._services.log, closed_within=1.0)
+            await self.listener.start(sock)
+            self.port, self.scheme = sock.getsockname()[1], "http"
+            self._root = URL(f"http://127.0.0.1:{self.port}")
+
+    async def close(self) -> None:
+        if self.listener is not None and not self._closed:
+            self._closed = True
+            await self.listener.close()
+
+
 @asynccontextmanager
 async def serving(bench: Bench) -> AsyncIterator["TestClient[Any, Any]"]:
-    """A client of the application, which listens on loopback. Handlers are cancelled when their client hangs up."""
-    async with TestClient(TestServer(public_app(bench.services))) as client:
+    """A client of the application, which listens on loopback. Handlers of aiohttp's are cancelled when their client hangs up."""
+    server = ListenerServer(bench.services) if BY_LISTENER else TestServer(Public(bench.services).app)
+    client: TestClient[Any, Any] = TestClient(server)
+    async with client:
         try:
             yield client
         finally:

@@ -185,6 +185,8 @@ def advance(row: DelayedEvent, given: Given, now: float, policy: Policy, random:
         case RoomChanged():
             return _apply(row, looking.of_room(row, given, now, policy), now, policy, random)
         case Looked():
+            if row.state is State.LIVE and looking.is_as_known(row, given):
+                return row
             finding = looking.of_look(row, given, now, policy)
             if finding.sign is Sign.NOTHING and row.state is State.VANISHED and row.presence is Presence.CONNECTED and row.look_at is not None:
                 return row._replace(look_at=max(row.look_at, now + policy.look_again))  # too early to tell, or in doubt
@@ -217,14 +219,22 @@ def supersede(row: DelayedEvent, now: float, policy: Policy, random: float) -> D
 
 
 def delegate(
-    row: DelayedEvent | None, id: int, accept: Accept, event: NewEvent, like: DelayedEvent | None, now: float, policy: Policy
+    row: DelayedEvent | None,
+    id: int,
+    accept: Accept,
+    event: NewEvent,
+    like: DelayedEvent | None,
+    now: float,
+    accepted_at: float,
+    policy: Policy,
 ) -> DelayedEvent:
     """The row of an event that is handed over: a new one, or `row` (the same `delay_id` of the same participant) taken up again.
 
     `like` is a row of the same participant whose presence it inherits: no `joined` will come for somebody who is in the call already.
+    `accepted_at` is later than that of any other row of the participant, and else `now`.
     """
     if row is not None and row.state is State.LIVE:
-        return _delegated_again(row, accept, event, now)
+        return _delegated_again(row, accept, event, now, accepted_at)
     sessions: tuple[Session, ...] = like.sessions if like else ()
     if like is not None and like.state is State.DONE:
         # Nobody told it of the end of those that were live: a look finds those that go on. And none was seen under this delegation.
@@ -244,7 +254,7 @@ def delegate(
         delay=event.delay,
         on_end=event.on_end,
         token=accept.token,
-        accepted_at=now,
+        accepted_at=accepted_at,
         verified_at=None,
         presence=present,
         presence_since=like.presence_since if like and connected else now,
@@ -274,7 +284,7 @@ def delegate(
     return base
 
 
-def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: float) -> DelayedEvent:
+def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: float, accepted_at: float) -> DelayedEvent:
     """A live event that another delegation had. It takes over what is asked for now; a restart shows whether that is right."""
     same = (row.delay, row.on_end) == (event.delay, event.on_end)
     sure = same and not _tried(row)  # else a goodbye may have got through, and only a restart tells
@@ -285,7 +295,7 @@ def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: fl
         identity=accept.identity,
         alias=accept.alias or other,
         user=accept.user or row.user,
-        accepted_at=now,
+        accepted_at=accepted_at,
         delay=event.delay,
         on_end=event.on_end,
         token=accept.token or row.token,
@@ -452,16 +462,21 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
             return row
 
 
-def _restart_at(row: DelayedEvent, at: float | None, now: float, policy: Policy, random: float, *, first: bool = False) -> DelayedEvent:
-    """The row with its next restart planned: at `at`, or at the normal time, which is not later than `restart_at` of the delay.
+def _restart_at(row: DelayedEvent, at: float | None, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """The row with its next restart planned: at `at`, or at the normal time."""
+    if at is None:
+        at = _next_restart(row.running_since, row.delay, now, policy, random, first=False)
+    return row._replace(lane=Lane.RESTART, due=at, harm=row.deadline, claimed=False)
+
+
+def _next_restart(running_since: float, delay: float, now: float, policy: Policy, random: float, *, first: bool) -> float:
+    """The normal time of the next restart: not later than `restart_at` of the delay.
 
     `first`: it has just been confirmed. The next restart comes at any time up to the normal one, so that those who delegated together are spread
     from then on: a limit that nobody knows of shows itself while there is time to heed it.
     """
-    if at is None:
-        spread = min(policy.restart_at, max(policy.first_spread, policy.restart_spread)) if first else policy.restart_spread
-        at = max(now, row.running_since + row.delay * (policy.restart_at - spread * random))
-    return row._replace(lane=Lane.RESTART, due=at, harm=row.deadline, claimed=False)
+    spread = min(policy.restart_at, max(policy.first_spread, policy.restart_spread)) if first else policy.restart_spread
+    return max(now, running_since + delay * (policy.restart_at - spread * random))
 
 
 def _done(row: DelayedEvent, outcome: Outcome, now: float, policy: Policy) -> DelayedEvent:
@@ -514,15 +529,18 @@ def _answered(row: DelayedEvent, answer: Answered, now: float, policy: Policy, r
         return row  # not what was claimed
     match answer.verdict:
         case Verdict.DONE if restarting:
-            first = row.verified_at is None
-            row = row._replace(
-                running_since=max(row.running_since, answer.sent_at),
+            running_since = max(row.running_since, answer.sent_at)
+            return row._replace(
+                running_since=running_since,
                 restarts=row.restarts + 1,
                 verified_at=row.verified_at or now,
                 attempts=0,
                 end_tried=False,
+                lane=Lane.RESTART,
+                due=_next_restart(running_since, row.delay, now, policy, random, first=row.verified_at is None),
+                harm=running_since + row.delay,
+                claimed=False,
             )
-            return _restart_at(row, None, now, policy, random, first=first)
         case Verdict.DONE:
             return _done(row, _ended_by_us(row, answer.action), now, policy)
         case Verdict.NOT_FOUND | Verdict.CONFLICT:

@@ -1,13 +1,14 @@
 """The words of the rules: one row per delayed event, and the inputs that change it.
 
-Rows are NamedTuples (hundreds are made for every batch of webhooks, and a NamedTuple costs a tenth of a frozen dataclass); inputs are
-frozen dataclasses. Times are Unix seconds of the daemon's own clock (`daemon/clock.py`), durations are seconds; what carries another unit
-says so in its name.
+Rows are NamedTuples (hundreds are made for every batch of webhooks, and a NamedTuple costs a tenth of a frozen dataclass), and so are the inputs and
+outputs that come in such numbers; the others are frozen dataclasses. Times are Unix seconds of the daemon's own clock (`daemon/clock.py`), durations
+are seconds; what carries another unit says so in its name.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 class Presence(StrEnum):
@@ -90,10 +91,16 @@ class Session(NamedTuple):
     heard_at: float  # when we first heard that it is live, by our clock; 0 for one of which only the end was heard
 
 
+def _without_secrets(row: Any) -> str:
+    """The repr of a NamedTuple without its delay_id and its token."""
+    values = (f"{name}={'…' if name in ('delay_id', 'token') and value else repr(value)}" for name, value in zip(row._fields, row, strict=True))
+    return f"{type(row).__name__}({', '.join(values)})"
+
+
 class DelayedEvent(NamedTuple):
     """One delayed event of one participant. A delegation is the rows that share `delegation`.
 
-    The row carries its participant's state too: all rows of a participant get the same inputs, so they agree.
+    The row carries its participant's state too: all rows of a participant get the same inputs, so they agree. Its repr has no secrets.
     """
 
     id: int
@@ -144,6 +151,23 @@ class DelayedEvent(NamedTuple):
     def live_sids(self) -> frozenset[str]:
         """The sessions that joined and have not left."""
         return frozenset(s.sid for s in self.sessions if s.live)
+
+    def __repr__(self) -> str:
+        return _without_secrets(self)
+
+
+_AT = {name: at for at, name in enumerate(DelayedEvent._fields)}
+
+
+def _replaced(row: DelayedEvent, /, **changes: Any) -> DelayedEvent:
+    values: list[Any] = list(row)
+    for name, value in changes.items():
+        values[_AT[name]] = value
+    return tuple.__new__(DelayedEvent, values)
+
+
+if not TYPE_CHECKING:
+    DelayedEvent._replace = _replaced  # takes half as long as the one of every NamedTuple, which asks for each of the fields by its name
 
 
 class Room(NamedTuple):
@@ -257,23 +281,30 @@ class Looked:
     finished: bool = False  # the room was told to be over
     failed_since: float = 0.0  # when the SFU's latest outage began, as far as looks have shown
     recovered_at: float = 0.0  # … and when it was over; now, if the room could not be looked at before
-    _by_identity: dict[str, list[Listed]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Of these participants: what is made of a look by `dataclasses.replace` has it too.
+    _by_identity: dict[str, list[Listed]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for listed in self.participants or ():
-            self._by_identity.setdefault(listed.identity, []).append(listed)
+        if not self._by_identity:
+            for listed in self.participants or ():
+                self._by_identity.setdefault(listed.identity, []).append(listed)
 
-    def of(self, *identities: str | None) -> list[Listed]:
-        """The entries of one participant, by any form of its identity."""
-        return [listed for identity in identities if identity is not None for listed in self._by_identity.get(identity, ())]
+    def of(self, identity: str, alias: str | None) -> Sequence[Listed]:
+        """The entries of one participant, by either form of its identity."""
+        listed = self._by_identity.get(identity, ())
+        others = () if alias is None else self._by_identity.get(alias, ())
+        return [*listed, *others] if others else listed
 
 
 class NewEvent(NamedTuple):
-    """A delayed event as a client hands it over."""
+    """A delayed event as a client hands it over. Its repr has no secrets."""
 
     delay_id: str
     delay: float
     on_end: OnEnd
+
+    def __repr__(self) -> str:
+        return _without_secrets(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +330,7 @@ class Withdraw:
 
 
 class Carried(NamedTuple):
-    """An event that a delegation took over from another one, and what it was there."""
+    """An event that a delegation took over from another one, and what it was there. Its repr has no secrets."""
 
     event: int
     delegation: str
@@ -311,6 +342,9 @@ class Carried(NamedTuple):
     token: bytes | None
     accepted_at: float
     verified_at: float | None
+
+    def __repr__(self) -> str:
+        return _without_secrets(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,9 +365,8 @@ class Find:
     delegation: str
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """What became of a claimed action."""
+class Answered(NamedTuple):
+    """What became of a claimed action. A NamedTuple like `Seen`."""
 
     homeserver: str
     event: int
@@ -344,6 +377,7 @@ class Answered:
     retry_after: float | None = None  # seconds
     alone: bool = False  # LIMITED concerns this event's user only, whose token it was done with
     detail: str = ""  # for people: status and errcode; never a token or a delay_id
+    answered_at: float | None = None  # when that was known, which may be before it is kept; None: now
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,9 +402,8 @@ class Note(NamedTuple):
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A claimed action: do it, and answer with its claim."""
+class Task(NamedTuple):
+    """A claimed action: do it, and answer with its claim. Its repr has no secrets."""
 
     action: Action
     event: int  # the row; 0 for a look
@@ -379,8 +412,11 @@ class Task:
     room: str
     homeserver: str = ""
     delegation: str = ""
-    delay_id: str = field(default="", repr=False)
-    token: bytes | None = field(default=None, repr=False)
+    delay_id: str = ""
+    token: bytes | None = None
     user: str | None = None
     urgent_since: float | None = None  # END: when the participant left
     lease_ends: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"Task({self.action!r}, event={self.event}, claim={self.claim}, room={self.room!r}, delegation={self.delegation!r})"

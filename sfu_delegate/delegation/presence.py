@@ -199,6 +199,17 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
             return Finding(Sign.NOTHING, row.sessions)
 
 
+def is_as_known(row: DelayedEvent, look: Looked) -> bool:
+    """Does a look show just what is known of somebody who is connected? Most looks show that of everybody, and then `of_look` need not be asked."""
+    if row.presence is not Presence.CONNECTED or row.reason or row.look_at is not None or row.ended_at is not None:
+        return False
+    listed = look.of(row.identity, row.alias)
+    if len(listed) != 1 or listed[0].state != "ACTIVE" or len(row.sessions) > KEPT_SESSIONS:
+        return False
+    sid = listed[0].sid
+    return any(s.live and s.sid == sid for s in row.sessions)
+
+
 def _time_to_come_back(row: DelayedEvent, look: Looked, departure: Departure, policy: Policy) -> float:
     """Seconds from the end of the SFU's latest outage until an absence is believed, for reasons that count as connected during an outage.
 

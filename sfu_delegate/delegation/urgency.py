@@ -145,6 +145,10 @@ class Pace:
         """How many requests may be on their way in addition, whatever the rate."""
         return 0 if now < self.blocked_until else max(0, min(self.width, self.most) - self.in_flight)
 
+    def half(self) -> int:
+        """Half of the requests that may be on their way together, and at least one."""
+        return max(1, min(self.width, self.most) // 2)
+
     def last_try(self, now: float) -> bool:
         """May a restart be tried that will have missed its deadline when the homeserver may be asked again? Limits are lifted, too."""
         return self._last_try_at <= now < self.closed_until and self.in_flight == 0

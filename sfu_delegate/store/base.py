@@ -1,6 +1,6 @@
 """What the engine asks of a store, whichever database it is."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room
@@ -39,11 +39,21 @@ class KnownSfu(NamedTuple):
     several_nodes_at: float | None
 
 
+Participant = tuple[str, str, str]
+"""SFU, room, identity."""
+
+
 class Transaction(Protocol):
     """The queries of one step. Everything is kept, or nothing."""
 
-    def of_participant(self, sfu: str, room: str, *identities: str, finished: bool) -> list[DelayedEvent]:
-        """The rows that have one of one or two identities as either form, in the order of their ids; `finished`: also those that are."""
+    def of_participants(self, participants: Collection[Participant], *, finished: bool) -> list[DelayedEvent]:
+        """The rows that have one of these identities as either form, in the order of their ids; `finished`: also those that are."""
+
+    def rooms(self, keys: Collection[tuple[str, str]]) -> list[Room]:
+        """The rooms of these SFUs and names, as far as they are there."""
+
+    def get_all(self, events: Collection[int]) -> list[DelayedEvent]:
+        """These rows, as far as they are there."""
 
     def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         """All rows of a room that are not finished."""
@@ -54,8 +64,8 @@ class Transaction(Protocol):
     def get(self, event: int) -> DelayedEvent | None:
         """One row."""
 
-    def todo(self, homeserver: str, lane: Lane, limit: int, now: float, *, harmed_after: float | None = None) -> list[DelayedEvent]:
-        """The most urgent of the rows that are due, in any order; of those that come to harm after a time, if that is given."""
+    def todo(self, homeserver: str, lane: Lane, limit: int, now: float, *, harmed: bool | None = None) -> list[DelayedEvent]:
+        """The most urgent of the rows that are due, in any order; of those only that have come to harm, or have not, if that is given."""
 
     def next_due(self, homeserver: str) -> float | None:
         """When the next row of this homeserver is due."""
@@ -120,8 +130,11 @@ class Census(Protocol):
 class Store(Protocol):
     """A database with the schema of this version."""
 
-    def atomically(self, work: Callable[[Transaction], T]) -> T:
-        """Run `work` in one transaction, durable when this returns. Raises StoreUnavailable, and then nothing was kept."""
+    def atomically(self, work: Callable[[Transaction], T], *, about_to_wait: Callable[[], object] | None = None) -> T:
+        """Run `work` in one transaction, durable when this returns. Raises StoreUnavailable, and then nothing was kept.
+
+        `about_to_wait` is called when it does no more than wait, for a disk or for a server.
+        """
 
     def reading(self, work: Callable[[Transaction], T]) -> T:
         """Run `work`, which only reads. May work where `atomically` does not, as on a full disk. Raises StoreUnavailable."""
@@ -146,8 +159,12 @@ class Store(Protocol):
     def save_clock_mark(self, mark: str) -> None:
         """Keep a mark by which the next start finds out whether the clock was set."""
 
-    def checkpoint_if_large(self) -> None:
-        """Housekeeping that cannot wait for an idle time."""
+    @property
+    def is_log_large(self) -> bool:
+        """Is there housekeeping that cannot wait for an idle time? May be asked from any thread while no other works with the store."""
+
+    def checkpoint(self) -> None:
+        """Do it. Raises StoreUnavailable."""
 
     def idle(self) -> None:
         """There is time for housekeeping."""

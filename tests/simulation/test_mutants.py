@@ -90,7 +90,7 @@ def answer_time(patch: Patch) -> None:
     real = lifecycle.advance
 
     def advance(row: DelayedEvent, given: lifecycle.Given, now: float, policy: Policy, random: float) -> DelayedEvent:
-        return real(row, replace(given, sent_at=now) if isinstance(given, Answered) else given, now, policy, random)
+        return real(row, given._replace(sent_at=now) if isinstance(given, Answered) else given, now, policy, random)
 
     patch.setattr(lifecycle, "advance", advance)
 

@@ -154,7 +154,7 @@ class Store(SqliteStore):
         self.last_id, self.refuses = 0, False
         self._spare.append(self)
 
-    def atomically(self, work: Callable[[Transaction], T]) -> T:
+    def atomically(self, work: Callable[[Transaction], T], *, about_to_wait: Callable[[], object] | None = None) -> T:
         if not self.refuses:
             return super().atomically(work)
 
@@ -413,7 +413,7 @@ class Daemon:
 
     def rows_of(self, room: str, identity: str, *, finished: bool = False) -> list[DelayedEvent]:
         """The rows of one participant."""
-        return self.store.reading(lambda tx: tx.of_participant(SFU, room, identity, finished=finished))
+        return self.store.reading(lambda tx: tx.of_participants([(SFU, room, identity)], finished=finished))
 
 
 def _is_result(task: Task, given: Answered | Looked) -> bool:

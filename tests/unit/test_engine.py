@@ -700,6 +700,22 @@ def test_one_look_serves_a_whole_room() -> None:
     assert {there.presence for there in stored(engine)} == {Presence.CONNECTED}
 
 
+def test_the_rooms_of_a_batch_of_looks_are_read_together() -> None:
+    """One statement for all of them."""
+    engine = holding(*[row(identity=f"p{n}", room=f"r{n}") for n in range(4)])
+    assert isinstance(engine.store, SqliteStore)
+    engine.step([Missed()], NOW)
+    claimed = looks(engine.step((), NOW))
+    assert len(claimed) == 4
+    statements: list[str] = []
+    engine.store._connection.set_trace_callback(statements.append)
+    step = engine.step([look_at(look, listed(identity=f"p{look.room[1:]}"), sent_at=NOW) for look in claimed], NOW + 0.1)
+    engine.store._connection.set_trace_callback(None)
+    assert step.replies == [Touched(1)] * 4
+    reading = [statement for statement in statements if "SELECT" in statement and "room.room_sid" in statement and "room.due <=" not in statement]
+    assert len(reading) == 1
+
+
 def test_a_room_is_looked_at_when_the_first_of_its_participants_asks_for_it() -> None:
     """A departure that is checked after 2 s is not held up by one that is checked after 30 s."""
     engine = holding(row(identity="a"), row(identity="b"))
@@ -858,6 +874,40 @@ def test_answers_are_wanted_at_once_where_a_departure_waits_for_a_place() -> Non
     assert not after.hurry
 
 
+def test_answers_want_company_where_restarts_wait_for_a_place() -> None:
+    """So many as free half of the homeserver's places; none is asked for as long as nothing is due, and once nothing waits any more."""
+    engine = holding(*[row(identity=f"p{n}", due=NOW + 1.0) for n in range(FIRST_WIDTH + 1)])
+    assert engine.step((), NOW).company == 0
+    step = engine.step((), NOW + 1.0)
+    assert (len(step.tasks), step.company) == (FIRST_WIDTH, FIRST_WIDTH // 2)
+    assert engine.step([Find("none")], NOW + 1.0).company == FIRST_WIDTH // 2
+    after = engine.step([reply_to(task, sent_at=NOW + 1.0) for task in step.tasks], NOW + 1.1)
+    assert (len(after.tasks), after.company) == (1, 0)
+
+
+def test_answers_of_a_homeserver_with_one_place_want_no_company() -> None:
+    """One of them frees it."""
+    engine = holding(row(identity="a", due=NOW), row(identity="b", due=NOW), most=1)
+    step = engine.step((), NOW)
+    assert (len(step.tasks), step.company) == (1, 1)
+
+
+def test_of_several_homeservers_the_one_with_the_fewest_places_says_how_much_company_answers_want() -> None:
+    """Of those where something waits: another one's places are as they are."""
+    most = {"none.test": 1, "two.test": 2, "four.test": 4}
+    waiting = [row(identity=f"{n} at {name}", homeserver=name, due=NOW) for name in ("two.test", "four.test") for n in range(5)]
+    store = holding(*waiting, row(homeserver="none.test", due=NOW)).store
+    engine = Engine(store, POLICY, Limits(), Random(0), in_flight=lambda name: most[name])
+    step = engine.step((), NOW)
+    assert Counter(task.homeserver for task in step.tasks) == {"none.test": 1, "two.test": 2, "four.test": 4}
+    assert step.company == 1
+    at_two = [task for task in step.tasks if task.homeserver == "two.test"]
+    while at_two:
+        step = engine.step([reply_to(task) for task in at_two], NOW + 0.1)
+        at_two = [task for task in step.tasks if task.homeserver == "two.test"]
+    assert step.company == 2
+
+
 def test_nothing_is_done_before_the_wake_and_something_at_it() -> None:
     """Stepping exactly at the time that a step asks for always makes progress, through whole calls and their pruning."""
     for seed in range(5):
@@ -909,13 +959,75 @@ def test_what_is_finished_is_pruned_after_its_time() -> None:
     assert engine.store.census().rooms == {}
 
 
+def test_nothing_is_remembered_of_homeservers_whose_events_are_all_pruned() -> None:
+    """With patterns there may be any number of them: neither a due time nor a zero."""
+    engine = fresh()
+    now, names = NOW, [f"h{n}.test" for n in range(3)]
+    step = engine.step([accept(f"D{n}", room=f"r{n}", homeserver=name) for n, name in enumerate(names)], now)
+    engine.step([reply_to(task, sent_at=now) for task in step.tasks], now + 0.1)
+    engine.step([Withdraw(f"D{n}") for n in range(len(names))], now + 0.2)
+    assert set(engine._due) == set(names)
+    assert_exact(engine)
+    wake = engine.step((), now + 1.0).wake
+    while wake is not None:
+        step = engine.step((), wake)
+        assert_exact(engine)
+        wake = engine.step([look_at(look, sent_at=wake) for look in looks(step)], wake).wake if step.tasks else step.wake
+    assert stored(engine) == []
+    assert engine._due == {}
+    assert dict(engine.states) == {}
+    assert (dict(engine._open), engine._load) == ({}, {})
+    assert (engine._paces, engine._was_exempt) == ({}, {})
+
+
+def test_an_event_that_moves_to_another_homeserver_is_counted_there_only() -> None:
+    """Superseded, its cancel under way, and then delegated anew for the other one."""
+    engine = fresh()
+    for name, delay_id in (("A", "first"), ("B", "second")):
+        step = engine.step([accept(name, delay_id, homeserver="a.test")], NOW)
+        step = engine.step([reply_to(task) for task in step.tasks], NOW + 0.1)
+    assert actions(step) == [Action.CANCEL]
+    engine.step([accept("C", "first", homeserver="b.test")], NOW + 0.2)
+    assert [(there.homeserver, there.state) for there in stored(engine)] == [("b.test", State.LIVE), ("a.test", State.LIVE)]
+    assert_exact(engine)
+    engine.step([Withdraw("B")], NOW + 0.3)
+    assert dict(engine._open) == {"b.test": 1}
+    assert engine._load == pytest.approx({"b.test": 1 / DELAY})
+    engine.step([Withdraw("A"), Withdraw("C")], NOW + 0.4)
+    assert (dict(engine._open), engine._load) == ({}, {})
+
+
+def test_an_event_that_vanished_and_moves_to_another_homeserver_is_counted_there_only() -> None:
+    """It was not known at the first one any more."""
+    engine = fresh()
+    step = engine.step([accept("A", "moving", homeserver="a.test")], NOW)
+    engine.step([reply_to(task) for task in step.tasks], NOW + 0.1)
+    step = engine.step((), NOW + DELAY * 0.9)
+    engine.step([reply_to(task, Verdict.NOT_FOUND, sent_at=NOW + DELAY * 0.9) for task in step.tasks if task.event], NOW + DELAY * 0.9)
+    assert only(engine).state is State.VANISHED
+    engine.step([accept("B", "moving", homeserver="b.test")], NOW + DELAY * 0.9 + 0.1)
+    assert only(engine).homeserver == "b.test"
+    assert_exact(engine)
+    engine.step([Withdraw("B")], NOW + DELAY * 0.9 + 0.2)
+    assert (dict(engine._open), engine._load) == ({}, {})
+
+
+def assert_exact(engine: Engine) -> None:
+    """What the engine counts is what an engine would count that begins with this database, and nothing else: no zeros."""
+    census = engine.store.census()
+    assert dict(engine.states) == census.states
+    opened = Counter(there.homeserver for there in stored(engine) if there.state is not State.DONE)
+    assert dict(engine._open) == dict(opened)
+    assert engine._load == pytest.approx(census.load)
+
+
 def test_the_history_tells_what_happened() -> None:
     """In order, with reasons and answers, and in the reply to whoever asks."""
     engine = fresh()
     step = engine.step([accept("D1"), joined()], NOW)
     engine.step([reply_to(step.tasks[0])], NOW + 1)
     step = engine.step([left("S1", "PARTICIPANT_REMOVED")], NOW + 2)
-    engine.step([replace(reply_to(step.tasks[0], Verdict.REFUSED), detail="403 M_FORBIDDEN")], NOW + 3)
+    engine.step([reply_to(step.tasks[0], Verdict.REFUSED)._replace(detail="403 M_FORBIDDEN")], NOW + 3)
     (found,) = engine.step([Find("D1")], NOW + 4).replies
     assert isinstance(found, Found)
     assert [(note.at - NOW, note.what, note.detail) for note in found.history] == [
@@ -1225,7 +1337,7 @@ def test_a_limit_of_one_user_is_not_everybodys() -> None:
     """A request with a user's own token is charged to that user's limit."""
     engine = holding(*[row(identity=f"p{n}", due=NOW) for n in range(8)])
     (first, *_) = engine.step((), NOW).tasks
-    step = engine.step([replace(reply_to(first, Verdict.LIMITED, retry_after=30.0), alone=True)], NOW)
+    step = engine.step([reply_to(first, Verdict.LIMITED, retry_after=30.0)._replace(alone=True)], NOW)
     assert len(step.tasks) == 1
     assert step.tasks[0].event != first.event
 
@@ -1253,7 +1365,7 @@ def test_a_database_that_fails_between_two_of_a_split_batch_loses_no_claim() -> 
     engine = fresh()
     atomically, calls = engine.store.atomically, 0
 
-    def failing(work: Any) -> Any:
+    def failing(work: Any, **_: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -1265,6 +1377,27 @@ def test_a_database_that_fails_between_two_of_a_split_batch_loses_no_claim() -> 
     assert isinstance(step.replies[0], Accepted)
     assert isinstance(step.replies[1], StoreUnavailable)
     assert [task.delegation for task in step.tasks] == ["D1"]
+
+
+def test_a_defect_that_is_met_between_two_of_a_split_batch_loses_no_claim() -> None:
+    """A value that cannot be written, and timers that fail after it: the exception is that input's reply, and what others claimed is handed out."""
+    engine = fresh()
+    atomically, calls = engine.store.atomically, 0
+
+    def failing(work: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # all together, the first one, the bad one, and then nothing but the timers
+            raise KeyError("a defect")
+        return atomically(work, **more)
+
+    engine.store.atomically = failing  # type: ignore[method-assign]
+    bad = accept("D-bad", "delay", identity="bob", delay=float("nan"))
+    step = engine.step([accept("D1"), bad, accept("D2", identity="carol")], NOW)
+    assert [type(reply) for reply in step.replies] == [Accepted, KeyError, Accepted]
+    assert [task.delegation for task in step.tasks] == ["D1", "D2"]
+    engine.store.atomically = atomically  # type: ignore[method-assign]
+    assert_counts(engine)
 
 
 # ── rooms are looked at although nobody asks for it ──

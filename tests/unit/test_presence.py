@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sfu_delegate.delegation import presence
-from sfu_delegate.delegation.lifecycle import PRESENCE, advance, look_due
-from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, Seen, Session, Sighting
+from sfu_delegate.delegation.lifecycle import PRESENCE, _apply, advance, look_due
+from sfu_delegate.delegation.model import DelayedEvent, Listed, Looked, Presence, Seen, Session, Sighting, State
 from sfu_delegate.delegation.policy import DEPARTURES, MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, Unasked
 from sfu_delegate.delegation.presence import KEPT_SESSIONS, Finding, Sign
 
@@ -98,6 +98,22 @@ def test_the_presence_that_comes_out_is_the_table_s() -> None:
         )
         expected = before.presence if finding.sign is Sign.NOTHING else PRESENCE[before.presence, finding.sign]
         assert advance(before, given_news, NOW, POLICY, 0.5).presence is expected
+
+
+def test_a_look_that_shows_what_is_known_would_change_nothing() -> None:
+    """It is not thought through; if it were, the same would come of it, whatever the row has been through."""
+    looks = [given_news for given_news in NEWS if isinstance(given_news, Looked)]
+    starts = [row(Presence.CONNECTED, state=state, sessions=sessions) for state in State for sessions in KNOWLEDGE.values()]
+    starts += [advance(before, given_news, NOW, POLICY, 0.5) for before in rows() for given_news in NEWS]
+    starts += [before._replace(reason="MIGRATION") for before in rows()] + [before._replace(look_at=NOW) for before in rows()]
+    known = 0
+    for before in dict.fromkeys(starts):
+        for look in looks:
+            if presence.is_as_known(before, look) and before.state is State.LIVE:
+                known += 1
+                finding = presence.of_look(before, look, NOW, POLICY)
+                assert _apply(before, finding, NOW, POLICY, 0.5) is before
+    assert known > 100
 
 
 def test_a_repeated_webhook_changes_nothing() -> None:

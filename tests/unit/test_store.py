@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -17,7 +19,7 @@ import pytest
 from alembic import command, op
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sfu_delegate.delegation.model import Action, DelayedEvent, Find, Lane, Looked, Note, OnEnd, Outcome, Presence, Room, Session, State, Verdict
 from sfu_delegate.delegation.replies import Found
@@ -421,12 +423,27 @@ def test_a_participant_is_found_by_either_identity() -> None:
         store.atomically(lambda tx: tx.insert(insert_more))
 
         def ids(identity: str, *, finished: bool) -> list[int]:
-            return store.atomically(lambda tx: [there.id for there in tx.of_participant(SFU, ROOM, identity, finished=finished)])
+            rows = store.atomically(lambda tx: tx.of_participants([(SFU, ROOM, identity)], finished=finished))
+            return [there.id for there in rows]
 
         assert ids("a", finished=False) == [1, 2, 3]
         assert ids("a", finished=True) == [1, 2, 3, 4]
         assert ids("b", finished=True) == [1, 2]
         assert ids("nobody", finished=True) == []
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 3, sqlite.MANY, sqlite.MANY + 1])
+def test_many_are_found_at_once(others: int) -> None:
+    """However many are asked for: each row once, and each room that is there."""
+    with opened() as store:
+        insert(store, row(identity="a", alias="b"), row(identity="b"), row(identity="a", room="elsewhere"))
+        there = Room(SFU, ROOM, "RM1", "EV1", NOW, True, 0.0, NOW, None, NOW + 60.0, False, 0, 3, True)
+        store.atomically(lambda tx: tx.save_room(there))
+        wanted = [(SFU, ROOM, "a"), (SFU, ROOM, "b"), (SFU, "elsewhere", "a"), *((SFU, ROOM, f"other{n}") for n in range(others))]
+        assert [found.id for found in store.atomically(lambda tx: tx.of_participants(wanted, finished=False))] == [1, 2, 3]
+        rooms = [(SFU, "elsewhere"), (SFU, ROOM), *((SFU, f"other{n}") for n in range(others))]
+        assert store.atomically(lambda tx: tx.rooms(rooms)) == [there]
+        assert [found.id for found in store.atomically(lambda tx: tx.get_all([3, 1, *range(10, 10 + others)]))] == [1, 3]
 
 
 def test_what_is_due_comes_most_urgent_first_and_not_more_than_asked_for() -> None:
@@ -440,6 +457,15 @@ def test_what_is_due_comes_most_urgent_first_and_not_more_than_asked_for() -> No
         assert store.atomically(lambda tx: tx.next_due("nobody.test")) is None
 
 
+def test_what_has_come_to_harm_is_told_from_what_has_not() -> None:
+    """So that neither hides the other."""
+    with opened() as store:
+        insert(store, *(row(harm=harm, due=NOW - 1) for harm in (NOW + 1, NOW - 2, NOW + 3, NOW, None)))
+        in_time = store.atomically(lambda tx: tx.todo(HOMESERVER, Lane.RESTART, 5, NOW, harmed=False))
+        late = store.atomically(lambda tx: tx.todo(HOMESERVER, Lane.RESTART, 5, NOW, harmed=True))
+        assert [{there.id for there in found} for found in (in_time, late)] == [{1, 3}, {2, 4, 5}]
+
+
 def test_deleting_a_row_deletes_its_history() -> None:
     """And nobody else's."""
     with opened() as store:
@@ -450,13 +476,12 @@ def test_deleting_a_row_deletes_its_history() -> None:
 
 
 HOT = {
-    "_ONE_FORM": "uq_delayed_event_participant (sfu=? AND room=? AND identity=?)",
-    "_TWO_FORMS": "ix_delayed_event_alias (sfu=? AND room=? AND alias=?)",
     "_OF_ROOM": "uq_delayed_event_participant (sfu=? AND room=?)",
     "_OF_DELEGATION": "ix_delayed_event_delegation (delegation=?)",
     "_GET": "INTEGER PRIMARY KEY (rowid=?)",
     "_TODO": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due<?)",
-    "_TODO_AFTER": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due<?)",
+    "_TODO_IN_TIME": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due<?)",
+    "_TODO_HARMED": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due<?)",
     "_NEXT_DUE": "ix_delayed_event_schedule (homeserver=? AND lane=? AND due>?)",
     "_DELETE": "INTEGER PRIMARY KEY (rowid=?)",
     "_DELETE_HISTORY": "ix_history_event (event=?)",
@@ -484,19 +509,33 @@ def test_every_hot_statement_uses_its_index(name: str) -> None:
         assert not any(step.startswith("SCAN") for step in steps), steps
 
 
+@pytest.mark.parametrize("count", [1, 2, 16, sqlite.MANY])
+def test_many_are_found_by_indexes(count: int) -> None:
+    """Participants by both forms, and rooms; only the keys are scanned."""
+    with opened() as store:
+        participants = plan(store, sqlite._for_many(sqlite._OF_PARTICIPANTS, sqlite._PARTICIPANT_KEY, count))
+        rooms = plan(store, sqlite._for_many(sqlite._ROOMS, sqlite._ROOM_KEY, count))
+        for index, steps in (
+            ("uq_delayed_event_participant (sfu=? AND room=? AND identity=?)", participants),
+            ("ix_delayed_event_alias (sfu=? AND room=? AND alias=?)", participants),
+            ("PRIMARY KEY (sfu=? AND name=?)", rooms),
+        ):
+            assert any(index in step for step in steps), steps
+            assert {step for step in steps if step.startswith("SCAN")} <= {"SCAN wanted_1", "SCAN CONSTANT ROW", f"SCAN {count} CONSTANT ROWS"}
+        assert any("INTEGER PRIMARY KEY (rowid=?)" in step for step in plan(store, sqlite._for_many(sqlite._GET_ALL, sqlite._EVENT_KEY, count)))
+
+
 def test_updates_find_their_row_by_its_id() -> None:
     """Whatever columns they write."""
     with opened() as store:
         for columns in ((1,), (FIELDS.index("due"), FIELDS.index("claim")), tuple(range(1, len(FIELDS)))):
-            assert all("INTEGER PRIMARY KEY (rowid=?)" in step for step in plan(store, store.update_statement(columns)))
+            assert all("INTEGER PRIMARY KEY (rowid=?)" in step for step in plan(store, sqlite._update_of(columns)[0]))
 
 
 def test_an_update_names_only_what_differs() -> None:
     """A column that is not named costs no index maintenance."""
-    with opened() as store:
-        sql = store.update_statement(changed(row(), row()._replace(attempts=3)))
-        assert "due" not in sql
-        assert "attempts" in sql
+    sql, _ = sqlite._update_of(changed(row(), row()._replace(attempts=3)))
+    assert sql == "UPDATE delayed_event SET attempts=? WHERE delayed_event.id = ?"
 
 
 # ── failures ──
@@ -554,21 +593,157 @@ def test_errors_do_not_quote_what_is_stored(tmp_path: Path) -> None:
         assert "secret" not in f"{error.value!r} {error.value.__cause__!r}"
 
 
-def test_the_write_ahead_log_is_emptied_when_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By idle() when it has grown, and under load only above its limit."""
+def log_of(path: Path) -> os.stat_result:
+    return os.stat(f"{path}-wal")
+
+
+def checkpointed(store: SqliteStore) -> bool:
+    """Has everything in the log been carried over? Asking does it, so it is asked for by what happens to the log's first bytes."""
+    return store._connection.total_changes == store._checkpointed
+
+
+def under_load(store: SqliteStore) -> bool:
+    """Is there something to be done that cannot wait?"""
+    return store.is_log_large
+
+
+def test_the_write_ahead_log_is_begun_anew_when_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By idle() when some rows have been written, and under load only when many have."""
     with opened(tmp_path / "delegate.db") as store:
         insert(store, *[row(identity=f"p{n}") for n in range(500)])
-        grown = store.wal_size()
-        assert grown > 0
+        monkeypatch.setattr(sqlite, "CHECKPOINT_IDLE_ABOVE", 1000)
         store.idle()
-        store.checkpoint_if_large()
-        assert store.wal_size() == grown
-        monkeypatch.setattr(sqlite, "CHECKPOINT_IDLE_ABOVE", grown - 1)
-        store.checkpoint_if_large()
-        assert store.wal_size() == grown
+        assert not under_load(store)
+        assert not checkpointed(store)
+        monkeypatch.setattr(sqlite, "CHECKPOINT_IDLE_ABOVE", 499)
         store.idle()
-        assert store.wal_size() == 0
+        assert checkpointed(store)
+        monkeypatch.setattr(sqlite, "CHECKPOINT_ABOVE", 10)
+        for n in range(11):
+            store.atomically(lambda tx, n=n: tx.insert(row(identity=f"q{n}")._replace(id=501 + n)))  # type: ignore[misc]
+        assert under_load(store)
+        store.checkpoint()
+        assert not under_load(store)
+        assert checkpointed(store)
+        # From there on, what is written takes the place of what was there.
+        before = (tmp_path / "delegate.db-wal").read_bytes()
+        store.atomically(lambda tx: tx.insert(row(identity="later")._replace(id=600)))
+        after = (tmp_path / "delegate.db-wal").read_bytes()
+        assert len(after) == len(before)
+        assert after[:32] != before[:32]
+        assert len(stored(store)) == 512
+
+
+def test_the_write_ahead_log_has_its_length_from_the_start_on(tmp_path: Path) -> None:
+    """A file that grows with each commit makes commits slow. Nothing of what was written for that is left in the database."""
+    path = tmp_path / "delegate.db"
+    with opened(path) as store:
+        length = log_of(path).st_size
+        assert length >= sqlite.LOG_SIZE
+        insert(store, *[row(identity=f"p{n}") for n in range(100)])
+        assert log_of(path).st_size == length
+        tables = {name for (name,) in store._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        assert "lengthening" not in tables
+        assert store._connection.execute("PRAGMA freelist_count").fetchone() == (0,)
+        assert store._connection.execute("PRAGMA cache_size").fetchone() == (sqlite.CACHE_SIZE,)
+    with opened(path) as store:
+        assert len(stored(store)) == 100
+
+
+def test_a_disk_without_room_for_the_log_s_length_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as long as it is. Nor does it take the last of the space."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sqlite.LOG_SIZE // 4, before[1]))
+    try:
+        with opened(tmp_path / "delegate.db") as store:
+            insert(store, row())
+            assert log_of(tmp_path / "delegate.db").st_size <= sqlite.LOG_SIZE // 4
+            assert len(stored(store)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(sqlite, "LOG_NEEDS_FREE", 1 << 60)
+    with opened(tmp_path / "other.db") as store:
+        insert(store, row())
+        assert log_of(tmp_path / "other.db").st_size < sqlite.LOG_SIZE // 4
+
+
+def pragmas(store: SqliteStore, work: Callable[[], object]) -> list[str]:
+    """What is asked of the database itself while that is done, in order."""
+    statements: list[str] = []
+    store._connection.set_trace_callback(statements.append)
+    try:
+        work()
+    finally:
+        store._connection.set_trace_callback(None)
+    return [statement.removeprefix("PRAGMA ") for statement in statements if statement.startswith("PRAGMA ")]
+
+
+PATIENT = f"busy_timeout={round(sqlite.PATIENCE * 1000)}"
+
+
+def test_a_checkpoint_waits_for_nobody_who_reads(tmp_path: Path) -> None:
+    """Nothing would be stored meanwhile. As long as somebody does, such as a backup, it counts as not done, and is tried again."""
+    path = tmp_path / "delegate.db"
+    with opened(path) as store:
+        insert(store, *[row(identity=f"p{n}") for n in range(500)])
+        with closing(sqlite3.connect(path)) as backup:
+            backup.execute("BEGIN")
+            assert backup.execute("SELECT count(*) FROM delayed_event").fetchone() == (500,)
+            for _ in range(2):
+                assert pragmas(store, store.idle) == ["busy_timeout=0", "wal_checkpoint(RESTART)", PATIENT]
+                assert store._connection.execute("PRAGMA busy_timeout").fetchone() == (sqlite.PATIENCE * 1000,)
+                assert not checkpointed(store)
+            store.atomically(lambda tx: tx.insert(row(identity="later")._replace(id=600)))
+        assert pragmas(store, store.idle) == ["busy_timeout=0", "wal_checkpoint(RESTART)", PATIENT]
+        assert checkpointed(store)
+        assert pragmas(store, store.idle) == []
+
+
+class _Interrupted:
+    """A connection with which no checkpoint can be made."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if "wal_checkpoint" in sql:
+            raise sqlite3.OperationalError("disk I/O error")
+        return self._connection.execute(sql, *parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+
+def test_a_checkpoint_that_fails_leaves_the_patience_with_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be stored afterwards waits for another process's lock as before."""
+    with opened(tmp_path / "delegate.db") as store:
+        insert(store, *[row(identity=f"p{n}") for n in range(500)])
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_connection", _Interrupted(store._connection))
+            with pytest.raises(StoreUnavailable):
+                store.idle()
+        assert store._connection.execute("PRAGMA busy_timeout").fetchone() == (sqlite.PATIENCE * 1000,)
+        assert not checkpointed(store)
+
+
+def test_where_the_disk_is_nearly_full_a_checkpoint_gives_the_log_s_space_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: others need it more. And a log that had to be long is cut in any case."""
+    monkeypatch.setattr(sqlite, "LOG_NEEDS_FREE", 1 << 60)
+    path = tmp_path / "delegate.db"
+    with opened(path) as store:
+        insert(store, *[row(identity=f"p{n}") for n in range(500)])
+        assert log_of(path).st_size > 0
+        assert "wal_checkpoint(TRUNCATE)" in pragmas(store, store.idle)
+        assert log_of(path).st_size == 0
+        assert checkpointed(store)
+        assert store._connection.execute("PRAGMA journal_size_limit").fetchone() == (sqlite.LOG_MOST,)
         assert len(stored(store)) == 500
+
+
+def test_a_log_that_had_to_be_longer_is_cut(tmp_path: Path) -> None:
+    """To LOG_MOST, wherever there is space for its usual length."""
+    with opened(tmp_path / "delegate.db") as store:
+        assert store._connection.execute("PRAGMA journal_size_limit").fetchone() == (sqlite.LOG_MOST,)
 
 
 # ── a kill ──
@@ -709,6 +884,41 @@ def test_every_room_with_an_open_delegation_is_looked_at_after_a_start() -> None
         assert set(rooms(store)) == {"known", "unknown"}
 
 
+def test_a_room_that_is_missing_is_made_for_open_delegations_only() -> None:
+    """Each one once, on its own SFU: the same name on another one is another room, and what is finished beside it does not count."""
+    with opened() as store:
+        insert(
+            store,
+            *(row(room="mixed"), row(state=State.DONE, room="mixed", identity="b"), row(room="mixed", identity="c")),
+            *(row(state=state, room=f"{state.value} alone") for state in State if state is not State.ENDING),
+            *(row(Presence.GONE, room="ending alone"), row(room="elsewhere", sfu="other"), row(state=State.DONE, room="elsewhere")),
+            row(room="known"),
+        )
+        save(store, plain_room("known", room_sid="RM_known"), plain_room("mixed", sfu="other"))
+        store.recover(NOW + 1, POLICY, clock_unsure=False)
+        found = {tuple(key) for key in store._connection.execute("SELECT sfu, name FROM room")}
+        open_ones = {(SFU, f"{state.value} alone") for state in State if state is not State.DONE}
+        assert found == {(SFU, "mixed"), (SFU, "known"), ("other", "elsewhere"), ("other", "mixed")} | open_ones
+        assert store.atomically(lambda tx: tx.room(SFU, "mixed")) == plain_room("mixed", room_sid="", started_by="", looked_at=0.0)._replace(
+            due=NOW + 1, asked=NOW + 1
+        )
+        known = store.atomically(lambda tx: tx.room(SFU, "known"))
+        assert known is not None
+        assert known.room_sid == "RM_known"
+
+
+def test_of_endings_that_were_under_way_nobody_knows_whether_they_got_through() -> None:
+    """And of no others: what was not claimed was not sent, and a restart ends nothing."""
+    with opened() as store:
+        endings = [row(Presence.GONE), row(state=State.SUPERSEDED), row(lane=Lane.END)]
+        insert(store, *(claimed(there) for there in endings), *endings, claimed(row()), row(), claimed(row(Presence.AWAY)))
+        insert_tried = row(Presence.GONE, end_tried=True, id=10, delay_id="delay-10")
+        store.atomically(lambda tx: tx.insert(insert_tried))
+        assert store.recover(NOW + 1, POLICY, clock_unsure=False) == 5
+        assert [there.end_tried for there in stored(store)] == [True] * 3 + [False] * 6 + [True]
+        assert not any(there.claimed for there in stored(store))
+
+
 def test_when_the_clock_was_set_an_event_that_was_let_run_is_still_kept() -> None:
     """Its participant may be there: it has not run out before its time, counted anew."""
     for back in (-(10**6), 10**6):
@@ -764,6 +974,56 @@ def test_the_load_of_a_homeserver_is_what_its_open_events_need() -> None:
     with opened() as store:
         insert(store, row(delay=10.0), row(delay=4.0), row(delay=1.0, state=State.DONE), row(delay=2.0, homeserver="other.test"))
         assert store.census().load == pytest.approx({HOMESERVER: 0.35, "other.test": 0.5})
+
+
+GROUPS = st.tuples(st.sampled_from(["a.test", "b.test", "c.test"]), st.sampled_from(State), st.sampled_from(Presence))
+
+
+@st.composite
+def populations(draw: st.DrawFn) -> list[DelayedEvent]:
+    """Rows with ids that may be far apart; most of them, or few, are in one group, and some are of any."""
+    several = draw(st.lists(GROUPS, min_size=1, max_size=6))
+    groups = draw(st.lists(st.sampled_from(several), max_size=40)) + [several[0]] * draw(st.sampled_from([0, 1, 300]))
+    gap = draw(st.sampled_from([1, 2, 7, 1000, 10**9]))
+    random = Random(draw(st.integers(0, 2**32)))
+    random.shuffle(groups)
+    rows, id = [], 0
+    for homeserver, state, presence in groups:
+        id += random.randint(1, gap)
+        more: dict[str, Any] = {"delay": random.choice([1.0, 30.0, 3600.0, 1e6]), "token": random.choice([None, None, b"sealed"])}
+        more |= {"due": random.choice([None, NOW - 50.0, NOW, NOW + random.random()]), "lane": random.choice(list(Lane))}
+        rows.append(row(presence, state, homeserver=homeserver, id=id, delay_id=f"delay-{id}", **more))
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(populations())
+@example([])
+@example([row(id=10**12)])
+@example([row(presence, id=n, delay_id=f"{n}", delay=n * 10.0, token=None if n % 2 else b"sealed") for n, presence in enumerate([*Presence] * 2, 1)])
+@example([row(id=1, delay_id="near"), row(state=State.DONE, id=10**9, delay_id="far")])
+@example([row(id=1, delay_id="near"), row(homeserver="other.test", id=2 * 10**9 + 1, delay_id="far")])
+def test_the_census_is_what_counting_row_by_row_comes_to(rows: list[DelayedEvent]) -> None:
+    """Whichever group most rows are in, if any, and wherever there are gaps between the ids."""
+
+    def work(tx: Transaction) -> None:
+        for there in rows:
+            tx.insert(there)
+
+    with opened() as store:
+        store.atomically(work)
+        store.last_id = max((there.id for there in rows), default=0)  # as a start finds it
+        census = store.census()
+        load: dict[str, float] = {}
+        schedule: dict[str, float] = {}
+        for there in rows:
+            if there.state is not State.DONE and there.token is None:
+                load[there.homeserver] = load.get(there.homeserver, 0.0) + 1 / there.delay
+            if there.due is not None:
+                schedule[there.homeserver] = min(there.due, schedule.get(there.homeserver, there.due))
+        assert census.states == Counter((there.homeserver, there.state.value, there.presence.value) for there in rows)
+        assert census.load == pytest.approx(load)
+        assert census.schedule == schedule
 
 
 def test_countdowns_are_the_restarts_that_are_to_come() -> None:
