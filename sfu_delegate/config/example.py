@@ -20,7 +20,7 @@ _EXAMPLE_HEAD: Final = """\
 # numbers of bytes.
 #
 # Every key can be overridden by an environment variable: SFU_DELEGATE_ and the keys, joined by two underscores:
-#   SFU_DELEGATE_LISTEN__PORT=8081
+#   SFU_DELEGATE_LISTEN__PORT=8090
 #   SFU_DELEGATE_SFUS__MAIN__URL=wss://sfu.example.org
 #   SFU_DELEGATE_HOMESERVERS__0__AS_TOKEN=…
 #   SFU_DELEGATE_CORS__ORIGINS='["https://call.example.org"]'      (lists and maps as YAML or JSON; null: not set)

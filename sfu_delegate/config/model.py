@@ -162,7 +162,7 @@ class Homeserver(Section):
         description="Does its rate limit for delayed events (Synapse: rc_delayed_event_mgmt) hold for the daemon? Not set: not with an as_token, and "
         "otherwise it is found out, which costs a few refused requests.",
     )
-    in_flight: Count = Field(32, ge=1, le=1000, description="How many requests may be open there at the same time.")
+    in_flight: Count = Field(64, ge=1, le=1000, description="How many requests may be open there at the same time.")
     allow_private_addresses: bool = Field(
         False,
         description="May discovery lead to a private or loopback address? A URL that is written here is always reached.",
@@ -320,7 +320,7 @@ class Delegations(Section):
     """What clients may delegate."""
 
     min_delay: Duration = Field(
-        30.0, gt=0, description="Shortest delay of an event. Each event costs a restart every 3/4 of its delay, from a rate that all share."
+        30.0, ge=2, description="Shortest delay of an event. Each event costs a restart every 3/4 of its delay, from a rate that all share."
     )
     max_delay: Duration = Field(7 * 86400.0, gt=0, description="Longest delay of an event.")
     max_events: Count = Field(8, ge=1, le=1000, description="Delayed events in one delegation.")

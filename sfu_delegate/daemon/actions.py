@@ -22,8 +22,8 @@ LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of
 log = get_logger(__name__)
 
 
-def answered(task: Task, answer: Answer, sent_at: float) -> Answered:
-    """What the engine hears of an action whose request was sent at `sent_at` (seconds), and answered so."""
+def answered(task: Task, answer: Answer, sent_at: float, answered_at: float | None = None) -> Answered:
+    """What the engine hears of an action whose request was sent at `sent_at` (seconds), and answered so at `answered_at`."""
     return Answered(
         homeserver=task.homeserver,
         event=task.event,
@@ -34,6 +34,7 @@ def answered(task: Task, answer: Answer, sent_at: float) -> Answered:
         retry_after=answer.retry_after,
         alone=task.token is not None,
         detail=answer.detail,
+        answered_at=answered_at,
     )
 
 
@@ -140,12 +141,13 @@ class Actions:
         except Exception as error:
             log.error("action_failed", delegation=task.delegation, action=task.action.value, error=type(error).__name__, at=frames(error))
             answer = Answer(Verdict.UNCERTAIN, None, "", None, f"a defect of the daemon: {type(error).__name__}")
-        self._observer.action(task.homeserver, task.action, answer.verdict.value, self._clock() - sent_at)
+        answered_at = self._clock()
+        self._observer.action(task.homeserver, task.action, answer.verdict.value, answered_at - sent_at)
         healthy = answer.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN)
         self._condition("homeserver", task.homeserver, None if healthy else answer.detail)
         if not healthy:
             log.debug("action_not_done", delegation=task.delegation, action=task.action.value, homeserver=task.homeserver, detail=answer.detail)
-        self._hand_in(answered(task, answer, sent_at))
+        self._hand_in(answered(task, answer, sent_at, answered_at))
 
     async def _request(self, task: Task, timeout: float) -> Answer:  # noqa: ASYNC109
         begun = asyncio.get_running_loop().time()
@@ -190,7 +192,9 @@ class Actions:
         """
         key = (kind, name)
         now_so = self.conditions[key] = trouble or ""
-        told = self._told.setdefault(key, _Told())
+        told = self._told.get(key)
+        if told is None:
+            told = self._told[key] = _Told()
         if bool(now_so) is bool(told.trouble):
             if told.lasting is not None:
                 told.lasting.cancel()

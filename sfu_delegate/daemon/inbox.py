@@ -4,13 +4,14 @@ While one transaction runs in the engine's thread, inputs gather; the next takes
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Protocol, TypeVar
 
-from sfu_delegate.api.port import Overloaded, Unavailable
+from sfu_delegate.api.port import Overloaded, Told, Unavailable
+from sfu_delegate.daemon.thread import WorkThread
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Input, Lane, Looked, Missed, RoomChanged, Seen, Task
 from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.delegation.urgency import Limit
@@ -20,7 +21,10 @@ from sfu_delegate.store.base import StoreUnavailable
 
 T = TypeVar("T")
 
-BATCH = 512  # inputs in one transaction at the most, so that nobody waits for long
+Waiting = tuple[Input, Told | None]
+"""An input, and who waits for its reply. None: nobody does, and it is handed in again until it can be kept."""
+
+BATCH = 512  # inputs in one transaction at the most, and as many answers of homeservers, so that nobody waits for long
 FULL_RETRY_AFTER = 1.0  # seconds
 BROKEN_RETRY_AFTER = 2.0
 BROKEN_PAUSE = 0.2  # before the next try when the database does not work
@@ -29,8 +33,11 @@ TICKS = 5  # … in so many parts
 IDLE_AFTER = 1.0  # without work, before housekeeping
 SURVEY_EVERY = 5.0  # how often the backlog is counted
 LONGEST_SLEEP = 5.0
-LINGER = 0.02  # seconds that answers of homeservers wait for company: nobody waits for them, and alone each would cost a durable commit
-COMPANY = 32  # … answers, and more are not waited for
+LINGER = 0.25  # seconds that answers of homeservers wait for company: nobody waits for them, and alone each would cost a durable commit
+LINGER_CROWDED = 0.02  # … where something waits for the places that they free, unless half of the places are free before
+COMPANY = 32  # answers, from which on those that come with a batch are as many as its other inputs …
+FEW = 8  # … or so many: whoever's webhook is in that batch waits for them
+GIVE_WAY = 0.05  # seconds
 STOOD_STILL = 10.0  # a loop that was away for this much longer than it wanted to was stopped, or its machine slept
 
 log = get_logger(__name__)
@@ -92,12 +99,16 @@ class Inbox:
         self._carry_out = carry_out
         self._observer = observer
         self._loop = asyncio.get_running_loop()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._waiting: list[tuple[Input, asyncio.Future[Reply] | None]] = []
-        self._begun: Sequence[tuple[Input, asyncio.Future[Reply] | None]] = ()  # the batch of the present step
-        self._pressing = False  # does what waits want to be taken at once?
+        self._thread = WorkThread("engine")
+        self._waiting: list[Waiting] = []
+        self._begun: list[Waiting] = []  # the batch of the present step
+        self._pressing = False  # is there something to be taken at once?
+        self._answers: list[Answered] = []  # to be kept, for which nobody waits
+        self._news_of: list[Answered] = []  # those of them that the engine has not heard of
+        self._answers_due = False  # they have waited for long enough
         self._lingering: asyncio.TimerHandle | None = None
-        self._hurry = False  # a departure waits for a place at its homeserver, which an answer will free
+        self._hurry = False  # a departure waits for a place at its homeserver, which an answer will free …
+        self._company = 0  # … or something else does, which is worth a step when so many answers have come
         self._news = asyncio.Event()
         self._watches: dict[str, list[DelegationWatch]] = {}
         self._stopping = False
@@ -115,19 +126,27 @@ class Inbox:
         return self._clock()
 
     async def put(self, given: Input) -> Reply:
-        """See `api.port.Port`. What was refused after PATIENCE seconds may be kept all the same: all inputs can be repeated."""
-        if self._stopping:
-            raise Overloaded("The daemon is stopping.", FULL_RETRY_AFTER)
-        if self._hung is not None:
-            self._note_refused(given)
-            raise Unavailable(self._hung, BROKEN_RETRY_AFTER)
-        if len(self._waiting) >= self.most:
-            self._note_refused(given)
-            raise Overloaded("Too many requests wait for the database.", FULL_RETRY_AFTER)
+        """See `api.port.Port`."""
         future: asyncio.Future[Reply] = self._loop.create_future()
-        self._waiting.append((given, future))
-        self._press()
+        self.hand(given, lambda reply: _settle(future, reply))
         return await future
+
+    def hand(self, given: Input, told: Told) -> None:
+        """See `api.port.Port`. What was refused after PATIENCE seconds may be kept all the same: all inputs can be repeated."""
+        refusal: Exception
+        if self._stopping:
+            refusal = Overloaded("The daemon is stopping.", FULL_RETRY_AFTER)
+        elif self._hung is not None:
+            self._note_refused(given)
+            refusal = Unavailable(self._hung, BROKEN_RETRY_AFTER)
+        elif len(self._waiting) >= self.most:
+            self._note_refused(given)
+            refusal = Overloaded("Too many requests wait for the database.", FULL_RETRY_AFTER)
+        else:
+            self._waiting.append((given, told))
+            self._press()
+            return
+        _tell(told, refusal)
 
     def _note_refused(self, given: Input) -> None:
         """LiveKit tries a webhook again for a while only."""
@@ -136,19 +155,31 @@ class Inbox:
     def hand_in(self, given: Answered | Looked) -> None:
         """What became of an action. Never refused, and handed in again until it can be kept.
 
-        An answer waits a little for others, or for the next webhook, unless a place at its homeserver is needed.
+        The engine hears of an answer with the next step, and its place at the homeserver is free. That it is kept waits for others, so that
+        departures go before; but not where somebody waits for it, or for its place.
         """
-        self._waiting.append((given, None))
-        if self._hurry or len(self._waiting) >= COMPANY or isinstance(given, Looked):
+        if isinstance(given, Looked):
+            self._waiting.append((given, None))
             self._press()
+            return
+        self._answers.append(given)
+        self._news_of.append(given)
+        if self._hurry or self._watches or (self._company and len(self._answers) >= self._company):
+            self._press_answers()
         elif self._lingering is None:
-            self._lingering = self._loop.call_later(LINGER, self._press)
+            self._linger()
+
+    def _press_answers(self) -> None:
+        self._answers_due = True
+        self._press()
 
     def _press(self) -> None:
         """What waits is to be taken at once."""
-        self._stop_lingering()
         self._pressing = True
         self._news.set()
+
+    def _linger(self) -> None:
+        self._lingering = self._loop.call_later(LINGER_CROWDED if self._company else LINGER, self._press_answers)
 
     def _stop_lingering(self) -> None:
         if self._lingering is not None:
@@ -170,7 +201,7 @@ class Inbox:
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run something in the engine's thread, between two steps."""
-        return await self._loop.run_in_executor(self._thread, work)
+        return await self._thread.run(work)
 
     # ── the loop ──
 
@@ -190,31 +221,50 @@ class Inbox:
         ticks, before = 0, self._progress
         while True:
             await asyncio.sleep(PATIENCE / TICKS)
-            ticks = ticks + 1 if self._progress == before and (self._begun or self._waiting) else 0
+            ticks = ticks + 1 if self._progress == before and (self._begun or self._waiting or self._answers) else 0
             before = self._progress
             if ticks < TICKS:
                 continue
             self._hung = f"The database does not answer within {PATIENCE:g} seconds. Does its disk, or its file system, hang?"
             self._broken(StoreUnavailable(self._hung))
-            for given, future in [*self._begun, *self._waiting]:
-                if future is not None and not future.done():
-                    self._note_refused(given)
-                    future.set_exception(Unavailable(self._hung, BROKEN_RETRY_AFTER))
+            for batch in (self._begun, self._waiting):
+                for at, (given, told) in enumerate(batch):
+                    if told is not None and told is not _nobody:
+                        self._note_refused(given)
+                        batch[at] = (given, _nobody)
+                        _tell(told, Unavailable(self._hung, BROKEN_RETRY_AFTER))
 
     async def _run(self) -> None:
         wake: float | None = self._clock()
         while True:
             await self._something_to_do(wake)
-            if self._stopping and self._flushed and not self._waiting:
+            if self._stopping and self._flushed and not (self._waiting or self._answers):
                 return
             self._notice_gaps()
-            self._begun, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-            self._stop_lingering()
-            self._pressing = bool(self._waiting)
+            self._begun = self._take()
             wake = await self._step(self._begun)
-            self._begun = ()
+            self._begun = []
             self._progress += 1
             self._hung = None
+
+    def _take(self) -> list[Waiting]:
+        """The next batch; answers in the order of their rows, which are neighbours then."""
+        batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+        taken = 0
+        if self._stopping or not batch or self._hurry or self._watches:
+            taken = BATCH
+        elif self._answers_due or len(self._answers) >= COMPANY:
+            taken = max(FEW, len(batch))
+        if taken and self._answers:
+            answers, self._answers = self._answers[:taken], self._answers[taken:]
+            batch += [(given, None) for given in sorted(answers, key=lambda given: given.event)]
+        if taken:
+            self._stop_lingering()
+            if self._answers:
+                self._linger()
+        self._answers_due = False
+        self._pressing = bool(self._waiting)
+        return batch
 
     def _notice_gaps(self) -> None:
         """What came while nobody could take it may be lost: the SFUs are asked."""
@@ -229,7 +279,7 @@ class Inbox:
 
     async def _something_to_do(self, wake: float | None) -> None:
         if self._pressing or self._stopping:
-            if self._stopping and not self._waiting and not self._flushed:
+            if self._stopping and not (self._waiting or self._answers or self._flushed):
                 await self._sleep(LONGEST_SLEEP)
             return
         self._news.clear()
@@ -267,12 +317,12 @@ class Inbox:
         self._observer.backlog(await self.in_thread(lambda: self._engine.backlog(now)), now)
         self._observer.forecast(*await self.in_thread(lambda: (self._engine.forecast(now), dict(self._engine.rates()))))
 
-    async def _step(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]]) -> float | None:
+    async def _step(self, batch: Sequence[Waiting]) -> float | None:
         begun = perf_counter()
         now = self._clock()
         inputs = [given for given, _ in batch]
         try:
-            step = await self.in_thread(lambda: self._engine.step(inputs, now))
+            step = await self._computed(inputs, now)
             self._works()
         except StoreUnavailable as error:
             self._refuse(batch, Unavailable(str(error), BROKEN_RETRY_AFTER))
@@ -283,52 +333,80 @@ class Inbox:
         except Exception as error:
             # A defect of ours must not stop the daemon: whoever waits gets it, and what nobody waits for is tried again by its lease.
             log.error("step_failed", inputs=len(inputs), error=type(error).__name__, at=frames(error))
-            for _, future in batch:
-                if future is not None and not future.done():
-                    future.set_exception(error)
+            for _, told in batch:
+                if told is not None:
+                    _tell(told, error)
             await asyncio.sleep(BROKEN_PAUSE)
             return self._clock()
-        self._hurry = step.hurry
+        self._hurry, self._company = step.hurry, step.company
+        if self._lingering is not None and self._company:  # they began to when nobody waited
+            self._stop_lingering()
+            self._linger()
         self._deliver(batch, step)
+        await asyncio.sleep(0)  # what was begun, and answered, is on its way before anything else is done
         self._observer.step(step, len(inputs), perf_counter() - begun, now)
-        if now - self._surveyed >= SURVEY_EVERY:
-            try:
-                await self.in_thread(self._engine.store.checkpoint_if_large)
+        try:
+            if self._engine.store.is_log_large:
+                await self.in_thread(self._engine.store.checkpoint)
+            if now - self._surveyed >= SURVEY_EVERY:
                 await self._survey()
-            except StoreUnavailable as error:
-                self._broken(error)
+        except StoreUnavailable as error:
+            self._broken(error)
         return step.wake
 
-    def _deliver(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]], step: Step) -> None:
+    async def _computed(self, inputs: Sequence[Input], now: float) -> Step:
+        """One step. While the engine computes, this thread stands still, for GIVE_WAY at the most: both would compete for the interpreter, and
+        with each statement of the database one would take it from the other. It goes on as soon as the engine waits for the disk.
+        """
+        computing = threading.Lock()
+        computing.acquire()
+
+        def waits() -> None:
+            if computing.locked():
+                computing.release()
+
+        def work() -> Step:
+            try:
+                return self._engine.step(inputs, now, answered=answered, about_to_wait=waits)
+            finally:
+                waits()
+
+        answered, self._news_of = self._news_of, []
+        step = self._thread.run(work)
+        computing.acquire(timeout=GIVE_WAY)
+        return await step
+
+    def _deliver(self, batch: Sequence[Waiting], step: Step) -> None:
         for task in step.tasks:
             self._carry_out(task)
-        for (given, future), reply in zip(batch, step.replies, strict=True):
-            if future is None:
+        for (given, told), reply in zip(batch, step.replies, strict=True):
+            if told is None:
                 if isinstance(reply, Exception):
                     log.error("input_failed", input=type(given).__name__, error=type(reply).__name__)
-            elif not future.done():  # whoever asked may have hung up
-                if isinstance(reply, StoreUnavailable):
-                    future.set_exception(Unavailable(str(reply), BROKEN_RETRY_AFTER))
-                elif isinstance(reply, Exception):
-                    future.set_exception(reply)
-                else:
-                    future.set_result(reply)
+            elif isinstance(reply, StoreUnavailable):
+                _tell(told, Unavailable(str(reply), BROKEN_RETRY_AFTER))
+            else:
+                _tell(told, reply)
         if self._watches:
             for change in step.changes:
                 for watch in self._watches.get(change.new.delegation, ()):
                     watch.saw(change.new)
 
-    def _refuse(self, batch: Sequence[tuple[Input, asyncio.Future[Reply] | None]], why: Unavailable) -> None:
-        again: list[tuple[Input, asyncio.Future[Reply] | None]] = []
-        for given, future in batch:
-            if future is None:
+    def _refuse(self, batch: Sequence[Waiting], why: Unavailable) -> None:
+        again: list[Waiting] = []
+        answers: list[Answered] = []
+        for given, told in batch:
+            if told is not None:
+                self._note_refused(given)
+                _tell(told, why)
+            elif isinstance(given, Answered):
+                answers.append(given)
+            else:
                 again.append((given, None))
-                continue
-            self._note_refused(given)
-            if not future.done():
-                future.set_exception(why)
         # Behind what has come meanwhile: the engine must hear of every answer, and takes only so many at a time.
-        self._waiting = [*self._waiting, *_without_repetition(again)]
+        self._waiting = [*self._waiting, *again]
+        self._answers = [*self._answers, *_without_repetition(answers)]
+        self._answers_due = bool(self._answers)
 
     async def _keep_alive(self) -> None:
         """Who is connected stays, although nothing can be stored."""
@@ -367,19 +445,38 @@ class Inbox:
 
         False if that takes longer than `within` seconds; it is done all the same when the thread comes back, if ever.
         """
-        done = self._loop.run_in_executor(self._thread, last)
-        self._thread.shutdown(wait=False)
+        done = self._thread.run(last)
+        self._thread.close()
         await asyncio.wait({done}, timeout=within)
         if done.done():
             done.result()
         return done.done()
 
 
-def _without_repetition(
-    waiting: Sequence[tuple[Input, asyncio.Future[Reply] | None]],
-) -> Iterator[tuple[Input, asyncio.Future[Reply] | None]]:
+def _settle(future: asyncio.Future[Reply], reply: Reply | Exception) -> None:
+    if future.done():
+        return  # whoever asked has hung up
+    if isinstance(reply, Exception):
+        future.set_exception(reply)
+    else:
+        future.set_result(reply)
+
+
+def _tell(told: Told, reply: Reply | Exception) -> None:
+    """Whoever waits gets it. What goes wrong with that is theirs: the others wait, too."""
+    try:
+        told(reply)
+    except Exception as error:
+        log.error("telling_failed", error=type(error).__name__, at=frames(error))
+
+
+def _nobody(_: Reply | Exception) -> None:
+    """Whoever waited was told something already."""
+
+
+def _without_repetition(answers: Sequence[Answered]) -> Iterator[Answered]:
     """Of the restarts of one event that nobody had claimed, only the last one matters."""
-    last = {given.event: given for given, _ in waiting if isinstance(given, Answered) and given.claim < 0}
-    for given, future in waiting:
-        if not isinstance(given, Answered) or given.claim >= 0 or last[given.event] is given:
-            yield given, future
+    last = {given.event: given for given in answers if given.claim < 0}
+    for given in answers:
+        if given.claim >= 0 or last[given.event] is given:
+            yield given

@@ -1,6 +1,7 @@
 """Start and stop of the daemon, and what connects its parts."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -16,14 +17,15 @@ import uvloop
 from aiohttp import web
 
 from sfu_delegate import __version__
-from sfu_delegate.api.app import AdminServices, Phase, Readiness, Services, Settings, admin_app, public_app
+from sfu_delegate.api.app import AdminServices, Phase, Public, Readiness, Services, Settings, admin_app
+from sfu_delegate.api.listener import BACKLOG, Listener
 from sfu_delegate.api.webhooks import IGNORED
 from sfu_delegate.config import Config, ConfigInvalid, load, reloaded, warnings
 from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
-from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Task
+from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Task
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
@@ -42,6 +44,8 @@ from sfu_delegate.store.sqlite import SqliteStore
 
 KEPT_WITHIN = 2.0  # seconds for what waits to be kept, beyond `timeouts.shutdown`
 SWITCH_INTERVAL = 0.0001  # seconds that a thread may keep the interpreter from another one
+# Nearly nothing here is in cycles, and with Python's default of 700 new objects looking for them took a tenth of all processor time.
+GC_THRESHOLD = (20_000, 20, 50)
 CLOSED_WITHIN = 1.0  # seconds for each of the listeners, and for the database
 ROOMS_AT_A_TIME = 32  # that are made on one SFU
 UNNAMED = 10  # times what one user may delegate without a word of the homeserver: all together whose user is not known
@@ -66,10 +70,11 @@ class _Observer:
         self._metrics.committed(inputs, seconds)
         rows = {}
         for change in step.changes:
-            self._metrics.change(change.old, change.new, now)
+            at = change.given.answered_at if type(change.given) is Answered else None  # not when it was kept
+            self._metrics.change(change.old, change.new, now if at is None else at)
             rows[change.new.id] = change.new
         if step.notes:
-            logs.lines(__name__, "delegation", [_line(rows[note.event], note) for note in step.notes if note.event in rows])
+            logs.lines(__name__, "delegation", [_line(rows[note.event], note) for note in step.notes if note.event in rows], ours=_OUR_WORDS)
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """See `inbox.Observer`."""
@@ -95,10 +100,16 @@ class _Observer:
         self._metrics.store(works=works)
 
 
+_OUR_WORDS = frozenset({"delegation", "what", "row"})
+
+
 def _line(row: DelayedEvent, note: Note) -> dict[str, str | int]:
     line: dict[str, str | int] = {"delegation": row.delegation, "what": note.what, "row": row.id, "homeserver": row.homeserver}
-    # With the first one, the way from a person to a delegation.
-    return line | ({"sfu": row.sfu, "room": row.room, "identity": row.identity} if note.what == "delegated" else {"detail": note.detail})
+    if note.what == "delegated":
+        line |= {"sfu": row.sfu, "room": row.room, "identity": row.identity}  # the way from a person to a delegation
+    else:
+        line["detail"] = note.detail
+    return line
 
 
 class _Hooks:
@@ -176,7 +187,8 @@ class Daemon:
         self.config = config
         self._reread = reread
         self._settings = _settings(config)
-        self._runners: list[web.AppRunner] = []
+        self._public: Listener | None = None
+        self._admin: web.AppRunner | None = None
         self._phase = Phase.STARTING
         self.public_port = 0
         self.admin_port = 0
@@ -262,30 +274,19 @@ class Daemon:
             stopping=lambda: self._phase is Phase.STOPPING,
         )
         admin = AdminServices(readiness=self._readiness, registry=self.metrics.registry, log=log)
-        self.public_port = await self._bind(public_app(services), config.listen.host, config.listen.port, "listen")
-        self.admin_port = await self._bind(admin_app(admin), config.admin.host, config.admin.port, "admin")
+        public = Public(services)
+        sock = _bound(config.listen.host, config.listen.port, "listen")
+        self._public = Listener(public.app, public.usual, log, closed_within=CLOSED_WITHIN)
+        await self._public.start(sock)
+        self.public_port = int(sock.getsockname()[1])
+        sock = _bound(config.admin.host, config.admin.port, "admin")
+        self._admin = web.AppRunner(admin_app(admin), access_log=None, handle_signals=False, shutdown_timeout=CLOSED_WITHIN)
+        await self._admin.setup()
+        await web.SockSite(self._admin, sock, backlog=BACKLOG).start()
+        self.admin_port = int(sock.getsockname()[1])
         self._phase = Phase.RUNNING
         self.actions.check(_named(config), config.sfus)
         log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=f"{config.admin.host}:{self.admin_port}")
-
-    async def _bind(self, app: web.Application, host: str, port: int, key: str) -> int:
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=CLOSED_WITHIN)
-        await runner.setup()
-        self._runners.append(runner)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            sock.bind((host, port))
-        except OSError as error:
-            sock.close()
-            raise CannotStart(
-                f"Cannot listen on {host}:{port}: {error.strerror}. Another program may use it; change `{key}.host` or `{key}.port`."
-            ) from error
-        await web.SockSite(runner, sock, backlog=1024).start()
-        return int(sock.getsockname()[1])
 
     # ── while it runs ──
 
@@ -391,8 +392,10 @@ class Daemon:
             self.loop_task.cancel()
             await asyncio.wait({self.loop_task})
         await self._openid.aclose()  # whoever waits for a homeserver's word is answered before the listener closes
-        for runner in self._runners:
-            await runner.cleanup()
+        if self._public is not None:
+            await self._public.close()
+        if self._admin is not None:
+            await self._admin.cleanup()
         await self._federation.aclose()
         await self.homeservers.aclose()
         await self.client.aclose()
@@ -400,6 +403,23 @@ class Daemon:
         await self._room_service.close()
         closed = await self.inbox.close(self._store.close, CLOSED_WITHIN)
         log.info("stopped", abandoned=abandoned, database_closed=closed)
+
+
+def _bound(host: str, port: int, key: str) -> socket.socket:
+    """A socket at the address that the configuration gives under `key`. Raises CannotStart."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise CannotStart(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Another program may use it; change `{key}.host` or `{key}.port`."
+        ) from error
+    return sock
 
 
 # ── from the configuration to what each part takes ──
@@ -503,6 +523,7 @@ async def _serve(config: Config, path: Path) -> int:
         log.error("cannot_start", problem=str(error))
         return 1
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    gc.freeze()  # what there is by now stays until the end
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({stopped, daemon.loop_task}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -544,5 +565,6 @@ def run(config: Config, path: Path) -> int:
         log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
     # The engine's thread gives the interpreter away with every statement, and would wait 5 ms to get it back while there are requests.
     sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.set_threshold(*GC_THRESHOLD)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, path))

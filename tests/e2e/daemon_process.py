@@ -31,6 +31,6 @@ def config_for(sfu_url: str, homeservers: Sequence[tuple[str, str]], **sections:
     return {
         "sfus": {"test": {"url": sfu_url.replace("http://", "ws://"), "keys": {KEY: SECRET}}},
         "homeservers": [{"name": name, "url": url} for name, url in homeservers],
-        "delegations": {"min_delay": "1s"},
+        "delegations": {"min_delay": "2s"},
         **sections,
     }

@@ -54,7 +54,7 @@ QUICK: Mapping[str, Any] = {
         "settled": "100ms",
     },
     "actions": {"retry_first": "100ms", "retry_most": "1s", "vanished_wait": "500ms"},
-    "delegations": {"min_delay": "1s", "verify_timeout": "10s"},
+    "delegations": {"min_delay": "2s", "verify_timeout": "10s"},
 }
 """What makes the daemon quick. The rules are the same."""
 
@@ -353,7 +353,7 @@ def broken_database(site: Site) -> Iterator[None]:
     """Every transaction of the daemon fails, as on a full disk."""
     store = site.daemon.engine.store
 
-    def fail(_: object) -> Any:
+    def fail(_: object, **more: object) -> Any:
         raise StoreUnavailable("The database failed: database or disk is full.")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -368,9 +368,9 @@ def inputs_seen(site: Site) -> Iterator[list[Input]]:
     step = engine.step
     seen: list[Input] = []
 
-    def watched(inputs: Sequence[Input], now: float) -> Step:
+    def watched(inputs: Sequence[Input], now: float, **more: Any) -> Step:
         seen.extend(inputs)
-        return step(inputs, now)
+        return step(inputs, now, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "step", watched)

@@ -12,10 +12,10 @@ from tests.integration.daemon import MATRIX_ROOM, MEMBER, open_site, until
 async def test_a_delayed_event_is_kept_alive_and_sent_when_its_participant_leaves(tmp_path: Path) -> None:
     """It is restarted while the participant is connected, well beyond its own delay, and sent after it left."""
     async with open_site(tmp_path) as site:
-        alice = await site.participant(delay_ms=1200)
+        alice = await site.participant(delay_ms=2000)
         given = await site.delegated(alice)
         assert given["state"] == "live"
-        assert given["restart_interval_ms"] == 900
+        assert given["restart_interval_ms"] == 1500
         await site.join(alice)
         await site.restarted(alice, times=3)
         assert site.event(alice).end is End.PENDING
@@ -176,7 +176,7 @@ async def test_the_client_that_ends_its_own_event_is_the_normal_case(tmp_path: P
 async def test_an_event_that_vanishes_under_a_connected_participant_is_lost(tmp_path: Path) -> None:
     """The homeserver forgets the event while its participant stays: the outcome that must not happen is counted."""
     async with open_site(tmp_path) as site:
-        alice = await site.participant(delay_ms=1000)
+        alice = await site.participant(delay_ms=2000)
         given = await site.in_call(alice)
         await site.homeserver.call("manage", alice.delay_id, "cancel")
         assert await site.outcomes(given) == ["lost"]

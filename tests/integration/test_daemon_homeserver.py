@@ -102,7 +102,7 @@ async def test_a_refused_send_is_final(tmp_path: Path) -> None:
 async def test_an_event_that_ran_out_after_the_departure(tmp_path: Path) -> None:
     """The homeserver cannot be reached until the delay is over: the event fired by itself, and the daemon says so."""
     async with open_site(tmp_path) as site:
-        alice = await site.participant(delay_ms=1200)
+        alice = await site.participant(delay_ms=2000)
         given = await site.in_call(alice)
         await site.homeserver.call("faults", down=True)
         await site.leave(alice)

@@ -132,7 +132,7 @@ async def test_every_metric_is_there_with_its_unit(tmp_path: Path) -> None:
 async def test_the_metrics_tell_of_a_life(tmp_path: Path) -> None:
     """Each step of a delegation is counted where it belongs."""
     async with open_site(tmp_path) as site:
-        alice = await site.participant(delay_ms=1000)
+        alice = await site.participant(delay_ms=2000)
         given = await site.in_call(alice)
         await site.restarted(alice, 3)
         await site.leave(alice)

@@ -75,7 +75,7 @@ def _joined_earlier(site: Any, identity: str) -> None:
     """The rows say that the session joined a minute ago."""
 
     def work(tx: Any) -> None:
-        for row in tx.of_participant("main", "call", identity, finished=False):
+        for row in tx.of_participants([("main", "call", identity)], finished=False):
             sessions = tuple(session._replace(joined_at_ms=session.joined_at_ms - 60_000) for session in row.sessions)
             tx.update(row, row._replace(sessions=sessions))
 

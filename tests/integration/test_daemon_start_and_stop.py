@@ -401,7 +401,7 @@ async def test_sigterm_answers_those_who_wait_for_a_homeserver_s_word(tmp_path: 
         await process.start()
         faults = site.homeserver.model.faults
         faults.hang, faults.only = True, frozenset({"openid_userinfo"})
-        people = [ElementCall(Call(site), f"p{n}", Mode.MATRIX_2_0) for n in range(40)]
+        people = [ElementCall(Call(site), f"p{n}", Mode.MATRIX_2_0) for n in range(72)]
         bodies = []
         for n, member in enumerate(people):
             await member.schedule()
@@ -410,7 +410,7 @@ async def test_sigterm_answers_those_who_wait_for_a_homeserver_s_word(tmp_path: 
         asked = [*bodies, *bodies[:8]]  # the last ones share the question that somebody has asked already
         waiting = [asyncio.create_task(site.ask("POST", path, json=body)) for path, body in asked]
         # So many questions are open at a time; the others wait for their turn. Whoever came before this request has been read, too.
-        await until(lambda: site.homeserver.model.answers["openid_userinfo", 0] == 32, "the questions arrive")
+        await until(lambda: site.homeserver.model.answers["openid_userinfo", 0] == 64, "the questions arrive")
         async with site.http.get(f"{site.url}/healthz") as response:
             assert response.status == 200
         assert not any(task.done() for task in waiting)

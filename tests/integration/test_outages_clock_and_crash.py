@@ -236,7 +236,7 @@ async def test_killed_again_and_again_during_a_call(tmp_path: Path) -> None:
 async def test_an_event_that_is_gone_while_its_participant_is_connected_is_told_to_whoever_asks(tmp_path: Path) -> None:
     """Retrying cannot help: it is counted, in the history with its reason, in the answer to GET, and in the log."""
     async with open_site(tmp_path) as site:
-        alice = await site.participant(delay_ms=1000)
+        alice = await site.participant(delay_ms=2000)
         given = await site.in_call(alice)
         await site.homeserver.call("manage", alice.delay_id, "cancel")
         assert await site.outcomes(given) == ["lost"]

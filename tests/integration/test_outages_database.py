@@ -444,7 +444,7 @@ async def test_nobody_waits_for_a_hung_database_without_end(tmp_path: Path, monk
             async with asyncio.timeout(GENEROUS):
                 await site.stop()
             assert site.lines("stopped")[-1]["database_closed"] is False
-        await asyncio.to_thread(site.daemon.inbox._thread.shutdown)  # now it can be closed
+        await asyncio.to_thread(site.daemon.inbox._thread.join)  # now it can be closed
         await site.start()
         await site.ended(alice)
         assert await site.outcomes(given) == ["sent"]
@@ -460,10 +460,10 @@ from sfu_delegate.store.sqlite import SqliteStore
 
 works = SqliteStore.atomically
 
-def atomically(store, work):
+def atomically(store, work, **more):
     if Path(store.path + ".hangs").exists():
         threading.Event().wait()
-    return works(store, work)
+    return works(store, work, **more)
 
 SqliteStore.atomically = atomically
 serve.FORCED_AFTER = 0.5

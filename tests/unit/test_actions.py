@@ -76,7 +76,7 @@ class Bench:
         """Get this answer to one request; what is planned for later stays planned."""
         self.act = saying(answer)
         before = len(self.given)
-        self.actions.carry_out(Task(**{**_fields(SEND), "lease_ends": self.now + 15.0}))
+        self.actions.carry_out(SEND._replace(lease_ends=self.now + 15.0))
         async with asyncio.timeout(20.0):
             while len(self.given) == before:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0)
@@ -145,7 +145,7 @@ async def never() -> Any:
 async def test_a_request_is_made_as_the_task_says() -> None:
     """With the delay_id, the user and the unsealed token; the answer comes back with the claim."""
     bench = Bench()
-    task = Task(**{**_fields(SEND), "user": "@alice:hs.test", "token": bench.sealer.seal("scoped-token")})
+    task = SEND._replace(user="@alice:hs.test", token=bench.sealer.seal("scoped-token"))
     given = await bench.answer(task)
     assert (given.verdict, given.detail) == (Verdict.DONE, "200")
     (asked,) = bench.asked
@@ -160,14 +160,10 @@ async def test_a_request_is_made_as_the_task_says() -> None:
     assert bench.told == [("hs.test", "send", "done")]
 
 
-def _fields(task: Task) -> dict[str, Any]:
-    return {name: getattr(task, name) for name in Task.__slots__}
-
-
 async def test_an_action_ends_before_its_lease_does() -> None:
     """Otherwise somebody else would take it up meanwhile."""
     bench = Bench()
-    await bench.answer(Task(**{**_fields(SEND), "lease_ends": NOW + 4.0}))
+    await bench.answer(SEND._replace(lease_ends=NOW + 4.0))
     assert bench.asked[0]["timeout"] <= 3.0
 
 
@@ -204,7 +200,7 @@ async def test_a_token_that_cannot_be_unsealed_is_not_used() -> None:
     """Its key was removed: FAILED, and the sentence does not hold the token."""
     bench = Bench()
     sealed = Sealer([new_key()]).seal("scoped-token")
-    given = await bench.answer(Task(**{**_fields(SEND), "token": sealed}))
+    given = await bench.answer(SEND._replace(token=sealed))
     assert given.verdict is Verdict.FAILED
     assert "key" in given.detail
     assert "scoped-token" not in given.detail
@@ -223,6 +219,23 @@ async def test_a_defect_is_uncertain_and_tells_nothing(error: Exception) -> None
 
 
 # ── looks ──
+
+
+@pytest.mark.parametrize("answer", [DONE, RuntimeError("a defect")], ids=["answered", "failed"])
+async def test_when_an_answer_came_comes_back_too(answer: Answer | Exception) -> None:
+    """It may be kept much later, and the request may have taken long."""
+    bench = Bench()
+
+    async def act() -> Answer:
+        bench.now += 3.0
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    bench.act = act
+    given = await bench.result(SEND)
+    assert isinstance(given, Answered)
+    assert (given.sent_at, given.answered_at) == (NOW, NOW + 3.0)
 
 
 async def test_a_look_comes_back_with_the_list() -> None:
@@ -308,7 +321,7 @@ async def test_another_cause_is_told_after_a_while() -> None:
         for detail, seconds in (("refused", 0.0), ("502", 1.0), ("refused", 1.0), ("502", 60.0)):
             bench.now += seconds
             bench.act = saying(Answer(Verdict.FAILED, None, "", None, detail))
-            await bench.answer(Task(**{**_fields(SEND), "lease_ends": bench.now + 15.0}))
+            await bench.answer(SEND._replace(lease_ends=bench.now + 15.0))
     told = [line["problem"] for line in map(json.loads, log.getvalue().splitlines())]
     assert told == ["refused", "502"]
 

@@ -727,7 +727,7 @@ def test_a_usual_configuration_has_no_warnings() -> None:
         ({"departures": {"DUPLICATE_IDENTITY": {"look_after": 0}}}, "departures.DUPLICATE_IDENTITY"),
         ({"departures": {"ROOM_MISSING": {"unasked": "gone"}}}, "departures.ROOM_MISSING"),
         ({"restart": {"at": 0.95}}, "restart.at"),
-        ({"delegations": {"min_delay": 1}, "restart": {"at": 0.1, "spread": 0}}, "restart.at"),
+        ({"delegations": {"min_delay": 2}, "restart": {"at": 0.1, "spread": 0}}, "restart.at"),
         ({"history": {"keep": "1m"}}, "history.keep"),
         ({"log": {"level": "debug"}}, "log.level"),
     ],
@@ -794,7 +794,7 @@ def test_a_token_from_a_file_is_judged_by_the_key_of_the_file(tmp_path: Path) ->
 def test_warnings_come_with_the_problems() -> None:
     """What is risky in the rest is said at once, and nothing of what is wrong or has been left out."""
     with pytest.raises(ConfigInvalid) as caught:
-        from_mapping(good(log={"level": "debug"}, listen={"port": "x", "host": "0.0.0.0"}, restart={"at": 2}, delegations={"min_delay": 1}))
+        from_mapping(good(log={"level": "debug"}, listen={"port": "x", "host": "0.0.0.0"}, restart={"at": 2}, delegations={"min_delay": 2}))
     assert {problem.key for problem in caught.value.problems} == {"listen.port", "restart.at"}
     assert {warning.key for warning in caught.value.warnings} == {"listen.host", "delegations.min_delay", "log.level"}
 

@@ -1,6 +1,7 @@
 """The bridge to the engine: what comes while a step runs is one batch, nothing that was handed in is lost, and nothing stops the loop."""
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Change, Engine, Step
 from sfu_delegate.store.base import StoreUnavailable
 
+from tests.integration.daemon import captured_log
 from tests.rows import joined, row
 
 NOW = 1000.0
@@ -49,8 +51,7 @@ class FakeStore:
         if self.error is not None:
             raise self.error
 
-    def checkpoint_if_large(self) -> None:
-        pass
+    is_log_large = False
 
 
 class FakeEngine:
@@ -60,6 +61,7 @@ class FakeEngine:
         self.store = FakeStore()
         self.stopping = False
         self.steps: list[list[Input]] = []
+        self.heard: list[Answered] = []  # what was told to have come back
         self.threads: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
@@ -69,18 +71,24 @@ class FakeEngine:
         self.changes: list[Change] = []
         self.wakes: list[float] = []
         self.hurry = False
+        self.company = 0
+        self.waits = False  # does it tell that it waits for the disk?
         self.kept_alive = 0
         self.keep_alive_error: Exception | None = None
 
-    def step(self, inputs: Sequence[Input], now: float) -> Step:
+    def step(self, inputs: Sequence[Input], now: float, *, answered: Sequence[Answered], about_to_wait: Callable[[], object]) -> Step:
         self.steps.append(list(inputs))
+        self.heard += answered
         self.threads.add(threading.current_thread().name)
+        if self.waits:
+            about_to_wait()
         assert self.gate.wait(GENEROUS)
         if self.errors:
             raise self.errors.pop(0)
         tasks, self.tasks = self.tasks, []
         changes, self.changes = self.changes, []
-        return Step([self.reply(given) for given in inputs], tasks, self.wakes.pop(0) if self.wakes else None, changes, [], self.hurry)
+        wake = self.wakes.pop(0) if self.wakes else None
+        return Step([self.reply(given) for given in inputs], tasks, wake, changes, [], hurry=self.hurry, company=self.company)
 
     def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
         return {("hs.test", Lane.END): (3, now)}
@@ -176,8 +184,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BROKEN_PAUSE", 0.01)
 
 
+@pytest.fixture
+def nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle inbox makes no step, which would take every answer, and answers wait for company without end."""
+    monkeypatch.setattr(module, "LONGEST_SLEEP", 1000.0)
+    monkeypatch.setattr(module, "LINGER", 1000.0)
+
+
 def answered(event: int = 1) -> Answered:
     return Answered("hs.test", event, 1, Action.SEND, NOW, Verdict.DONE)
+
+
+def telling_failed(log: str) -> list[str]:
+    """The types of the errors of whoever could not be told. Their texts are nowhere in the log."""
+    assert "hunter2" not in log
+    return [line["error"] for line in map(json.loads, log.splitlines()) if line["event"] == "telling_failed"]
 
 
 # ── batches ──
@@ -189,7 +210,7 @@ async def test_an_input_is_answered_with_its_reply() -> None:
         it.engine.reply = lambda given: Touched(len(cast(Find, given).delegation))
         assert await it.inbox.put(Find("four")) == Touched(4)
         assert await it.inbox.put(Find("seventy")) == Touched(7)
-        assert it.engine.threads == {"engine_0"}
+        assert it.engine.threads == {"engine"}
         assert it.inbox.now() == NOW
 
 
@@ -199,30 +220,50 @@ async def test_what_comes_while_a_step_runs_is_the_next_batch() -> None:
         first = await it.busy(Find("first"))
         others = [asyncio.create_task(it.inbox.put(Find(f"other{n}"))) for n in range(5)]
         await asyncio.sleep(0)
-        it.inbox.hand_in(answered())
         assert it.engine.batches == [[Find("first")]]
         it.engine.gate.set()
         assert await asyncio.gather(first, *others) == [Touched(1)] * 6
-        assert it.engine.batches == [[Find("first")], [*(Find(f"other{n}") for n in range(5)), answered()]]
-        await until(lambda: it.watched.steps[-1] == 6)
+        assert it.engine.batches == [[Find("first")], [Find(f"other{n}") for n in range(5)]]
+        await until(lambda: it.watched.steps[-1] == 5)
 
 
 async def test_answers_wait_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for them; what somebody waits for takes them along, and at some number they are enough."""
+    """Nobody waits for them, and departures do not either; the engine hears at once that their places are free. Some come along when they are many,
+    in the order of their rows."""
     monkeypatch.setattr(module, "LINGER", 1000.0)
     monkeypatch.setattr(module, "COMPANY", 4)
+    monkeypatch.setattr(module, "FEW", 2)
     async with bench() as it:
         await until(lambda: bool(it.engine.steps))
-        it.inbox.hand_in(answered(1))
-        it.inbox.hand_in(answered(2))
+        for n in (3, 2, 1):
+            it.inbox.hand_in(answered(n))
         await it.inbox.in_thread(lambda: None)
         assert it.engine.batches == []
         await it.inbox.put(Find("somebody"))
-        assert it.engine.batches == [[answered(1), answered(2), Find("somebody")]]
-        for n in range(4):
+        assert it.engine.batches == [[Find("somebody")]]
+        assert it.engine.heard == [answered(3), answered(2), answered(1)]
+        it.inbox.hand_in(answered(4))
+        await it.inbox.put(Find("another"))
+        assert it.engine.batches[1] == [Find("another"), answered(2), answered(3)]
+        assert it.engine.heard == [answered(3), answered(2), answered(1), answered(4)]
+        await it.inbox.put(Find("a third"))
+        assert it.engine.batches[2] == [Find("a third")]
+
+
+async def test_a_large_batch_takes_as_many_answers_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they do not become more and more."""
+    monkeypatch.setattr(module, "LINGER", 1000.0)
+    monkeypatch.setattr(module, "COMPANY", 4)
+    monkeypatch.setattr(module, "FEW", 1)
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        others = [asyncio.create_task(it.inbox.put(Find(f"other{n}"))) for n in range(3)]
+        await asyncio.sleep(0)
+        for n in range(9):
             it.inbox.hand_in(answered(n))
-        await until(lambda: len(it.engine.batches) == 2)
-        assert it.engine.batches[1] == [answered(n) for n in range(4)]
+        it.engine.gate.set()
+        await asyncio.gather(first, *others)
+        assert it.engine.batches[1] == [*(Find(f"other{n}") for n in range(3)), *(answered(n) for n in range(3))]
 
 
 async def test_an_answer_without_company_does_not_wait_for_long() -> None:
@@ -245,6 +286,85 @@ async def test_an_answer_whose_place_is_needed_is_taken_at_once(monkeypatch: pyt
         await it.inbox.put(Find("a departure that waits for a place"))
         it.inbox.hand_in(answered())
         await until(lambda: it.engine.batches[-1] == [answered()])
+
+
+@pytest.mark.usefixtures("nothing_by_itself")
+async def test_as_many_answers_as_free_half_of_the_places_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says how many these are where something waits for the places; fewer do not make a step."""
+    monkeypatch.setattr(module, "LINGER_CROWDED", 1000.0)
+    async with bench() as it:
+        await until(lambda: bool(it.engine.steps))
+        it.engine.company = 2
+        await it.inbox.put(Find("a restart that waits for a place"))
+        it.inbox.hand_in(answered(1))
+        await asyncio.sleep(0)
+        await it.inbox.in_thread(lambda: None)
+        assert it.engine.batches == [[Find("a restart that waits for a place")]]
+        it.inbox.hand_in(answered(2))
+        await until(lambda: it.engine.batches[1:] == [[answered(1), answered(2)]])
+
+
+@pytest.mark.usefixtures("nothing_by_itself")
+async def test_an_answer_without_company_does_not_linger_where_something_waits_for_its_place() -> None:
+    """It is taken by itself after LINGER_CROWDED."""
+    async with bench() as it:
+        await until(lambda: bool(it.engine.steps))
+        it.engine.company = 2
+        await it.inbox.put(Find("a restart that waits for a place"))
+        it.inbox.hand_in(answered())
+        await until(lambda: it.engine.batches[1:] == [[answered()]])
+
+
+@pytest.mark.usefixtures("nothing_by_itself")
+async def test_answers_that_linger_already_do_so_no_longer_once_something_waits_for_their_places() -> None:
+    """They began to when nothing did, and would go on for LINGER."""
+    async with bench() as it:
+        await until(lambda: bool(it.engine.steps))
+        it.inbox.hand_in(answered())
+        it.engine.company = 2
+        await it.inbox.put(Find("a restart that waits for a place"))
+        assert it.engine.batches == [[Find("a restart that waits for a place")]]
+        await until(lambda: it.engine.batches[1:] == [[answered()]])
+
+
+@pytest.mark.usefixtures("nothing_by_itself")
+async def test_answers_that_are_left_over_do_not_linger_where_something_waits_for_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More had come than go into one step; the rest is taken soon after it, by itself."""
+    monkeypatch.setattr(module, "FEW", 1)
+    monkeypatch.setattr(module, "COMPANY", 2)
+    async with bench() as it:
+        it.engine.company = 4
+        first = await it.busy(Find("first"))
+        other = asyncio.create_task(it.inbox.put(Find("other")))
+        await asyncio.sleep(0)
+        for n in range(3):
+            it.inbox.hand_in(answered(n))
+        it.engine.gate.set()
+        await asyncio.gather(first, other)
+        await until(lambda: sum(answered(n) in batch for batch in it.engine.batches for n in range(3)) == 3)
+
+
+async def test_while_the_engine_waits_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not before: while it computes, both would compete for the interpreter. A step that is over without waiting is over."""
+    monkeypatch.setattr(module, "GIVE_WAY", 1000.0)
+    async with bench() as it:
+        await until(lambda: bool(it.engine.steps))
+        assert await it.inbox.put(Find("no wait")) == Touched(1)
+        it.engine.waits = True
+        first = await it.busy(Find("waits"))  # would hang here
+        it.engine.gate.set()
+        assert await first == Touched(1)
+        it.engine.errors.append(RuntimeError("a defect"))
+        with pytest.raises(RuntimeError, match="a defect"):
+            await it.inbox.put(Find("fails"))
+
+
+async def test_an_engine_that_computes_for_long_does_not_hold_up_the_loop() -> None:
+    """A hung disk may be met in the middle of a step, too."""
+    async with bench() as it:
+        first = await it.busy(Find("computes"))  # would hang here
+        it.engine.gate.set()
+        assert await first == Touched(1)
 
 
 async def test_a_batch_is_not_larger_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +440,7 @@ async def test_a_full_inbox_refuses_the_next() -> None:
         it.engine.gate.set()
         await asyncio.gather(first, *waiting)
         assert await it.inbox.put(Find("again")) == Touched(1)
-        assert answered() in it.engine.batches[1]
+        await until(lambda: any(answered() in batch for batch in it.engine.batches))
 
 
 # ── a database that does not work ──
@@ -342,7 +462,7 @@ async def test_a_broken_database_refuses_whoever_waits() -> None:
 
 
 async def test_results_outlive_a_broken_database() -> None:
-    """What became of an action is handed in until it is kept, before what came later."""
+    """What became of an action is handed in until it is kept, in the order in which it came."""
     async with bench() as it:
         await until(lambda: len(it.engine.steps) == 1)
         it.engine.errors = [StoreUnavailable("The disk is full.") for _ in range(3)]
@@ -352,8 +472,10 @@ async def test_results_outlive_a_broken_database() -> None:
         await until(lambda: not it.engine.errors)
         it.inbox.hand_in(answered(2))
         await until(lambda: any(answered(2) in step for step in it.engine.steps))
-        assert it.engine.batches[:3] == [[answered(1), look]] * 3
-        assert [given for step in it.engine.batches[3:] for given in step] == [answered(1), look, answered(2)]
+        assert all(look in batch for batch in it.engine.batches[:3])
+        kept = [given for batch in it.engine.batches[3:] for given in batch]
+        assert (kept.count(look), kept.count(answered(1)), kept.count(answered(2))) == (1, 1, 1)
+        assert kept.index(answered(1)) < kept.index(answered(2))
         await until(lambda: it.watched.works[-1])
         assert it.watched.works.count(False) == 3
 
@@ -478,6 +600,83 @@ async def test_a_defect_of_the_engine_does_not_stop_the_loop() -> None:
         assert not it.loop_task.done()
 
 
+def cannot_be_told(_: object) -> None:
+    """A caller that raises when it is told anything."""
+    raise KeyError("hunter2")
+
+
+@pytest.mark.parametrize(
+    ("errors", "reply"),
+    [([], Touched), ([StoreUnavailable("The disk is full.")], Unavailable), ([RuntimeError("a defect")], RuntimeError)],
+    ids=["kept", "refused", "failed"],
+)
+async def test_a_caller_that_cannot_be_told_is_not_the_others(errors: list[Exception], reply: type) -> None:
+    """Whatever its batch came to: the others of it are told, the loop goes on, and the log has a line without the error's text."""
+    with captured_log() as log:
+        async with bench() as it:
+            await until(lambda: bool(it.engine.steps))
+            await it.inbox.in_thread(lambda: None)
+            it.engine.errors = list(errors)
+            told: list[Reply | Exception] = []
+            it.inbox.hand(Find("bad"), cannot_be_told)
+            it.inbox.hand(Find("good"), told.append)
+            await until(lambda: bool(told))
+            assert [type(each) for each in told] == [reply]
+            assert it.engine.batches == [[Find("bad"), Find("good")]]
+            assert await it.inbox.put(Find("next")) == Touched(1)
+            assert not it.loop_task.done()
+        assert telling_failed(log.getvalue()) == ["KeyError"]
+
+
+async def test_a_caller_that_cannot_be_told_that_its_input_alone_failed_is_not_the_others() -> None:
+    """The database failed for that one."""
+    with captured_log() as log:
+        async with bench() as it:
+            await until(lambda: bool(it.engine.steps))
+            it.engine.reply = lambda given: StoreUnavailable("The disk is full.") if given == Find("bad") else Touched(1)
+            told: list[Reply | Exception] = []
+            it.inbox.hand(Find("bad"), cannot_be_told)
+            it.inbox.hand(Find("good"), told.append)
+            await until(lambda: bool(told))
+            assert told == [Touched(1)]
+            assert await it.inbox.put(Find("next")) == Touched(1)
+        assert telling_failed(log.getvalue()) == ["KeyError"]
+
+
+async def test_a_caller_that_cannot_be_told_that_it_is_refused_does_no_harm() -> None:
+    """Whoever hands in does not get the exception, be the inbox full or stopping."""
+    with captured_log() as log:
+        async with bench(most=1) as it:
+            first = await it.busy(Find("first"))
+            waiting = asyncio.create_task(it.inbox.put(Find("other")))
+            await asyncio.sleep(0)
+            it.inbox.hand(Find("one too many"), cannot_be_told)
+            assert telling_failed(log.getvalue()) == ["KeyError"]
+            it.engine.gate.set()
+            await asyncio.gather(first, waiting)
+            it.inbox.stop()
+            it.inbox.hand(Find("too late"), cannot_be_told)
+        assert telling_failed(log.getvalue()) == ["KeyError"] * 2
+
+
+async def test_a_caller_that_cannot_be_told_that_the_database_hangs_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those behind it are refused all the same, and when the database works again everything goes on."""
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    with captured_log() as log:
+        async with bench() as it:
+            first = await it.busy(Find("first"))
+            it.inbox.hand(Find("bad"), cannot_be_told)
+            behind = asyncio.create_task(it.inbox.put(Find("behind it")))
+            for refused in (first, behind):
+                with pytest.raises(Unavailable):
+                    await asyncio.wait_for(refused, GENEROUS)
+            it.engine.gate.set()
+            await until(lambda: it.engine.batches[-1] == [Find("bad"), Find("behind it")])
+            await until(lambda: it.inbox.trouble is None)
+            assert await it.inbox.put(Find("next")) == Touched(1)
+        assert telling_failed(log.getvalue()) == ["KeyError"]
+
+
 # ── watches ──
 
 
@@ -580,7 +779,7 @@ async def test_work_in_the_thread_comes_between_two_steps() -> None:
         await asyncio.sleep(0)
         assert not name.done()
         it.engine.gate.set()
-        assert await name == "engine_0"
+        assert await name == "engine"
         await first
 
         def fail() -> Any:
