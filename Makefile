@@ -11,7 +11,9 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 MINUTES ?= 10
-.PHONY: help install demo test test-all check lint types layers format unit bench soak soak-daemon docs lock clean
+# Most tests wait for something: two at a time take half as long. Those of one file share what they start.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts soak soak-daemon docs lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,6 +35,9 @@ $(VENV)/.demo: requirements/demo.txt pyproject.toml
 $(VENV)/.test: requirements/test.txt pyproject.toml
 	$(call install_set,test)
 	@touch $(VENV)/.demo $(VENV)/.run
+$(VENV)/.bench: requirements/bench.txt pyproject.toml
+	$(call install_set,bench)
+	@touch $(VENV)/.test $(VENV)/.demo $(VENV)/.run
 
 install: $(VENV)/.run ## install the daemon into .venv
 
@@ -42,7 +47,7 @@ demo: $(VENV)/.demo ## the daemon, a real Synapse and a stand-in SFU, live in th
 test: check unit ## lint, types, layers and the tests (what takes long as a sample)
 
 test-all: check ## the same with everything that takes long
-	$(BIN)/python -m pytest --run-slow $(ARGS)
+	$(PYTEST) --run-slow $(ARGS)
 
 check: lint types layers ## lint, types and layers only
 
@@ -57,10 +62,13 @@ layers: $(VENV)/.test
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.test ## the tests only (ARGS="-k webhook" chooses)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-bench: $(VENV)/.test ## benchmarks: the engine (µs per input by batch size and number of rows), urgency under a rate limit
-	$(BIN)/python -m benchmarks.engine $(ARGS)
+bench: $(VENV)/.bench ## the whole daemon against its goals and the limits of this machine: an hour (ARGS="--only noise join", --quick, --compare FILE)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-parts: $(VENV)/.test ## the engine alone (µs per input by batch size and number of rows), and urgency under a rate limit
+	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.rate_limit
 
 soak: $(VENV)/.test ## the simulation, with new seeds for MINUTES=10; prints a failing seed, and its history as small as it gets
@@ -83,6 +91,7 @@ lock: ## write requirements/*.txt anew (UPGRADE=1: with the newest versions)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV) --extra test pyproject.toml requirements/build.in -o requirements/test.txt
+	$(UV) --constraint requirements/test.txt --extra bench pyproject.toml requirements/build.in -o requirements/bench.txt
 	$(UV) --constraint requirements/test.txt --extra demo pyproject.toml requirements/build.in -o requirements/demo.txt
 	$(UV) --constraint requirements/test.txt pyproject.toml requirements/build.in -o requirements/run.txt
 

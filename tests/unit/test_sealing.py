@@ -37,7 +37,11 @@ def test_after_a_key_change_old_data_opens() -> None:
     assert Sealer([NEW]).unseal(both.seal("token")) == "token"
 
 
-@pytest.mark.parametrize("sealed", [b"", b"nonsense", b"\xff\x00", Sealer([NEW]).seal("token"), Sealer([OLD]).seal("token")[:-1]])
+@pytest.mark.parametrize(
+    "sealed",
+    [b"", b"nonsense", b"\xff\x00", Sealer([NEW]).seal("token"), Sealer([OLD]).seal("token")[:-1]],
+    ids=["empty", "nonsense", "bytes", "another_key", "cut"],
+)
 def test_what_no_key_sealed_cannot_be_opened(sealed: bytes) -> None:
     """Foreign or damaged data raises one clear error, without the data in it."""
     with pytest.raises(CannotUnseal, match="none of the encryption keys opens this") as caught:
