@@ -67,7 +67,7 @@ def connected(id: int, policy: Policy, now: float, random: Random) -> DelayedEve
     room, identity = place(id)
     event = NewEvent(f"syd_{random.getrandbits(96):024x}", DELAY, OnEnd.SEND)
     accept = Accept(f"dlg_{random.getrandbits(128):032x}", "main", room, identity, "example.org", (event,))
-    row = lifecycle.delegate(None, id, accept, event, None, now, policy)
+    row = lifecycle.delegate(None, id, accept, event, None, now, now, policy)
     since = now - random.random() * DELAY / 2
     return row._replace(
         presence=Presence.CONNECTED,
@@ -94,7 +94,8 @@ def fill(store: SqliteStore, count: int, policy: Policy, random: Random) -> None
     for start in range(0, count, 10_000):
         numbers = range(start, min(count, start + 10_000))
         store.atomically(lambda tx, numbers=numbers: work(numbers, tx))  # type: ignore[misc]
-        store.checkpoint_if_large()
+        if store.is_log_large:
+            store.checkpoint()
 
 
 def webhooks(chosen: Sequence[int], turn: int) -> Iterator[Input]:
@@ -199,11 +200,11 @@ def _reset(tx: Transaction, chosen: Sequence[int]) -> None:
 
 def main() -> None:
     """Run, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="rows in the database (default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="inputs in one transaction (default: %(default)s)")
     parser.add_argument("--inputs", type=int, default=2_000, help="inputs for each line of the table")
-    parser.add_argument("--directory", help="where to put the databases: on the disk that is to be measured (default: the system's temporary one)")
+    parser.add_argument("--directory", default=".", help="where to put the databases: on the disk that is to be measured (default: here)")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     options = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}")
