@@ -244,7 +244,8 @@ def shares(used: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
 async def account(name: str, bench: Bench) -> tuple[float, float, dict[str, float]]:
     """What the scenario takes, the bare handler beside it, and the shares of the parts. Raises world.Failed."""
     plain = await all_of(bench.sizes)[name](bench)
-    (Accounting.port,) = free_ports(1)
+    # Those of the other side are free now, and not when the daemon asks for them.
+    Accounting.port = next(port for port in free_ports(4) if port not in (bench.ports.federation, bench.ports.client, bench.ports.sfu))
     command = (sys.executable, "-m", "benchmarks.where", "serve", str(Accounting.port))
     await all_of(bench.sizes)[name](replace(bench, command=command, meter=Accounting))
     assert Accounting.used is not None
