@@ -14,7 +14,7 @@ import sqlalchemy
 import yaml
 from aiohttp import web
 from sfu_delegate import config
-from sfu_delegate.api.app import AdminServices, Services, admin_app, public_app
+from sfu_delegate.api.app import AdminServices, Public, Services, admin_app
 from sfu_delegate.config import Config
 from sfu_delegate.delegation.model import Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES
@@ -169,7 +169,7 @@ def test_every_path_that_is_called_exists() -> None:
     """What curl and the clients' code ask the daemon for is there, and described in docs/openapi.yaml."""
     services = cast(Services, SimpleNamespace(log=None, settings=lambda: None, paths={"": "main"}, stopping=lambda: False))
     admin = cast(AdminServices, SimpleNamespace(log=None))
-    served = paths_of(public_app(services)) | paths_of(admin_app(admin))
+    served = paths_of(Public(services).app) | paths_of(admin_app(admin))
     described = set(yaml.safe_load((DOCS / "openapi.yaml").read_text())["paths"])
     called = set()
     for snippet in snippets("sh", "python", "typescript", "yaml"):
