@@ -339,8 +339,8 @@ class Inbox:
             await asyncio.sleep(BROKEN_PAUSE)
             return self._clock()
         self._hurry, self._company = step.hurry, step.company
-        if self._lingering is not None and self._company:  # they began to when nobody waited
-            self._stop_lingering()
+        if self._company and self._lingering is not None and self._lingering.when() > self._loop.time() + LINGER_CROWDED:
+            self._stop_lingering()  # they began to when nobody waited
             self._linger()
         self._deliver(batch, step)
         await asyncio.sleep(0)  # what was begun, and answered, is on its way before anything else is done

@@ -344,6 +344,18 @@ async def test_answers_that_are_left_over_do_not_linger_where_something_waits_fo
         await until(lambda: sum(answered(n) in batch for batch in it.engine.batches for n in range(3)) == 3)
 
 
+@pytest.mark.usefixtures("nothing_by_itself")
+async def test_steps_that_come_all_the_time_do_not_put_answers_off() -> None:
+    """Each of them says that something waits, and the time that an answer has waited already goes on to count."""
+    async with bench() as it:
+        it.engine.company = 2
+        await it.inbox.put(Find("first"))
+        it.inbox.hand_in(answered())
+        async with asyncio.timeout(GENEROUS):
+            while not any(answered() in batch for batch in it.engine.batches):
+                await it.inbox.put(Find("another"))
+
+
 async def test_while_the_engine_waits_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not before: while it computes, both would compete for the interpreter. A step that is over without waiting is over."""
     monkeypatch.setattr(module, "GIVE_WAY", 1000.0)
