@@ -7,7 +7,9 @@ each homeserver a `Pace` and a `Plan`, for each SFU a `Reach`.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil, floor, inf
 from random import Random
 from typing import NamedTuple
@@ -47,7 +49,19 @@ from sfu_delegate.delegation.reach import Reach
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
 from sfu_delegate.delegation.urgency import FEASIBLE, NOTHING_PLANNED, Countdown, Limit, Pace, Plan, Wait, choose, may_be_restarted
 from sfu_delegate.delegation.urgency import plan as plan_restarts
-from sfu_delegate.store.base import KnownHomeserver, KnownSfu, Participant, Store, StoreUnavailable, Transaction
+from sfu_delegate.store.base import (
+    Census,
+    Heard,
+    Instance,
+    KnownHomeserver,
+    KnownSfu,
+    Participant,
+    RoomKey,
+    Store,
+    StoreUnavailable,
+    Transaction,
+    ValueRefused,
+)
 
 TIMERS_A_STEP = 256  # a step stays short, however much there is to tidy up
 ROOMS_A_STEP = 64  # the same for rooms of an SFU that is not asked because it fails
@@ -55,6 +69,10 @@ LONG_DELAY = 600.0  # restarts in so many actions' time: an event with such a de
 NOT_ASKED = "it keeps failing"  # a look that was not made
 TOGETHER = 0.25  # seconds: restarts that are due in such a part of a second are claimed in one transaction, at its end
 PLANNED_MOST = 5000  # open events of a homeserver whose limit is unknown; reading a million deadlines takes seconds
+BUSY_ELSEWHERE = 0.05  # seconds until rows that another instance is about to take are asked for again
+DOUBTS_A_TIME = 1000
+TELL_EVERY = 5.0  # seconds between words to the other instances
+COVERED_WITHIN = 4.0  # seconds in which another instance that is alive shows it
 RATE_CHANGE = 0.2  # a rate that changed by less is not worth writing down
 
 
@@ -101,7 +119,8 @@ class _Work:
 
     tx: Transaction
     now: float
-    held: Mapping[int, DelayedEvent]  # rows that need not be read
+    held: Mapping[int, DelayedEvent]  # rows that need not be read; where others may have changed them, they only tell the room
+    shared: bool = False
     rows: dict[int, DelayedEvent] = field(default_factory=dict)
     before: dict[int, DelayedEvent | None] = field(default_factory=dict)
     known: dict[Participant, list[int]] = field(default_factory=dict)  # rows by either form of their identity, open ones …
@@ -109,15 +128,15 @@ class _Work:
     made: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     opened: Counter[str] = field(default_factory=Counter)  # by homeserver, and by user: delayed events accepted in this step
     load: dict[str, float] = field(default_factory=dict)  # by homeserver: restarts a second that these need
-    rooms: dict[tuple[str, str], Room | None] = field(default_factory=dict)
-    rooms_before: dict[tuple[str, str], Room | None] = field(default_factory=dict)
+    rooms: dict[RoomKey, Room | None] = field(default_factory=dict)
+    rooms_before: dict[RoomKey, Room | None] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
     learned: dict[str, KnownHomeserver] = field(default_factory=dict)
     learned_sfus: dict[str, KnownSfu] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     # What the present input has changed, and what was there before. No closures: they would hold this, and this them, until a garbage collection.
     rows_undo: list[tuple[int, DelayedEvent | None]] = field(default_factory=list)
-    rooms_undo: list[tuple[tuple[str, str], Room | None]] = field(default_factory=list)
+    rooms_undo: list[tuple[RoomKey, Room | None]] = field(default_factory=list)
     deleted_undo: list[int] = field(default_factory=list)
     changes_undo: int = 0
 
@@ -132,11 +151,40 @@ class _Work:
             taken.append(self.rows[row.id])
         return taken
 
+    def lock(self, inputs: Sequence[Input]) -> None:
+        """Have the rooms of all inputs to ourselves: whatever happens in a room happens to one instance after the other."""
+        keys: dict[RoomKey, Room | None] = {}
+        made: set[RoomKey] = set()
+        events: set[int] = set()
+        delegations: set[str] = set()
+        for given in inputs:
+            if isinstance(given, Seen | RoomChanged | Looked | Accept):
+                keys[given.sfu, given.room] = None
+                if isinstance(given, Accept):
+                    made.add((given.sfu, given.room))
+            elif isinstance(given, Answered | Due):
+                row = self.held.get(given.event)
+                if row is not None:
+                    keys[row.sfu, row.room] = None
+                else:
+                    events.add(given.event)
+            elif isinstance(given, Withdraw | Refuse | Find):
+                delegations.add(given.delegation)
+        if events or delegations:
+            keys.update((key, None) for key in self.tx.rooms_of(events, delegations))
+        if keys:
+            keys.update({(room.sfu, room.name): room for room in self.tx.lock_rooms(keys, made) if (room.sfu, room.name) in keys})
+            self.rooms.update(keys)
+            self.rooms_before.update(keys)
+
     def foresee(self, inputs: Sequence[Input]) -> None:
         """Read at once what most inputs ask for one by one: a statement takes as long as several rows."""
+        if self.shared:
+            self.lock(inputs)
+        held = {} if self.shared else self.held
         answered = {given.event: None for given in inputs if type(given) is Answered}
-        rows = self.taken([self.held[event] for event in answered if event in self.held])
-        wanted_rows = [event for event in answered if event not in self.held]
+        rows = self.taken([held[event] for event in answered if event in held])
+        wanted_rows = [event for event in answered if event not in held]
         if wanted_rows:
             rows += self.taken(self.tx.get_all(wanted_rows))
         seen: dict[Participant, None] = {(given.sfu, given.room, given.identity): None for given in inputs if type(given) is Seen}
@@ -147,7 +195,9 @@ class _Work:
             self._foresee(wanted, self.known, finished=False)
         if wanted_all:
             self._foresee(wanted_all, self.known_all, finished=True)
-        rooms: dict[tuple[str, str], Room | None] = {key[:2]: None for key in (*(key for key in seen if self.known[key]), *wanted_all)}
+        if self.shared:
+            return
+        rooms: dict[RoomKey, Room | None] = {key[:2]: None for key in (*(key for key in seen if self.known[key]), *wanted_all)}
         rooms.update({(given.sfu, given.room): None for given in inputs if type(given) is Looked})
         if rooms:
             rooms.update({(room.sfu, room.name): room for room in self.tx.rooms(rooms)})
@@ -348,6 +398,8 @@ class Engine:
         limited: Callable[[str], bool | None] = lambda _: None,
     ):
         self.store = store
+        # What is wrong with the transaction, and not with an input.
+        self._of_all_inputs: tuple[type[Exception], ...] = (StoreUnavailable, ValueRefused, *store.begin_anew)
         self.policy = policy
         self.limits = limits
         self.stopping = False  # when set, nothing is claimed any more
@@ -375,6 +427,15 @@ class Engine:
         self._was_exempt: dict[str, bool] = {}  # homeservers that the configuration exempted from rate limits
         self._learned: set[str] = set()  # homeservers and SFUs of which something new is known
         self._ask: set[str | None] = set()  # SFUs all of whose rooms are to be looked at; None: every SFU's
+        # What the other instances are known to have done, where some share the store.
+        self._shared_paces: dict[str, str] = {}  # by homeserver: its limit, as it was last told
+        self._told: dict[str, Heard] = {}  # by SFU: what the others were told of it
+        self._told_at = -inf
+        self._joined_at: float | None = None  # when this instance first asked for news
+        self._doubted = 0  # of the rows in doubt, how many were asked for lately
+        self._was_covered = False  # somebody has listened while this instance was not there
+        self.instances: list[Instance] = []  # the others
+        self._busy_elsewhere: set[str] = set()  # homeservers and SFUs of which others have what is due
         self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
         self._doubts = Doubts()
         self._under_way: set[tuple[str, int | str, int]] = set()  # (homeserver, event, claim) and (SFU, room, claim)
@@ -403,6 +464,8 @@ class Engine:
         self._came_back(answered, now)
         self._came_back(inputs, now)
         try:
+            if self.store.shared:
+                self._ask_rooms(inputs, now)
             step, work, due, rooms_due = self.store.atomically(lambda tx: self._step(tx, inputs, now), about_to_wait=about_to_wait)
         except StoreUnavailable:
             self._held.clear()  # what was kept of a commit that failed is not known everywhere
@@ -415,7 +478,7 @@ class Engine:
         for homeserver, at in due.items():
             if at == inf:
                 self._due.pop(homeserver, None)  # of homeservers there may be any number, with patterns
-                if homeserver not in self._open:
+                if homeserver not in self._open and not self.store.shared:
                     self._forget(homeserver)
             else:
                 self._due[homeserver] = at
@@ -427,10 +490,21 @@ class Engine:
             if task.action is Action.LOOK:
                 self._reach(task.sfu).began(self.policy)
             else:
-                self._pace(task.homeserver).began(now, alone=task.token is not None)
+                pace = self._pace(task.homeserver)
+                # From a bucket that others take from as well, it was taken in the transaction.
+                pace.began(now, alone=task.token is not None or (self.store.shared and pace.limit is Limit.SOME))
         step = replace(step, wake=self._wake(now), hurry=bool(self._departing), company=self._company(now))
         self._stepped_at = now
         return step
+
+    def _ask_rooms(self, inputs: Sequence[Input], now: float) -> None:
+        """Have all rooms of some SFUs looked at. Where others work on them, in transactions of their own, and before the answer to anybody."""
+        self._ask |= {given.sfu for given in inputs if isinstance(given, Missed)}
+        for sfu in [None] if None in self._ask else sorted(self._ask, key=str):
+            self.store.ask_rooms(sfu, now)
+            self._rooms_due.update((name, now) for name in ([*self._rooms_due] if sfu is None else [sfu]))
+            self._ask.discard(sfu)
+        self._ask.clear()
 
     def _company(self, now: float) -> int:
         """See `Step.company`: by the homeserver with the fewest places of those where something is due."""
@@ -509,19 +583,21 @@ class Engine:
         )
 
     def _step(self, tx: Transaction, inputs: Sequence[Input], now: float) -> tuple[Step, _Work, dict[str, float], dict[str, float]]:
-        work = _Work(tx, now, self._held)
+        work = _Work(tx, now, self._held, self.store.shared)
+        self._busy_elsewhere.clear()
         work.foresee(inputs)
         replies: list[Reply | Exception] = []
         for given in inputs:
             work.begin()
             try:
                 replies.append(self._apply(work, given))
-            except StoreUnavailable:
+            except self._of_all_inputs:
                 raise
             except Exception as error:
                 # The error of one must not undo the others of its batch; whoever waits for the answer reports it.
                 work.take_back()
                 replies.append(error)
+        tx.no_more_waiting()
         self._fail_looks(work)
         tasks, asked = self._claim(work)
         self._schedule_looks(work)
@@ -534,18 +610,24 @@ class Engine:
         return step, work, self._merged_due(work, due), self._merged_rooms_due(work, rooms_due)
 
     def _merged_due(self, work: _Work, asked: dict[str, float | None]) -> dict[str, float]:
-        due = {homeserver: (at if at is not None else inf) for homeserver, at in asked.items()}
+        due = {homeserver: self._not_before(work, homeserver, at) for homeserver, at in asked.items()}
         for id, row in work.rows.items():
             if row.due is not None and id not in work.deleted and row.homeserver not in asked and work.before[id] is not row:
                 due[row.homeserver] = min(row.due, due.get(row.homeserver, self._due.get(row.homeserver, inf)))
         return due
 
     def _merged_rooms_due(self, work: _Work, asked: dict[str, float | None]) -> dict[str, float]:
-        due = {sfu: (at if at is not None else inf) for sfu, at in asked.items()}
+        due = {sfu: self._not_before(work, sfu, at) for sfu, at in asked.items()}
         for (sfu, _), room in work.rooms.items():
             if room is not None and room.due is not None and sfu not in asked:
                 due[sfu] = min(room.due, due.get(sfu, self._rooms_due.get(sfu, inf)))
         return due
+
+    def _not_before(self, work: _Work, name: str, at: float | None) -> float:
+        """When something is due at a homeserver or SFU: what another instance is about to take is not asked for again at once."""
+        if at is None:
+            return inf
+        return max(at, work.now + BUSY_ELSEWHERE) if name in self._busy_elsewhere else at
 
     # ── inputs ──
 
@@ -574,7 +656,18 @@ class Engine:
                 self.heard(given.sfu, now)
 
     def _answer_came(self, given: Answered, now: float) -> None:
+        limits = given.verdict is Verdict.LIMITED and not given.alone
+        if self.store.shared and not given.alone and (limits or self._pace(given.homeserver).limit is Limit.SOME):
+            with suppress(StoreUnavailable):  # then it counts for this instance alone
+                self.store.exchange_pace(given.homeserver, lambda known: self._answer_counts(given, now, known))
+                return
+        self._answer_counts(given, now)
+
+    def _answer_counts(self, given: Answered, now: float, known: str | None = None) -> str:
+        """What an answer says of its homeserver's limit; `known`: what all instances have found out. Returns what they know now."""
         pace = self._pace(given.homeserver)
+        if known is not None:
+            pace.adopt(known)
         if given.verdict is Verdict.LIMITED and not given.alone:
             pace.refused(given.sent_at, given.retry_after, now)
             self._replan.add(given.homeserver)
@@ -584,6 +677,7 @@ class Engine:
         self._learned.add(given.homeserver)
         if given.action is Action.RESTART:
             self._kept_alive[given.event] = (given.sent_at, given.verdict is Verdict.DONE)
+        return pace.shared() if self.store.shared else ""
 
     def heard(self, sfu: str, now: float) -> None:
         """A webhook came from this SFU, perhaps one that is no input. May be called from any thread."""
@@ -610,7 +704,8 @@ class Engine:
             case RoomChanged():
                 return self._room_changed(work, given)
             case Missed():
-                self._ask.add(given.sfu)
+                if not self.store.shared:
+                    self._ask.add(given.sfu)
                 return Touched(0)
             case SfuLost() | SfuFound():
                 raise TypeError("that is for the engine to find out")
@@ -730,6 +825,9 @@ class Engine:
     def _looked(self, work: _Work, look: Looked) -> Touched:
         room = work.room(look.sfu, look.room)
         if room is None or not room.claimed or room.claim != look.claim:
+            return Touched(0)
+        if look.participants is None and self.store.shared and self._reach(look.sfu).outvoted(work.now):
+            work.put_room(look.sfu, look.room, room._replace(claimed=False, due=work.now))
             return Touched(0)
         if look.participants is None and not room.failures and self._reach(look.sfu).outdated(look.sent_at):
             # It hung, and meanwhile the SFU has answered others: that says nothing of now. If this one room fails again, that does.
@@ -975,34 +1073,60 @@ class Engine:
         self._waiting.clear()
         self._departing &= {*fresh, *late}
         for homeserver in dict.fromkeys([*fresh, *late, *crowded]):
-            candidates = {row.id: row for row in fresh.get(homeserver, ())}
-            pace = self._pace(homeserver)
-            places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
             if self._begins(self._due.get(homeserver, inf)) <= now:
                 asked.append(homeserver)
-                self._timers(work, homeserver)
-                if places:
-                    for row in self._found(work, homeserver, places):
-                        # What this step has changed may be due no more.
-                        if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
-                            candidates[row.id] = row
-            if self.stopping:
-                continue
-            plan = self._plan(work, homeserver)
-            if places and plan.early <= now:
-                candidates.update((row.id, row) for row in self._not_due_yet(work, plan, places))
-            ready = [row for row in candidates.values() if not self._let_run(work, row)]
-            choice = choose(ready, pace, plan, now)
-            self._waiting[homeserver] = choice.waiting
-            if any(wait.ending for wait in choice.waiting):
-                self._departing.add(homeserver)
-            elif places:  # without one the database was not asked, and what waited there waits still
-                self._departing.discard(homeserver)
-            for row in choice.rows:
-                claimed = lifecycle.claim(row, now, self.policy)
-                work.put(claimed, None)
-                tasks.append(_task(claimed))
+            if self.store.shared and not self.stopping and self._pace(homeserver).limit is Limit.SOME:
+                # The others take from the same bucket: one instance at a time looks into it.
+                self.store.exchange_pace(homeserver, partial(self._claim_from_all, work, homeserver, fresh.get(homeserver, ()), tasks))
+            else:
+                tasks += self._claim_at(work, homeserver, fresh.get(homeserver, ()))
         return tasks, asked
+
+    def _claim_from_all(self, work: _Work, homeserver: str, fresh: Sequence[DelayedEvent], tasks: list[Task], known: str | None) -> str:
+        pace = self._pace(homeserver)
+        if known is not None:
+            pace.adopt(known)
+        new = self._claim_at(work, homeserver, fresh)
+        for task in new:
+            if task.token is None:
+                pace.take(work.now)
+        tasks += new
+        return pace.shared()
+
+    def _claim_at(self, work: _Work, homeserver: str, fresh: Sequence[DelayedEvent]) -> list[Task]:
+        """Claim actions at one homeserver; `fresh`: rows that this step has changed, and that are due."""
+        now = work.now
+        candidates = {row.id: row for row in fresh}
+        pace = self._pace(homeserver)
+        places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
+        if self._begins(self._due.get(homeserver, inf)) <= now:
+            found = self._timers(work, homeserver)
+            if places:
+                for row in self._found(work, homeserver, places):
+                    found = True
+                    # What this step has changed may be due no more.
+                    if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
+                        candidates[row.id] = row
+                if self.store.shared and not found:
+                    self._busy_elsewhere.add(homeserver)
+        if self.stopping:
+            return []
+        plan = self._plan(work, homeserver)
+        if places and plan.early <= now:
+            candidates.update((row.id, row) for row in self._not_due_yet(work, plan, places))
+        ready = [row for row in candidates.values() if not self._let_run(work, row)]
+        choice = choose(ready, pace, plan, now)
+        self._waiting[homeserver] = choice.waiting
+        if any(wait.ending for wait in choice.waiting):
+            self._departing.add(homeserver)
+        elif places:  # without one the database was not asked, and what waited there waits still
+            self._departing.discard(homeserver)
+        tasks: list[Task] = []
+        for row in choice.rows:
+            claimed = lifecycle.claim(row, now, self.policy)
+            work.put(claimed, None)
+            tasks.append(_task(claimed))
+        return tasks
 
     def _begins(self, due: float) -> float:
         """When something is begun that is due at a time: with what else is due in the same part of a second; but what the last step left, at once."""
@@ -1071,8 +1195,13 @@ class Engine:
             return countdown
         return countdown._replace(harm=row.harm) if row.lane is Lane.RESTART and row.harm is not None else None
 
-    def _timers(self, work: _Work, homeserver: str) -> None:
-        for row in work.taken(work.tx.todo(homeserver, Lane.TIMER, TIMERS_A_STEP, work.now)):
+    def _timers(self, work: _Work, homeserver: str) -> bool:
+        """What rows have asked for themselves; were there any?"""
+        rows = work.taken(work.tx.todo(homeserver, Lane.TIMER, TIMERS_A_STEP, work.now))
+        if self.store.shared and rows:
+            free = work.tx.free_rooms({(row.sfu, row.room) for row in rows})
+            rows = [row for row in rows if (row.sfu, row.room) in free]
+        for row in rows:
             if row.lane is not Lane.TIMER or row.due is None or row.due > work.now:
                 continue
             if row.state is not State.DONE:
@@ -1083,6 +1212,7 @@ class Engine:
             work.delete(row)
             if work.room(row.sfu, row.room) is not None and not work.in_room(row.sfu, row.room):
                 work.put_room(row.sfu, row.room, None)
+        return bool(rows)
 
     def _schedule_looks(self, work: _Work) -> None:
         """A room is to be looked at when the first of its participants asks for it."""
@@ -1118,7 +1248,8 @@ class Engine:
 
     def _fail_looks(self, work: _Work) -> None:
         """Looks at an SFU that keeps failing are not made, but for one now and then: they count as failed at once."""
-        failing = [(sfu, reach) for sfu, reach in list(self._reaches.items()) if reach.shut]  # `heard` may add one meanwhile
+        reaches = list(self._reaches.items())  # `heard` may add one meanwhile
+        failing = [(sfu, reach) for sfu, reach in reaches if reach.shut and not reach.outvoted(work.now)]
         if failing:
             self._schedule_looks(work)
         for sfu, reach in failing:
@@ -1147,6 +1278,8 @@ class Engine:
                 continue
             # Where some fail, more than are needed: those that do not fail come first.
             due = self._due_rooms(work, sfu, free if reach.failing_since is None else ROOMS_A_STEP)
+            if self.store.shared and not due:
+                self._busy_elsewhere.add(sfu)
             order = _probed_first if reach.open(self.policy) else _urgent_first
             for room in sorted(due, key=order)[:free]:
                 claimed = room._replace(claim=room.claim + 1, claimed=True, due=now + self.policy.lease, looked_at=now)
@@ -1168,7 +1301,7 @@ class Engine:
         times += [max(now, self._plan_at(homeserver)) for homeserver in {*self._plans, *self._replan}]
         for sfu, due in self._rooms_due.items():
             reach = self._reach(sfu)
-            if due > now or reach.free(now, self.policy) > 0 or reach.shut:
+            if due > now or reach.free(now, self.policy) > 0 or (reach.shut and not reach.outvoted(now)):
                 times.append(due)
         soonest = min(times, default=inf)
         return None if soonest == inf else soonest
@@ -1190,7 +1323,7 @@ class Engine:
                     work.tx.save_sfu(seen)
                     work.learned_sfus[name] = seen
         sfus: list[str] = []
-        for sfu in self._ask:
+        for sfu in () if self.store.shared else self._ask:
             work.tx.ask_rooms(sfu, work.now)
             sfus += [*self._rooms_due] if sfu is None else [sfu]
         return sfus
@@ -1209,6 +1342,8 @@ class Engine:
                 pace.recall(known.limit, known.rate, known.burst, self._now)
             elif self._limited(homeserver):
                 pace.reset(Limit.SOME)
+            if homeserver in self._shared_paces:
+                pace.adopt(self._shared_paces[homeserver])
         return pace
 
     def _reach(self, sfu: str) -> Reach:
@@ -1266,7 +1401,7 @@ class Engine:
         if is_now is not None:
             self._open[is_now.homeserver] += 1
             self._load[is_now.homeserver] = self._load.get(is_now.homeserver, 0.0) + _load(is_now)
-        if was is not None and self._open[was.homeserver] <= 0:
+        if was is not None and self._open[was.homeserver] <= 0 and not self.store.shared:  # there the census tells
             self._forget(was.homeserver)
 
     def _forget(self, homeserver: str) -> None:
@@ -1278,6 +1413,73 @@ class Engine:
         pace = self._paces.get(homeserver)
         if pace is not None and not pace.in_flight and pace.blocked_until <= self._now:
             del self._paces[homeserver], self._was_exempt[homeserver]
+
+    # ── several instances ──
+
+    def refresh(self, now: float) -> float | None:
+        """Take over what other instances may have changed, and tell them what this one has heard; when to step next. For stores that are shared,
+        about once a second. Raises StoreUnavailable."""
+        heard = {sfu: Heard(sfu, reach.heard_at, max(0.0, reach.answered_at)) for sfu, reach in list(self._reaches.items())}
+        if now >= self._told_at + TELL_EVERY:
+            news_of = [one for sfu, one in heard.items() if one != self._told.get(sfu, Heard(sfu, 0.0, 0.0))]
+            if news_of:
+                self.store.heard_of(news_of)
+            self._told |= heard
+            self._told_at = now
+            self._resolve_doubts(now)
+        news = self.store.news(now)
+        self._now = now
+        self._due = dict(news.schedule)
+        self._rooms_due = dict(news.rooms)
+        for sfu in news.sfus:
+            if sfu.name in self._reaches or sfu.several_nodes_at is not None:
+                self._reach(sfu.name).overheard(0.0, -inf, sfu.several_nodes_at)
+        for one in news.heard:
+            if one.name in self._reaches:
+                self._reaches[one.name].overheard(one.heard_at, one.answered_at or -inf, None)
+        self._shared_paces |= news.paces
+        for homeserver, known in news.paces.items():
+            if homeserver in self._paces:
+                self._paces[homeserver].adopt(known)
+        # Deadlines that others have added.
+        self._replan |= {homeserver for homeserver in self._plans if self._pace(homeserver).limit is Limit.SOME}
+        self.instances = news.instances
+        self._cover(now)
+        return now if self._ask else self._wake(now)
+
+    def _resolve_doubts(self, now: float) -> None:
+        """What others have confirmed, or ended, is in doubt no more."""
+        waiting = list(self._doubts.waiting)
+        # Some of them each time, so that it takes no longer however many there are.
+        begin = self._doubted % len(waiting) if waiting else 0
+        waiting = waiting[begin : begin + DOUBTS_A_TIME]
+        self._doubted = begin + DOUBTS_A_TIME
+        if waiting:
+            for event in set(waiting) - self.store.unverified(waiting):
+                self._doubts.changed(event, None, now)
+
+    def _cover(self, now: float) -> None:
+        """Webhooks that came while no instance listened are lost. That another one did is known when it is seen alive after this one has begun."""
+        if self._was_covered:
+            return
+        if self._joined_at is None:
+            self._joined_at = now
+        if any(other.alive_at > self._joined_at for other in self.instances):
+            self._was_covered = True
+        elif not self.instances or now >= self._joined_at + COVERED_WITHIN:
+            self._was_covered = True
+            self._ask.add(None)
+
+    def recount(self, census: Census) -> None:
+        """Take over what was counted, where others change it as well."""
+        self.states = Counter(census.states)
+        self._load = dict(census.load)
+        self._open = Counter()
+        for (homeserver, state, _), count in census.states.items():
+            if state != State.DONE:
+                self._open[homeserver] += count
+        for homeserver in [name for name in self._paces if name not in self._open]:
+            self._forget(homeserver)
 
     def reconfigure(self, policy: Policy, limits: Limits) -> None:
         """Take new rules from the next step on. In-flight limits, and who is exempt from rate limits, are asked for anew, too."""

@@ -6,6 +6,7 @@ slowly.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from typing import Final
 
 from sfu_delegate.delegation.model import DelayedEvent, Outcome, State
@@ -33,6 +34,11 @@ class Doubts:
     def of(self, who: str, now: float) -> float:
         """How many there are; a fraction where one is half forgotten."""
         return self._waiting[who] + max(0.0, self._until.get(who, now) - now) / FORGOTTEN_AFTER
+
+    @property
+    def waiting(self) -> Collection[int]:
+        """The rows in doubt."""
+        return self._owners.keys()
 
     def changed(self, id: int, row: DelayedEvent | None, now: float) -> None:
         """A row was made, changed or deleted (None). Those with a client's token are not counted: it has a rate of its own."""

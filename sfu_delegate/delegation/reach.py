@@ -11,6 +11,9 @@ NONSENSE = 86400.0
 LAG_OVER = 300.0
 """Seconds over which the least lag of webhooks is looked for, and as long again in which it is remembered."""
 
+OTHERS_COUNT = 60.0
+"""Seconds for which another instance's answered look shows that the SFU can be asked: longer than the pauses between two, where a room is there."""
+
 
 @dataclass(slots=True)
 class Reach:
@@ -39,12 +42,28 @@ class Reach:
     recovered_at: float = 0.0  # when its latest outage was over
     several_nodes_at: float | None = None  # when it last showed that it has several nodes, or a memory that outlives them
 
+    vote_again_at: float = 0.0  # when it is tried again, though others can ask it
+    others_at: float = -inf  # when the latest of the looks was sent that another instance of the daemon made, and that were answered
+
+    def overheard(self, heard_at: float, answered_at: float, several_nodes_at: float | None) -> None:
+        """What any of the instances has heard of it."""
+        self.heard_at = max(self.heard_at, heard_at)
+        self.others_at = max(self.others_at, answered_at)
+        if several_nodes_at is not None:
+            self.several_nodes_at = max(several_nodes_at, self.several_nodes_at or 0.0)
+
+    def outvoted(self, now: float) -> bool:
+        """Can others ask it, though we cannot? Then they are to look at its rooms, and our failures say nothing of anybody."""
+        return self.failing_since is not None and self.others_at > self.failing_since and now < self.others_at + OTHERS_COUNT
+
     def open(self, policy: Policy) -> bool:
         """Has it failed so often that most looks are not even tried?"""
         return self.failures >= policy.breaker_after
 
     def free(self, now: float, policy: Policy) -> int:
-        """How many more looks may be sent now."""
+        """How many more looks may be sent now. Where others can ask it, one now and then, to see whether we can."""
+        if self.outvoted(now):
+            return 1 if not self.in_flight and now >= self.vote_again_at else 0
         if self.open(policy):
             return 1 if not self.probing and now >= self.probe_at else 0
         return max(0, self.most - self.in_flight)
@@ -87,6 +106,7 @@ class Reach:
         if self.outdated(sent_at):
             return False
         self.failures += 1
+        self.vote_again_at = now + policy.look_again
         if self.failing_since is None:
             self.failing_since = sent_at
         if probe:

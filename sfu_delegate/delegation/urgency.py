@@ -10,6 +10,7 @@ costs nothing, and is held back for half a second). Departures cannot be planned
   are restarted before they are due, so that the others can be in time.
 """
 
+import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -231,8 +232,11 @@ class Pace:
     def began(self, now: float, *, alone: bool = False) -> None:
         """A request is on its way. `alone`: with a client's token, which has a limit of its own."""
         self.in_flight += 1
-        if alone:
-            return
+        if not alone:
+            self.take(now)
+
+    def take(self, now: float) -> None:
+        """An action is taken from the bucket."""
         tokens = self.tokens(now)
         if tokens >= self.burst:
             self._marks.clear()
@@ -344,6 +348,32 @@ class Pace:
         """What was known before the daemon was started anew. How full the bucket is, is not."""
         self.limit, self.rate, self.burst = limit, max(rate, 1 / LONGEST_BLOCK), max(1.0, burst)
         self._tokens, self._tokens_at = min(self.burst, 1.0 + self._slack), now
+
+    def shared(self) -> str:
+        """What all who ask the homeserver from one address have in common, as text: the bucket, and what is known of it. How many requests are under
+        way, and whether they fail, is everybody's own."""
+        return json.dumps(
+            {
+                **{"limit": self.limit.value, "rate": self.rate, "burst": self.burst, "tokens": self._tokens, "tokens_at": self._tokens_at},
+                **{"blocked_until": self.blocked_until, "refused_at": self._refused_at, "streak": self._streak, "surprises": self._surprises},
+                **{"successes": self._successes, "total": self._total, "marks": list(self._marks), "begun": list(self._begun)},
+            }
+        )
+
+    def adopt(self, text: str) -> None:
+        """Take over what `shared` gave, perhaps from another process; nothing, where the operator says that there is no limit."""
+        if self.exempt:
+            return
+        known = json.loads(text)
+        was = self.limit
+        self.limit, self.rate, self.burst = Limit(known["limit"]), known["rate"], known["burst"]
+        self._tokens, self._tokens_at, self.blocked_until = known["tokens"], known["tokens_at"], known["blocked_until"]
+        self._refused_at, self._streak, self._surprises = known["refused_at"], known["streak"], known["surprises"]
+        self._successes, self._total = known["successes"], known["total"]
+        self._marks = deque((tuple(mark) for mark in known["marks"]), maxlen=self._marks.maxlen)
+        self._begun = deque(known["begun"], maxlen=self._begun.maxlen)
+        if self.limit is Limit.SOME and was is not Limit.SOME:
+            self.width, self._widening = min(self.width, LIMITED_WIDTH), 0
 
     def reset(self, limit: Limit) -> None:
         """The configuration says something else now: what was learned is of the past."""

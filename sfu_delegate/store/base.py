@@ -14,6 +14,10 @@ class StoreUnavailable(Exception):
     """The database cannot do it now: full, locked, read-only, broken. Nothing of the transaction was kept. The text is for the operator."""
 
 
+class ValueRefused(Exception):
+    """The database does not take a value, and nothing of the transaction was kept. It belongs to one input; the others can be kept without it."""
+
+
 class DatabaseTooNew(Exception):
     """The database was written by a newer version of the program."""
 
@@ -39,12 +43,60 @@ class KnownSfu(NamedTuple):
     several_nodes_at: float | None
 
 
+class Heard(NamedTuple):
+    """When an SFU was last heard of, by any instance. Times in Unix seconds, 0: never."""
+
+    name: str
+    heard_at: float  # a webhook, or an answer of any kind
+    answered_at: float  # a look that was answered: when it was sent
+
+
+class Instance(NamedTuple):
+    """One of the processes that share a database."""
+
+    name: str
+    version: str
+    started_at: float  # Unix seconds
+    alive_at: float
+
+
+class News(NamedTuple):
+    """What other instances may have changed since it was last asked for."""
+
+    schedule: dict[str, float]  # by homeserver: when its next row is due
+    rooms: dict[str, float]  # by SFU: when the next look is due
+    paces: dict[str, str]  # by homeserver: what was learned of its limit, where that has changed
+    sfus: list[KnownSfu]
+    heard: list[Heard]
+    instances: list[Instance]  # the others that are alive
+
+
 Participant = tuple[str, str, str]
 """SFU, room, identity."""
 
+RoomKey = tuple[str, str]
+"""SFU, name."""
+
 
 class Transaction(Protocol):
-    """The queries of one step. Everything is kept, or nothing."""
+    """The queries of one step. Everything is kept, or nothing.
+
+    Where instances share the database, all rows that are read to be changed are locked, and so that nobody waits for somebody who waits: first the
+    rooms of all inputs, in order, and then what is in them; after `no_more_waiting`, only what nobody else has. What somebody else has is left out
+    by what looks for work (`todo`, `rooms_due`, `free_rooms`, `get`); anything else begins the transaction anew, with the room that was missing.
+    """
+
+    def lock_rooms(self, keys: Collection[RoomKey], made: Collection[RoomKey]) -> list[Room]:
+        """Lock these rooms, and return them as far as they are there; `made`: those of them that this transaction may make."""
+
+    def rooms_of(self, events: Collection[int], delegations: Collection[str]) -> list[RoomKey]:
+        """The rooms of some rows, which never change. Locks nothing."""
+
+    def no_more_waiting(self) -> None:
+        """From here on only what nobody else has is locked."""
+
+    def free_rooms(self, keys: Collection[RoomKey]) -> set[RoomKey]:
+        """Lock those of the rooms that nobody else has, and return them; also those that are not there."""
 
     def of_participants(self, participants: Collection[Participant], *, finished: bool) -> list[DelayedEvent]:
         """The rows that have one of these identities as either form, in the order of their ids; `finished`: also those that are."""
@@ -130,6 +182,18 @@ class Census(Protocol):
 class Store(Protocol):
     """A database with the schema of this version."""
 
+    @property
+    def name(self) -> str:
+        """Which database it is, for people."""
+
+    @property
+    def shared(self) -> bool:
+        """Do several instances work with it at the same time? Then nothing of it may be kept in memory but as a hint."""
+
+    @property
+    def begin_anew(self) -> tuple[type[Exception], ...]:
+        """What a transaction raises by which `atomically` begins it anew: it must reach that."""
+
     def atomically(self, work: Callable[[Transaction], T], *, about_to_wait: Callable[[], object] | None = None) -> T:
         """Run `work` in one transaction, durable when this returns. Raises StoreUnavailable, and then nothing was kept.
 
@@ -158,6 +222,30 @@ class Store(Protocol):
 
     def save_clock_mark(self, mark: str) -> None:
         """Keep a mark by which the next start finds out whether the clock was set."""
+
+    # What instances that share the database tell each other.
+
+    def news(self, now: float) -> News:
+        """What others have changed; and tells them that this instance is alive. Raises StoreUnavailable."""
+
+    def exchange_pace(self, homeserver: str, change: Callable[[str | None], str | None]) -> None:
+        """Give `change` what all instances behind the same address know of a homeserver's limit, and keep what it returns; None: nothing changed.
+        One of them at a time, and apart from any transaction. Raises StoreUnavailable."""
+
+    def heard_of(self, heard: Sequence[Heard]) -> None:
+        """Tell the others when SFUs were heard of. Raises StoreUnavailable."""
+
+    def ask_rooms(self, sfu: str | None, now: float) -> None:
+        """As `Transaction.ask_rooms`, in transactions of its own. Raises StoreUnavailable."""
+
+    def unverified(self, events: Collection[int]) -> set[int]:
+        """Those of the rows whose homeserver has not confirmed them, and that are not finished. Raises StoreUnavailable."""
+
+    def peek(self, delegations: Sequence[str]) -> list[DelayedEvent]:
+        """The rows of some delegations as they are now. Locks nothing. Raises StoreUnavailable."""
+
+    def times_are_unknown(self, now: float, policy: Policy) -> bool:
+        """The clock of the database was set: all countdowns count as unknown. False if another instance has seen to that. Raises StoreUnavailable."""
 
     @property
     def is_log_large(self) -> bool:

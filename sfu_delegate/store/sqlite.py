@@ -10,46 +10,39 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from sqlalchemy import (
-    CTE,
-    Select,
     Table,
     and_,
-    asc,
-    bindparam,
     case,
-    column,
     delete,
     exists,
     func,
     insert,
     literal,
-    literal_column,
-    not_,
     or_,
     select,
     union_all,
     update,
-    values,
 )
 from sqlalchemy.dialects import sqlite as dialect
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.sql import ClauseElement, ColumnElement
-from sqlalchemy.sql.compiler import SQLCompiler
 
 from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room, State
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
-from sfu_delegate.store import migrate, schema
-from sfu_delegate.store.base import DatabaseInUse, KnownHomeserver, KnownSfu, Participant, StoreUnavailable, Transaction
+from sfu_delegate.store import migrate, schema, statements
+from sfu_delegate.store.base import DatabaseInUse, Heard, KnownHomeserver, KnownSfu, News, Participant, RoomKey, StoreUnavailable, Transaction
+from sfu_delegate.store.census import StoreCensus
 from sfu_delegate.store.rows import FIELDS, Columns, changed, delayed_event_of, room_of, values_of, values_of_room
+from sfu_delegate.store.statements import all_events, compiled, p, text_of
+from sfu_delegate.store.statements import wanted as wanted_keys
 
 T = TypeVar("T")
 
@@ -85,29 +78,7 @@ _sfu = schema.sfu
 
 def _sql(statement: ClauseElement, *names: str) -> str:
     """The text of a statement whose parameters stand in the order of `names`."""
-    sql, positions, _ = _compiled(statement)
-    if positions != list(names):
-        raise AssertionError(f"parameters are {positions}, not {names}: {sql}")
-    return sql
-
-
-def _compiled(statement: ClauseElement) -> tuple[str, list[str], dict[str, Any]]:
-    compiled = statement.compile(dialect=_DIALECT)
-    assert isinstance(compiled, SQLCompiler)  # noqa: S101 — for the type checker
-    return " ".join(str(compiled).split()), list(compiled.positiontup or ()), dict(compiled.params)
-
-
-def _p(name: str) -> Any:
-    return bindparam(name)
-
-
-def _all() -> Select[Any]:
-    return select(*_event.columns)
-
-
-def _wanted(*names: str) -> CTE:
-    """A key that many statements are made for."""
-    return values(*(column(name) for name in names), name="wanted").data([tuple(_p(name) for name in names)]).cte()
+    return text_of(statement, _DIALECT, *names)
 
 
 def _of_participants() -> str:
@@ -116,8 +87,8 @@ def _of_participants() -> str:
     One statement for all participants of a step takes half the time of one for each. A SELECT for each form, since an OR makes SQLite scan the
     table.
     """
-    wanted = _wanted("sfu", "room", "identity")
-    where = [_event.c.sfu == wanted.c.sfu, _event.c.room == wanted.c.room, _event.c.state != _p("without")]
+    wanted = wanted_keys("sfu", "room", "identity")
+    where = [_event.c.sfu == wanted.c.sfu, _event.c.room == wanted.c.room, _event.c.state != p("without")]
     by_identity = wanted.join(_event, and_(*where, _event.c.identity == wanted.c.identity))
     by_alias = wanted.join(_event, and_(*where, _event.c.alias == wanted.c.identity, _event.c.identity != wanted.c.identity))
     both = union_all(*(select(*_event.columns).select_from(by) for by in (by_identity, by_alias)))
@@ -125,7 +96,7 @@ def _of_participants() -> str:
 
 
 def _rooms() -> str:
-    wanted = _wanted("sfu", "name")
+    wanted = wanted_keys("sfu", "name")
     by_key = wanted.join(_room, and_(_room.c.sfu == wanted.c.sfu, _room.c.name == wanted.c.name))
     return _sql(select(*_room.columns).select_from(by_key), "sfu", "name")
 
@@ -149,61 +120,31 @@ def _update_of(columns: tuple[int, ...]) -> tuple[str, Columns]:
 
 _OF_PARTICIPANTS, _PARTICIPANT_KEY = _of_participants(), "(?, ?, ?)"
 _ROOMS, _ROOM_KEY = _rooms(), "(?, ?)"
-_GET_ALL, _EVENT_KEY = _sql(_all().where(_event.c.id.in_([_p("a")])), "a"), "?"
-_OF_ROOM = _sql(_all().where(_event.c.sfu == _p("a"), _event.c.room == _p("b"), _event.c.state != _p("c")), "a", "b", "c")
-_OF_DELEGATION = _sql(_all().where(_event.c.delegation == _p("a")).order_by(_event.c.id), "a")
-_GET = _sql(_all().where(_event.c.id == _p("a")), "a")
+_GET_ALL, _EVENT_KEY = _sql(all_events().where(_event.c.id.in_([p("a")])), "a"), "?"
+_OF_ROOM = _sql(statements.OF_ROOM, "a", "b", "c")
+_OF_DELEGATION = _sql(statements.OF_DELEGATION, "a")
+_GET = _sql(all_events().where(_event.c.id == p("a")), "a")
 
 
 def _todo(names: str, *more: ColumnElement[bool]) -> str:
-    ids = select(_event.c.id).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"), *more)
     # SQLAlchemy writes an OFFSET to every LIMIT: the last parameter.
-    return _sql(_all().where(_event.c.id.in_(ids.order_by(asc(_event.c.harm)).limit(_p(names[-1])))), *names, "param_1")
+    return _sql(all_events().where(_event.c.id.in_(statements.due_ids(*more))), *names, "param_1")
 
 
 _TODO = _todo("abcd")
-_TODO_IN_TIME = _todo("abccd", _event.c.harm > _p("c"))
-_TODO_HARMED = _todo("abccd", or_(_event.c.harm <= _p("c"), _event.c.harm.is_(None)))
-_NEXT_DUE = _sql(
-    union_all(
-        *(
-            select(func.min(_event.c.due)).where(
-                _event.c.homeserver == _p("a"), _event.c.lane == literal_column(str(lane.value)), _event.c.due.is_not(None)
-            )
-            for lane in Lane
-        )
-    ),
-    *("a" for _ in Lane),
-)
+_TODO_IN_TIME = _todo("abccd", statements.IN_TIME)
+_TODO_HARMED = _todo("abccd", statements.HARMED)
+_NEXT_DUE = _sql(statements.NEXT_DUE, *("a" for _ in Lane))
 _INSERT = _sql(insert(_event), *FIELDS)
-_DELETE = _sql(delete(_event).where(_event.c.id == _p("a")), "a")
-_DELETE_HISTORY = _sql(delete(_history).where(_history.c.event == _p("a")), "a")
+_DELETE = _sql(delete(_event).where(_event.c.id == p("a")), "a")
+_DELETE_HISTORY = _sql(delete(_history).where(_history.c.event == p("a")), "a")
 _NOTE = _sql(insert(_history), "event", "at", "what", "detail")
-_HISTORY = _sql(
-    select(_history.c.event, _history.c.at, _history.c.what, _history.c.detail).where(_history.c.event == _p("a")).order_by(asc(_history.c.at)),
-    "a",
-)
-_ROOM = _sql(select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.name == _p("b")), "a", "b")
-_ROOMS_DUE = _sql(
-    select(*_room.columns).where(_room.c.sfu == _p("a"), _room.c.routine == _p("b"), _room.c.due <= _p("c")).order_by(_room.c.due).limit(_p("d")),
-    *("a", "b", "c", "d", "param_1"),
-)
-_NEXT_ROOM_DUE = _sql(select(func.min(_room.c.due)).where(_room.c.sfu == _p("a"), _room.c.routine == _p("b"), _room.c.due.is_not(None)), "a", "b")
-_COUNTDOWNS = _sql(
-    select(_event.c.harm, _event.c.delay, _event.c.id, _event.c.verified_at.is_not(None))
-    .where(
-        *(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due.is_not(None)),
-        *(_event.c.harm.is_not(None), _event.c.token.is_(None)),
-    )
-    .order_by(_event.c.harm),
-    *("a", "b"),
-)
-_OVERDUE = _sql(
-    select(func.min(_event.c.harm)).where(
-        _event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c"), _event.c.verified_at.is_not(None)
-    ),
-    *("a", "b", "c"),
-)
+_HISTORY = _sql(statements.HISTORY, "a")
+_ROOM = _sql(statements.ROOM, "a", "b")
+_ROOMS_DUE = _sql(statements.ROOMS_DUE, *("a", "b", "c", "d", "param_1"))
+_NEXT_ROOM_DUE = _sql(statements.NEXT_ROOM_DUE, "a", "b")
+_COUNTDOWNS = _sql(statements.COUNTDOWNS, *("a", "b"))
+_OVERDUE = _sql(statements.OVERDUE, *("a", "b", "c"))
 _new_room = upsert(_room)
 _SAVE_ROOM = _sql(
     _new_room.on_conflict_do_update(
@@ -211,22 +152,14 @@ _SAVE_ROOM = _sql(
     ),
     *Room._fields,
 )
-_DELETE_ROOM = _sql(delete(_room).where(_room.c.sfu == _p("a"), _room.c.name == _p("b")), "a", "b")
-_GROUP = _event.columns["homeserver", "state", "presence"]
-_IN_GROUP = and_(*(column == _p(name) for column, name in zip(_GROUP, "abc", strict=True)))
-_COUNTED = (
-    func.count(),
-    # The restarts a second that they need at the least.
-    func.total(case((and_(_event.c.state != _p("s"), _event.c.token.is_(None)), 1.0 / _event.c.delay))),
-)
-_SAMPLE = _sql(select(*_GROUP).where(_event.c.id.in_([_p("a")])), "a")
-_COUNT_OF_GROUP = _sql(select(*_COUNTED).where(_IN_GROUP), "s", "delay_1", *"abc")
-_COUNT_OF_OTHERS = _sql(select(*_GROUP, *_COUNTED).where(not_(_IN_GROUP)).group_by(*_GROUP), "s", "delay_1", *"abc")
-_NEXT_HOMESERVER = _sql(select(func.min(_event.c.homeserver)).where(_event.c.due.is_not(None), _event.c.homeserver > _p("a")), "a")
-_BACKLOG = _sql(
-    select(func.count(), func.min(_event.c.due)).where(_event.c.homeserver == _p("a"), _event.c.lane == _p("b"), _event.c.due <= _p("c")),
-    *("a", "b", "c"),
-)
+_DELETE_ROOM = _sql(delete(_room).where(_room.c.sfu == p("a"), _room.c.name == p("b")), "a", "b")
+_GROUP = statements.GROUP
+_COUNTED = statements.counted(func.total)
+_SAMPLE = _sql(select(*_GROUP).where(_event.c.id.in_([p("a")])), "a")
+_COUNT_OF_GROUP = _sql(select(*_COUNTED).where(statements.IN_GROUP), "s", "delay_1", *"abc")
+_COUNT_OF_OTHERS = _sql(select(*_GROUP, *_COUNTED).where(statements.NOT_IN_GROUP).group_by(*_GROUP), "s", "delay_1", *"abc")
+_NEXT_HOMESERVER = _sql(select(func.min(_event.c.homeserver)).where(_event.c.due.is_not(None), _event.c.homeserver > p("a")), "a")
+_BACKLOG = _sql(statements.BACKLOG, *("a", "b", "c"))
 _ROOM_SCHEDULE = _sql(select(_room.c.sfu, func.min(_room.c.due)).where(_room.c.due.is_not(None)).group_by(_room.c.sfu))
 
 
@@ -236,6 +169,22 @@ class SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection, store: "SqliteStore"):
         self._connection = connection
         self._store = store
+
+    # There is but one transaction at a time.
+
+    def lock_rooms(self, keys: Collection[RoomKey], made: Collection[RoomKey]) -> list[Room]:
+        del made
+        return self.rooms(keys)
+
+    def rooms_of(self, events: Collection[int], delegations: Collection[str]) -> list[RoomKey]:
+        rows = [*self.get_all(events), *(row for delegation in delegations for row in self.of_delegation(delegation))]
+        return sorted({(row.sfu, row.room) for row in rows})
+
+    def no_more_waiting(self) -> None:
+        pass
+
+    def free_rooms(self, keys: Collection[RoomKey]) -> set[RoomKey]:
+        return set(keys)
 
     def _fetch(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
         try:
@@ -363,26 +312,17 @@ def _parts(keys: Sequence[T]) -> Iterator[list[T | None]]:
         yield part + [None] * ((1 << (len(part) - 1).bit_length()) - len(part))
 
 
-@dataclass
-class SqliteCensus:
-    """See `base.Census`."""
-
-    states: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    schedule: dict[str, float] = field(default_factory=dict)
-    rooms: dict[str, float] = field(default_factory=dict)
-    load: dict[str, float] = field(default_factory=dict)
-    homeservers: list[KnownHomeserver] = field(default_factory=list)
-    sfus: list[KnownSfu] = field(default_factory=list)
-
-
 class SqliteStore:
     """The embedded database in the file `path`, or in memory (`:memory:`). It is used by one thread at a time.
 
     Raises DatabaseInUse when another process has it open, DatabaseTooNew, and StoreUnavailable when it cannot be opened.
     """
 
+    begin_anew: tuple[type[Exception], ...] = ()
+    shared = False  # … but the simulation has several engines work on one, in turn
+
     def __init__(self, path: str | Path):
-        self.path = str(path)
+        self.path = self.name = str(path)
         self._lock: IO[str] | None = None
         self._file: tuple[int, int] | None = None  # device and inode
         self._damage: str | None = None  # the sentence about it, once it was met
@@ -499,10 +439,10 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise self.failed(error) from error
 
-    def census(self) -> SqliteCensus:
+    def census(self) -> StoreCensus:
         run = self._connection.execute
         try:
-            census = SqliteCensus(
+            census = StoreCensus(
                 schedule=dict(self._schedule()),
                 rooms=dict(run(_ROOM_SCHEDULE)),
                 homeservers=[
@@ -621,7 +561,7 @@ class SqliteStore:
 
     def execute(self, statement: ClauseElement) -> sqlite3.Cursor:
         """Run a statement that is not on a hot path."""
-        sql, names, values = _compiled(statement)
+        sql, names, values = compiled(statement, _DIALECT)
         return self._connection.execute(sql, [values[name] for name in names])
 
     def clock_mark(self) -> str | None:
@@ -637,6 +577,46 @@ class SqliteStore:
         if self._file is not None:
             self._still_there()
         self.atomically(lambda _: self.execute(statement))
+
+    # ── what instances tell each other ──
+
+    def news(self, now: float) -> News:
+        del now
+        census = self.census()
+        paces = {str(name): str(state) for name, state in self.execute(select(*schema.pace.columns["homeserver", "state"]))}
+        heard = [
+            Heard(name, heard_at or 0.0, answered_at or 0.0)
+            for name, heard_at, answered_at in self.execute(select(*_sfu.columns["name", "heard_at", "answered_at"]))
+        ]
+        return News(census.schedule, census.rooms, paces, census.sfus, heard, [])
+
+    def exchange_pace(self, homeserver: str, change: Callable[[str | None], str | None]) -> None:
+        c = schema.pace.c
+        found = self.execute(select(c.state).where(c.homeserver == homeserver)).fetchone()
+        new = change(None if found is None else found[0])
+        if new is not None:
+            row = {"homeserver": homeserver, "address": "", "state": new, "changed_at": 0.0}
+            statement = upsert(schema.pace).values(row)
+            self.execute(statement.on_conflict_do_update(index_elements=["homeserver", "address"], set_={"state": new}))
+
+    def heard_of(self, heard: Sequence[Heard]) -> None:
+        for one in heard:
+            new = upsert(_sfu).values(one._asdict())
+            self.execute(new.on_conflict_do_update(index_elements=["name"], set_={name: new.excluded[name] for name in Heard._fields[1:]}))
+
+    def ask_rooms(self, sfu: str | None, now: float) -> None:
+        self.atomically(lambda tx: tx.ask_rooms(sfu, now))
+
+    def unverified(self, events: Collection[int]) -> set[int]:
+        rows = self.atomically(lambda tx: tx.get_all(events))
+        return {row.id for row in rows if row.verified_at is None and row.state is not State.DONE}
+
+    def peek(self, delegations: Sequence[str]) -> list[DelayedEvent]:
+        return self.atomically(lambda tx: [row for delegation in delegations for row in tx.of_delegation(delegation)])
+
+    def times_are_unknown(self, now: float, policy: Policy) -> bool:
+        self.atomically(lambda _: self._forget_times(now, policy))
+        return True
 
     # ── housekeeping ──
 

@@ -6,23 +6,45 @@ of its sessions, except where the recording shows that the SFU itself was wrong:
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
-from sfu_delegate.delegation.model import Action, Answered, Input, Listed, Looked, Outcome, Presence, Seen, Sighting, State, Task, Verdict
+from sfu_delegate.delegation.model import (
+    Action,
+    Answered,
+    DelayedEvent,
+    Input,
+    Listed,
+    Looked,
+    Outcome,
+    Presence,
+    Seen,
+    Sighting,
+    State,
+    Task,
+    Verdict,
+)
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.engine import Engine, Limits
 from sfu_delegate.livekit import webhook
-from sfu_delegate.store.sqlite import SqliteStore
+from sfu_delegate.store.base import Transaction
 
-from tests import recordings
+from tests import recordings, stores
 from tests.recordings import Recording
 from tests.rows import DELAY, SFU, accept
 
 AFTERWARDS = 400.0  # seconds that a replay goes on after the recording's end: longer than the join timeout
 ROUND_TRIP = 0.05  # seconds
+
+
+@pytest.fixture(params=stores.KINDS, autouse=True)
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which database it is."""
+    with stores.chosen(request.param):
+        yield request.param
+
 
 Who = tuple[str, str]  # room, identity
 Lister = Callable[[str, float], tuple[Listed, ...] | None]
@@ -128,7 +150,7 @@ def replay(
     course: Course, inputs: Sequence[tuple[float, Input]], seed: int, listed: Lister | None = None, afterwards: float = AFTERWARDS
 ) -> Replayed:
     """Run the engine through `inputs` and for a while beyond, stepping when something arrives and when it asks to be woken."""
-    store = SqliteStore(":memory:")
+    store = stores.another()
     engine = Engine(store, Policy(), Limits(), Random(seed))
     shown = listed or course.listed
     names = {f"{room} {identity}": (room, identity) for room, identity in course.everybody}
@@ -158,7 +180,12 @@ def replay(
         if not ahead or min(ahead) > end:
             break
         now = max(now, min(ahead))
-    rows = store.atomically(lambda tx: [tx.of_delegation(name)[0] for name in names])
+
+    def results(tx: Transaction) -> list[DelayedEvent]:
+        tx.lock_rooms(tx.rooms_of((), names), ())
+        return [tx.of_delegation(name)[0] for name in names]
+
+    rows = store.atomically(results)
     return Replayed(sent, {(there.room, there.identity): (there.state, there.outcome, there.presence) for there in rows})
 
 
@@ -203,7 +230,7 @@ def test_who_is_removed_is_sent_at_once(name: str) -> None:
         assert at in {stay.end for stay in course.stays if stay.who == who}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@stores.seeds(*range(3), on_postgresql=1)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_LOOK])
 def test_late_shuffled_and_repeated_webhooks_come_to_the_same_end(name: str, seed: int) -> None:
     """Each webhook arrives up to 3 s late, so in any order, and some arrive again: nobody connected is sent, and who left for good is, also where
@@ -216,7 +243,7 @@ def test_late_shuffled_and_repeated_webhooks_come_to_the_same_end(name: str, see
     assert_whoever_left_is_sent(course, replayed)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@stores.seeds(*range(3), on_postgresql=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_with_losses_nobody_connected_is_sent_and_whoever_left_is(name: str, seed: int) -> None:
     """A third of the webhooks never arrive: routine looks find who left, and nobody who is there is ended.
@@ -245,7 +272,7 @@ def test_without_any_webhook_nobody_connected_is_sent_and_whoever_left_is(name: 
     assert_whoever_left_is_sent(course, replayed)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@stores.seeds(*range(3), on_postgresql=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_sfu_that_cannot_be_asked_ends_nobody_who_comes_back_at_once(name: str, seed: int) -> None:
     """Every look fails. Who is sent had said goodbye, or been away for a minute, or been removed."""

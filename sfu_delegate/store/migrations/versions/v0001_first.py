@@ -11,6 +11,8 @@ depends_on = None
 
 def upgrade() -> None:
     """Create the tables."""
+    if op.get_bind().dialect.name != "sqlite":
+        return  # PostgreSQL begins with 0003
     op.create_table(
         "delayed_event",
         sa.Column("id", sa.Integer, nullable=False),
