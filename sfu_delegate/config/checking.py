@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from sfu_delegate.config.model import Config, all_keys, type_at
 from sfu_delegate.config.problems import HIDDEN, NOT_SET, KeyPath, Problem, dotted, kind_of, place_of, related
-from sfu_delegate.config.values import DURATION_REMEDY, SIZE_REMEDY, format_duration, format_size, read_duration, read_size
+from sfu_delegate.config.values import DURATION_REMEDY, SIZE_REMEDY, format_duration, format_size, read_duration, read_size, shown_database
 from sfu_delegate.delegation.policy import DEPARTURES
 from sfu_delegate.sealing import key_bytes
 
@@ -105,7 +105,8 @@ def _shown(path: KeyPath, value: object) -> str:
     if found.kind != "scalar" or not isinstance(value, str | int | float):
         return kind_of(value)
     text = value if isinstance(value, str) else yaml.safe_dump(value).partition("\n")[0]
-    text = re.sub(r"//[^/@]*@", f"//{HIDDEN}@", text)
+    # Up to the last @: a password may have a slash or an @ in it.
+    text = shown_database(text) if path == ("database",) else re.sub(r"//.*@", f"//{HIDDEN}@", text)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return (text if len(text) <= 100 else text[:99] + "…") or '""'
 
@@ -186,11 +187,15 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
     if not config.homeservers:
         yield one(("homeservers",), NOT_SET, "is required: without a homeserver nobody may delegate", "name one: `- name: example.org`")
 
-    if os.path.isdir(config.database_path):
+    if not config.is_postgresql and os.path.isdir(config.database_path):
         yield one(("database",), config.database, "is a directory", "name a file in it: the database, which need not be there yet")
 
     encryption = config.encryption
     keys: KeyPath = ("encryption", "keys")
+    if config.is_postgresql and not encryption.keys:
+        problem = "is required with PostgreSQL: all instances need the same keys, and one that is kept beside what it encrypts protects nothing"
+        remedy = f"{FERNET_REMEDY}; give it to all instances, here or in `keys_file`"
+        yield one(keys, NOT_SET, problem, remedy, ("encryption", "keys_file"), ("database",))
     for number, fernet in enumerate(encryption.keys):
         text = fernet.get_secret_value()
         if text != text.strip() or key_bytes(text) is None:

@@ -26,8 +26,8 @@ _EXAMPLE_HEAD: Final = """\
 #   SFU_DELEGATE_CORS__ORIGINS='["https://call.example.org"]'      (lists and maps as YAML or JSON; null: not set)
 #
 # `sfu-delegate check-config` finds everything that is wrong here. SIGHUP makes the daemon read this file again; listen,
-# admin, database, encryption, log.format, timeouts.connect, matrixrtc.enabled, path_prefixes and which SFU is the first
-# need a restart.
+# admin, database, postgresql, encryption, log.format, timeouts.connect, matrixrtc.enabled, path_prefixes and which SFU
+# is the first need a restart.
 """
 _EXAMPLE_WIDTH: Final = 118
 

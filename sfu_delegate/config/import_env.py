@@ -410,7 +410,8 @@ def _others(given: Mapping[str, str], data: dict[str, Any], problems: list[Probl
             data["log"] = {"level": level}
     if _REDIS in given:
         notes.lost(
-            f"{_REDIS} has no counterpart, and needs none: delegations are kept in the daemon's own database, on a disk that lasts (`database`)."
+            f"{_REDIS} has no counterpart, and needs none: delegations are kept in the daemon's own database, on a disk that lasts; where several "
+            "instances are to share them, in PostgreSQL (`database`)."
         )
     for name in sorted(name for name in set(given) - _TAKEN if name not in _LOST or given[name].lower() in _OFF):
         notes.lost(f"{_printable(name)} has no counterpart, and was not taken over. `sfu-delegate example-config` shows what can be set.")

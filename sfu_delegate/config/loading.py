@@ -41,6 +41,7 @@ def load(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Confi
     inline = [f"sfus.{name}.keys" for name, sfu in config.sfus.items() if sfu.keys and sfu.key_file is None]
     inline += [f"homeservers[{i}].as_token" for i, h in enumerate(config.homeservers) if h.as_token and h.as_token_file is None]
     inline += ["encryption.keys"] if config.encryption.keys and config.encryption.keys_file is None else []
+    inline += ["postgresql.password"] if config.postgresql.password and config.postgresql.password_file is None else []
     if inline and _world_readable(path):
         config._risks += (
             Problem("", str(path), f"holds secrets ({', '.join(inline)}) and every user of this machine may read it", f"chmod o= {path}"),
@@ -90,6 +91,7 @@ def from_mapping(
     if problems:
         # What was left out has become a default, and is not to be judged.
         left_out = [dotted(path) for path in pruned]
+        left_out += ["postgresql"] if "database" in left_out else []  # whose keys are judged by which database it is
         judged = [risk for risk in warnings(config) if not any(f"{risk.key}.".startswith((f"{key}.", f"{key}[")) for key in left_out)]
         raise ConfigInvalid(unique(problems), [risk for risk in judged if risk.key not in {problem.key for problem in problems}])
     return config
@@ -281,8 +283,8 @@ class _Environment(EnvSettingsSource):
         return plain
 
 
-# Kubernetes puts these into every container of a namespace with a service named sfu-delegate.
-_KUBERNETES: Final = re.compile(r"SFU_DELEGATE_(?:SERVICE_.*|PORT(?:_\d+_(?:TCP|UDP).*)?)")
+# Kubernetes puts these into every container of a namespace with a service named sfu-delegate, or sfu-delegate-postgresql.
+_KUBERNETES: Final = re.compile(r"SFU_DELEGATE_(?:POSTGRESQL_)?(?:SERVICE_.*|PORT(?:_\d+_(?:TCP|UDP).*)?)")
 _NOT_KEYS: Final = frozenset({"SFU_DELEGATE_CONFIG"})
 
 
@@ -378,11 +380,33 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
         wrong = wrong or _no_certificates(path, dotted(key))
         problems.extend(located(problem, key, where) for problem in wrong)
 
+    postgresql, password_file = config.postgresql, config.postgresql.password_file
+    if not config.is_postgresql or password_file is None:
+        pass  # with SQLite nothing of it counts: a file that is not needed need not be there
+    elif postgresql.password is not None:
+        both(("postgresql", "password"), "password_file")
+    else:
+        at: KeyPath = ("postgresql", "password_file")
+        text = read(password_file, at, "the password's file")
+        if text is not None and text.strip():
+            postgresql = postgresql.model_copy(update={"password": SecretStr(text.strip())})
+            if odd := odd_character(text.strip()):
+                unusable(at, password_file, f"has {odd} in it", "put the password into it, in one line, and nothing else")
+        elif text is not None:
+            unusable(at, password_file, "is empty", "put the password into it")
+    options = config.database_options()
+    if authorities := options.get("sslrootcert"):
+        check_certificates(Path(authorities), ("database",))
+    for option, what in (("sslcert", "the client's certificate"), ("sslkey", "the key of the client's certificate")):
+        if given := options.get(option):
+            _, wrong = read_text(Path(given), "database", what)
+            problems.extend(located(problem, ("database",), where) for problem in wrong)
+
     encryption = config.encryption
     if encryption.keys_file is not None and encryption.keys:
         both(("encryption", "keys"), "keys_file")
     elif encryption.keys_file is not None:
-        at: KeyPath = ("encryption", "keys_file")
+        at = ("encryption", "keys_file")
         path = encryption.keys_file
         if (text := read(path, at, "the key file")) is not None:
             found = parse_keys(text)
@@ -441,4 +465,4 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
     if config.federation.ca_file is not None:
         check_certificates(config.federation.ca_file, ("federation", "ca_file"))
 
-    return config.model_copy(update={"encryption": encryption, "sfus": sfus, "homeservers": tuple(homeservers)})
+    return config.model_copy(update={"postgresql": postgresql, "encryption": encryption, "sfus": sfus, "homeservers": tuple(homeservers)})

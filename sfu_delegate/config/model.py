@@ -23,6 +23,7 @@ from sfu_delegate.config.values import (
     HomeserverName,
     HomeserverUrl,
     Host,
+    Label,
     Network,
     Origin,
     PathPrefix,
@@ -31,6 +32,8 @@ from sfu_delegate.config.values import (
     Secret,
     SfuUrl,
     Size,
+    database_options,
+    is_postgresql,
 )
 from sfu_delegate.delegation.policy import DEPARTURES, LOST_AFTER, OTHER, Departure, Policy, Unasked
 
@@ -85,6 +88,37 @@ class Admin(Section):
 
     host: Host = Field("127.0.0.1", description="Address to listen on. There is no password: never make it reachable from outside.")
     port: Port = Field(8081, description="Port to listen on.")
+
+
+class Postgresql(Section):
+    """What a PostgreSQL database needs beside its URL, and what tells instances apart that share one."""
+
+    password: Secret | None = Field(
+        None,
+        description="Password of the user in `database`, where it must not stand. Not needed where a Unix socket or a client certificate (sslcert, "
+        "sslkey) tells who we are.",
+    )
+    password_file: Path | None = Field(
+        None, description="The same in a file, which is read at the start.", examples=["/etc/sfu-delegate/postgresql-password"]
+    )
+    connect_timeout: Duration = Field(
+        3.0, ge=2, le=60, description="How long each host in `database` may take to accept a connection, until the next one is tried."
+    )
+    instance: Label = Field(
+        "",
+        description="Name of this instance in logs and in the table of instances; no two may have the same. '': the host name, and something that "
+        "only this process has.",
+    )
+    address: Label = Field(
+        "",
+        description="What homeservers count our requests by, where they limit them by address: instances behind the same address give the same text "
+        "here, and those with an address of their own each another one. '': all instances share one, which is always safe.",
+    )
+
+    @property
+    def password_key(self) -> str:
+        """The key that the password comes from."""
+        return "password" if self.password_file is None else "password_file"
 
 
 class Encryption(Section):
@@ -312,7 +346,8 @@ class Actions(Section):
         _POLICY.lease,
         gt=0,
         le=600,
-        description="An action whose outcome is unknown for this long is taken up again. Must be longer than any request may take.",
+        description="An action whose outcome is unknown for this long is taken up again, also by another instance when one has died. Must be longer "
+        "than any request may take. With PostgreSQL the default is 10s.",
     )
 
 
@@ -372,7 +407,12 @@ class Timeouts(Section):
     """Timeouts of requests to homeservers, and of the shutdown."""
 
     connect: Duration = Field(5.0, gt=0, le=60, description="To connect to a homeserver.")
-    request: Duration = Field(10.0, gt=0, le=300, description="For a whole request to a homeserver, from connecting to the answer's end.")
+    request: Duration = Field(
+        10.0,
+        gt=0,
+        le=300,
+        description="For a whole request to a homeserver, from connecting to the answer's end. With PostgreSQL the default is 8s.",
+    )
     shutdown: Duration = Field(
         5.0,
         ge=0,
@@ -409,6 +449,11 @@ def _defaults(departures: Mapping[str, Departure]) -> dict[str, DepartureRule]:
     return {reason: DepartureRule(**_rule(departure)) for reason, departure in departures.items()}
 
 
+# Defaults that differ from those of SQLite, where nobody waits for a lease: a process that starts takes up at once what the last one left. With
+# PostgreSQL others wait for the lease of an instance that has died, and a request must end before it.
+_ON_POSTGRESQL: Final = MappingProxyType({"actions": {"lease": 10.0}, "timeouts": {"request": 8.0}})
+
+
 class Config(Section):
     """The whole file, with the environment laid over it. Made by `load` or `from_mapping`, which check more than single values."""
 
@@ -420,13 +465,18 @@ class Config(Section):
     admin: Admin = Field(Admin(), description="Listener for operators: /metrics, /health/live, /health/ready.")
     database: DatabaseUrl = Field(
         "sqlite:///sfu-delegate.db",
-        description="Where delegations are kept: sqlite:///relative.db or sqlite:////absolute/path.db. Everything that was acknowledged is in "
-        "there, so put it on a disk that lasts.",
+        description="Where delegations are kept: sqlite:///relative.db, sqlite:////absolute/path.db, or PostgreSQL, which several instances can "
+        "share. Everything that was acknowledged is in there, so put it on a disk that lasts. PostgreSQL is "
+        "postgresql://user@host:5432/name?sslmode=verify-full&sslrootcert=/path/ca.pem, with several hosts "
+        "postgresql://user@one,two/name?target_session_attrs=read-write, or by a Unix socket postgresql:///name?host=/run/postgresql, with options "
+        "as libpq has them. The password is not part of it: see `postgresql`.",
     )
+    postgresql: Postgresql = Field(Postgresql(), description="For a PostgreSQL database; with SQLite nothing of it counts.")
     encryption: Encryption = Field(
         Encryption(),
         description="Encrypts clients' tokens in the database, and signs the tokens by which clients manage their delegations. Without any key "
-        "here, one is made at the first start and kept beside the database, in <database>.key.",
+        "here, one is made at the first start and kept beside the SQLite database, in <database>.key. With PostgreSQL keys are required, for all "
+        "instances the same.",
     )
     sfus: dict[str, Sfu] = Field({}, description="The LiveKit servers, by a name of your choice, which appears in metrics and logs. Required.")
     homeservers: tuple[Homeserver, ...] = Field((), description="The homeservers whose users may create rooms on the SFU, and delegate. Required.")
@@ -455,19 +505,42 @@ class Config(Section):
 
     _risks: tuple[Problem, ...] = PrivateAttr(())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_follow_the_database(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("database"), str) or not is_postgresql(data["database"]):
+            return data
+        result = dict(data)
+        for section, defaults in _ON_POSTGRESQL.items():
+            given = {} if data.get(section) is None else data[section]
+            if isinstance(given, Mapping):
+                result[section] = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+        return result
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Are delegations kept in PostgreSQL? Otherwise in SQLite."""
+        return is_postgresql(self.database)
+
+    def database_options(self) -> dict[str, str]:
+        """What the URL of a PostgreSQL database says, by libpq's names for it; empty for SQLite. The password is not among it."""
+        return (database_options(self.database) or {}) if self.is_postgresql else {}
+
     @property
     def database_path(self) -> Path:
-        """The embedded database's file; a relative one is seen from the working directory."""
+        """The SQLite database's file; a relative one is seen from the working directory. Raises ValueError for PostgreSQL, which has none."""
+        if self.is_postgresql:
+            raise ValueError("a PostgreSQL database is no file")
         return Path(self.database.removeprefix("sqlite:///"))
 
     @property
     def key_file(self) -> Path:
-        """Where the daemon keeps its own encryption key when the configuration has none."""
+        """Where the daemon keeps its own encryption key when the configuration has none. Raises ValueError for PostgreSQL, where it must have one."""
         path = self.database_path
         return path.with_name(path.name + ".key")
 
     def encryption_keys(self) -> tuple[str, ...]:
-        """The configured Fernet keys, the encrypting one first; empty where the daemon is to keep its own in `key_file`."""
+        """The configured Fernet keys, the encrypting one first; empty where the daemon is to keep its own in `key_file`: never with PostgreSQL."""
         return tuple(key.get_secret_value() for key in self.encryption.keys)
 
     @property

@@ -44,16 +44,7 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         if network.prefixlen == 0:
             problem = "everybody can claim any address, and limits.client_rate stops nobody"
             yield Problem(f"listen.trusted_proxies[{number}]", str(network), problem, "name your reverse proxies")
-    directory = config.database_path.parent
-    try:
-        there = stat.S_ISDIR(directory.stat().st_mode)
-    except PermissionError:
-        there = True  # below systemd's /var/lib/private only the daemon itself can see it
-    except OSError:
-        there = False
-    if not there:
-        remedy = "create it, writable for the daemon's user; systemd makes /var/lib/sfu-delegate when it starts the daemon"
-        yield Problem("database", config.database, f"there is no directory {directory}", remedy)
+    yield from _risks_of_postgresql(config) if config.is_postgresql else _risks_of_sqlite(config)
 
     for name, sfu in config.sfus.items():
         at = f"sfus.{name}"
@@ -137,6 +128,43 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         yield Problem("log.level", "debug", "writes a great deal, and slows the daemon down", "info, except while you look for something")
 
 
+def _risks_of_sqlite(config: Config) -> Iterator[Problem]:
+    directory = config.database_path.parent
+    try:
+        there = stat.S_ISDIR(directory.stat().st_mode)
+    except PermissionError:
+        there = True  # below systemd's /var/lib/private only the daemon itself can see it
+    except OSError:
+        there = False
+    if not there:
+        remedy = "create it, writable for the daemon's user; systemd makes /var/lib/sfu-delegate when it starts the daemon"
+        yield Problem("database", config.database, f"there is no directory {directory}", remedy)
+    if given := [name for name in type(config.postgresql).model_fields if name in config.postgresql.model_fields_set]:
+        problem = f"does nothing, as the database is SQLite: {', '.join(given)}"
+        yield Problem("postgresql", "", problem, "remove it, or name the PostgreSQL database in `database`")
+
+
+def _risks_of_postgresql(config: Config) -> Iterator[Problem]:
+    options = config.database_options()
+    hosts = (options.get("hostaddr") or options.get("host", "")).split(",")
+    mode, authorities = options.get("sslmode", "prefer"), options.get("sslrootcert")
+    if not all(host == "" or host.startswith(("/", "@")) or _is_loopback(host) for host in hosts):
+        # libpq: with a file of authorities, `require` is `verify-ca`.
+        if not mode.startswith("verify-") and not (mode == "require" and authorities):
+            readable = "" if mode == "require" else "delay_ids, by which memberships can be ended, may cross the network readable, and "
+            problem = f"{readable}anybody on the way can pose as the database (sslmode is {mode})"
+            yield Problem("database", config.database, problem, "add ?sslmode=verify-full&sslrootcert=/path/of/the/ca.pem, or use a Unix socket")
+        elif not authorities:
+            problem = "the certificates to trust are looked for in the home directory of the daemon's user (.postgresql/root.crt)"
+            yield Problem("database", config.database, problem, "add sslrootcert=/path/of/the/ca.pem, or /etc/ssl/certs/ca-certificates.crt")
+    if len(hosts) > 1 and options.get("target_session_attrs", "any") == "any":
+        problem = "the first host that answers is taken, though it be a standby, where nothing can be written"
+        yield Problem("database", config.database, problem, "add target_session_attrs=read-write")
+    password = config.postgresql.password
+    if password is not None and _PLACEHOLDER.search(password.get_secret_value()):
+        yield Problem(f"postgresql.{config.postgresql.password_key}", HIDDEN, "is a placeholder, no password", "put the database's own password here")
+
+
 def _is_in_clear(url: str) -> bool:
     """Does what goes there cross a network unencrypted?"""
     return url.lower().startswith(("ws://", "http://")) and not _is_loopback(urlsplit(url).hostname or "")
@@ -151,7 +179,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-_FIXED: Final = ("listen", "admin", "database", "encryption", "log.format", "timeouts.connect", "matrixrtc.enabled")
+_FIXED: Final = ("listen", "admin", "database", "postgresql", "encryption", "log.format", "timeouts.connect", "matrixrtc.enabled")
 
 
 def reloadable_changes(old: Config, new: Config) -> tuple[bool, list[str]]:
@@ -175,7 +203,7 @@ def reloaded(old: Config, new: Config) -> Config:
     order = [name for name in (first, *new.sfus) if name in new.sfus]  # the first one twice; a dict keeps its first place
     return new.model_copy(
         update={
-            **{section: getattr(old, section) for section in ("listen", "admin", "database", "encryption")},
+            **{section: getattr(old, section) for section in ("listen", "admin", "database", "postgresql", "encryption")},
             "log": new.log.model_copy(update={"format": old.log.format}),
             "timeouts": new.timeouts.model_copy(update={"connect": old.timeouts.connect}),
             "matrixrtc": new.matrixrtc.model_copy(update={"enabled": old.matrixrtc.enabled}),

@@ -3,14 +3,15 @@
 Nothing here knows which key a value stands at, and no error's text may repeat the value: it may be a secret.
 """
 
+import difflib
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Final, cast
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, SecretStr
 from pydantic_core import PydanticCustomError
@@ -155,18 +156,150 @@ def _homeserver_name(value: str) -> str:
     return name
 
 
+_SQLITE: Final = "sqlite:///"
+_POSTGRESQL_REMEDY: Final = (
+    "such as postgresql://sfu_delegate@db.example.org/sfu_delegate?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca-certificates.crt"
+)
+_KEPT_APART: Final = "take it out, and put it into postgresql.password_file, or postgresql.password"
+
+
+def is_postgresql(database: str) -> bool:
+    """Is it the URL of a PostgreSQL database? Every other one that is valid is SQLite's."""
+    return database.startswith(("postgresql://", "postgres://"))
+
+
 def _database(value: str) -> str:
+    if is_postgresql(value):
+        return _postgresql(value)
     remedy = "such as sqlite:////var/lib/sfu-delegate/sfu-delegate.db (four slashes before an absolute path)"
-    scheme = value.partition(":")[0].lower()
-    if scheme.startswith("postgres"):
-        raise _wrong("only sqlite: in this version", remedy)
-    if not value.startswith("sqlite:///"):
-        raise _wrong("is not a database URL that begins with sqlite:///", remedy)
-    path = value.removeprefix("sqlite:///")
+    if not value.startswith(_SQLITE):
+        postgresql = value.partition(":")[0].lower().startswith("postgres")
+        raise _wrong("is not a database URL that begins with sqlite:/// or postgresql://", _POSTGRESQL_REMEDY if postgresql else remedy)
+    path = value.removeprefix(_SQLITE)
     if not path or path == ":memory:" or path.endswith("/"):
         raise _wrong("names no file, and nothing would survive a restart", remedy)
     if "?" in path or "#" in path or "\0" in path:
         raise _wrong("must be a plain path without ?, # or options", remedy)
+    return value
+
+
+# Options of libpq's that have a key of their own, or would let something secret or unchecked in: each with what to do instead.
+_NO_OPTIONS: Final = {
+    "connect_timeout": "set postgresql.connect_timeout",
+    "passfile": "put the password into postgresql.password_file",
+    "service": "write what it stands for into the URL, where it can be checked",
+    "sslpassword": "give an sslkey that needs no password, and that only the daemon's user can read",
+    **dict.fromkeys(("client_encoding", "replication", "sslkeylogfile", "scram_client_key", "scram_server_key"), "remove it"),
+    **dict.fromkeys(("oauth_client_id", "oauth_client_secret", "oauth_issuer", "oauth_scope"), "remove it, and use postgresql.password_file"),
+}
+_OPTION_WORDS: Final = {
+    "sslmode": ("verify-full", "verify-ca", "require", "prefer", "allow", "disable"),
+    "target_session_attrs": ("read-write", "primary", "any"),  # those of libpq's that lead to where the daemon can write
+    "load_balance_hosts": ("disable", "random"),
+    "channel_binding": ("require", "prefer", "disable"),
+}
+
+
+def _postgresql(value: str) -> str:
+    if any(character.isspace() or not character.isprintable() for character in value):
+        raise _wrong("has a space or a control character in it", "write it in one line; a space in a name is %20")
+    rest = value.partition("://")[2]
+    # libpq takes what stands before the first @ for the user, unless a slash comes first: a password with a slash in it would become a name, and
+    # be shown. So nothing but a user may stand before the last @, whatever libpq would make of it.
+    user, _, behind = rest.rpartition("@")
+    names = [unquote(pair.partition("=")[0]) for pair in behind.partition("?")[2].split("&") if pair]
+    if ":" in unquote(user) or "password" in names:
+        raise _wrong("carries a password", _KEPT_APART)
+    if re.search(r"[/?#@]", user):
+        raise _wrong("has an @ that does not stand between user and host", f"an @ in a name or an option is %40; {_POSTGRESQL_REMEDY}")
+    _check_options(names)
+    options = database_options(value)
+    if options is None:
+        raise _wrong("is not a URL that libpq can read", _POSTGRESQL_REMEDY)
+    if ":" in options.get("user", ""):
+        raise _wrong("carries a password", _KEPT_APART)
+    if not options.get("dbname"):
+        raise _wrong("names no database", _POSTGRESQL_REMEDY)
+    if re.search(r"[/?#@:=]", options["dbname"]):
+        raise _wrong("has a database name with / ? # @ : or = in it", _POSTGRESQL_REMEDY)
+    _check_hosts(options)
+    for name, words in _OPTION_WORDS.items():
+        if name in options and options[name] not in words:
+            raise _wrong(f"has another {name} than the daemon can work with", f"write one of: {', '.join(words)}")
+    if options.get("sslrootcert") == "system":
+        # psycopg's wheels bring an OpenSSL of their own, which looks for the system's certificates where there are none.
+        raise _wrong("has sslrootcert=system, which finds no certificates", "name a file: sslrootcert=/etc/ssl/certs/ca-certificates.crt")
+    return value
+
+
+def _check_options(names: Sequence[str]) -> None:
+    from psycopg.pq import Conninfo  # loads libpq, which who keeps to SQLite can do without
+
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()} | {"ssl"}  # the latter is what JDBC calls sslmode=require
+    if unknown := [name for name in names if name not in known]:
+        if not all(re.fullmatch(r"[A-Za-z_]{1,40}", name) for name in unknown):  # who knows what that is a part of
+            raise _wrong("has an option that libpq does not know", _POSTGRESQL_REMEDY)
+        close = difflib.get_close_matches(unknown[0], known - set(_NO_OPTIONS) - {"password"}, 1)
+        raise _wrong(f"has what is no option of libpq's: {', '.join(unknown)}", f"did you mean {close[0]}?" if close else "remove it")
+    for name in names:
+        if name in _NO_OPTIONS:
+            raise _wrong(f"has the option {name}, which cannot be used here", _NO_OPTIONS[name])
+
+
+def _check_hosts(options: Mapping[str, str]) -> None:
+    hosts, addresses, ports = (options[name].split(",") if options.get(name) else [] for name in ("host", "hostaddr", "port"))
+    if not all(re.fullmatch(r"[/@].+|[A-Za-z0-9_.:%-]{0,255}", host, re.ASCII) for host in hosts):
+        raise _wrong("has something else than a host name, an address or a directory for its host", _POSTGRESQL_REMEDY)
+    try:
+        for address in addresses:
+            ipaddress.ip_address(address)
+    except ValueError:
+        raise _wrong("has a hostaddr that is no IP address", "write the name of the host before the slash, and leave hostaddr out") from None
+    if not all(port == "" or (re.fullmatch(r"\d{1,5}", port, re.ASCII) and 0 < int(port) < 65536) for port in ports):
+        raise _wrong("has a port that is not a number from 1 to 65535", _POSTGRESQL_REMEDY)
+    count = max(len(hosts), len(addresses), 1)
+    if (hosts and addresses and len(hosts) != len(addresses)) or len(ports) not in (0, 1, count):
+        raise _wrong(
+            "does not have as many ports or addresses as hosts", "give each host its own, or one port for all: postgresql://one:5432,two:5432/…"
+        )
+
+
+def database_options(url: str) -> dict[str, str] | None:
+    """What the URL of a PostgreSQL database says, by libpq's names for it; None when libpq cannot read it. What it leaves out is not there."""
+    from psycopg import Error
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        return {name: str(value) for name, value in conninfo_to_dict(url).items() if value is not None}
+    except (Error, ValueError):  # its text quotes the URL
+        return None
+
+
+_SHOWN_OPTIONS: Final = re.compile(
+    rf"(?:host|hostaddr|port|sslcert|sslkey|sslrootcert|connect_timeout|{'|'.join(_OPTION_WORDS)})=[\w./,-]*", re.ASCII
+)
+_HOST_AND_PORT: Final = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.-]|%2[Ff])*)(?::\d{0,5})?"
+_HARMLESS: Final = re.compile(rf"(postgres(?:ql)?://)([\w.~-]+@)?({_HOST_AND_PORT}(?:,{_HOST_AND_PORT})*(?:/[\w./-]*)?)(?:\?([^@#]*))?", re.ASCII)
+
+
+def shown_database(text: str) -> str:
+    """What was written as the database, as a problem may show it: with nothing in it that could be a password, or a part of one."""
+    if text.startswith(_SQLITE):
+        path, mark, _ = text.partition("?")
+        return path + (f"?{HIDDEN}" if mark else "")
+    if found := _HARMLESS.fullmatch(text):
+        scheme, user, place, query = found.groups()
+        harmless = all(_SHOWN_OPTIONS.fullmatch(pair) for pair in (query or "").split("&") if pair)
+        return f"{scheme}{f'{HIDDEN}@' if user else ''}{place}" + ("" if query is None else f"?{query if harmless else HIDDEN}")
+    if re.fullmatch(r"[\w./-]*", text):
+        return text
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://", text)
+    return (scheme[0] if scheme else "") + HIDDEN
+
+
+def _label(value: str) -> str:
+    if not re.fullmatch(r"(?:[!-~](?:[ -~]{0,62}[!-~])?)?", value, re.ASCII):
+        raise _wrong("is not a name: printable ASCII, 64 characters at most, is asked for", "such as delegate-1, or 192.0.2.7")
     return value
 
 
@@ -255,4 +388,5 @@ SfuUrl = Annotated[str, AfterValidator(_sfu_url)]
 HomeserverUrl = Annotated[str, AfterValidator(_homeserver_url)]
 HomeserverName = Annotated[str, AfterValidator(_homeserver_name)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
+Label = Annotated[str, AfterValidator(_label)]
 Origin = Annotated[str, AfterValidator(_origin)]

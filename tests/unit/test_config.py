@@ -5,12 +5,18 @@ import json
 import os
 import traceback
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfu_delegate.config import (
@@ -120,6 +126,327 @@ def test_the_key_file_is_beside_the_database() -> None:
     config = from_mapping(good(database="sqlite:////var/lib/d/x.db"))
     assert (config.database_path, config.key_file) == (Path("/var/lib/d/x.db"), Path("/var/lib/d/x.db.key"))
     assert from_mapping(good(database="sqlite:///x.db")).database_path == Path("x.db")
+
+
+POSTGRESQL = "postgresql://me@127.0.0.1/delegations"
+
+
+def on_postgresql(**changes: Any) -> dict[str, Any]:
+    """A small valid configuration with a PostgreSQL database."""
+    return good(**{"database": POSTGRESQL, "encryption": {"keys": [new_key()]}} | changes)
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        (POSTGRESQL, {"user": "me", "host": "127.0.0.1", "dbname": "delegations"}),
+        ("postgres://me@db/x", {"user": "me", "host": "db", "dbname": "x"}),
+        ("postgresql:///x?host=/run/postgresql", {"host": "/run/postgresql", "dbname": "x"}),
+        ("postgresql://me@%2Frun%2Fpostgresql/x", {"user": "me", "host": "/run/postgresql", "dbname": "x"}),
+        ("postgresql:///x", {"dbname": "x"}),
+        ("postgresql://a:5432,[::1]:5433/x", {"host": "a,::1", "port": "5432,5433", "dbname": "x"}),
+        ("postgresql://a,b/x?port=5433", {"host": "a,b", "port": "5433", "dbname": "x"}),
+        ("postgresql://me%40server@db/x", {"user": "me@server", "host": "db", "dbname": "x"}),
+        (
+            "postgresql://db/x?hostaddr=192.0.2.7&application_name=us",
+            {"host": "db", "hostaddr": "192.0.2.7", "dbname": "x", "application_name": "us"},
+        ),
+        (
+            "postgresql://db/x?sslmode=require&channel_binding=require",
+            {"host": "db", "dbname": "x", "sslmode": "require", "channel_binding": "require"},
+        ),
+        ("postgresql://db/x?target_session_attrs=read-write", {"host": "db", "dbname": "x", "target_session_attrs": "read-write"}),
+        ("postgresql://db/x?ssl=true", {"host": "db", "dbname": "x", "sslmode": "require"}),
+    ],
+)
+def test_a_postgresql_database_is_named_as_libpq_names_it(url: str, options: dict[str, str]) -> None:
+    """Hosts, ports, sockets and options are what libpq reads in the URL, which is kept as it was written."""
+    config = from_mapping(on_postgresql(database=url))
+    assert config.is_postgresql
+    assert config.database == config.shown()["database"] == url
+    assert config.database_options() == options
+
+
+def test_a_postgresql_database_is_no_file() -> None:
+    """Who asks for its path, or for a key beside it, has forgotten to ask which database it is."""
+    config = from_mapping(on_postgresql())
+    with pytest.raises(ValueError, match="no file"):
+        _ = config.database_path
+    with pytest.raises(ValueError, match="no file"):
+        _ = config.key_file
+    assert not from_mapping(good()).is_postgresql
+    assert from_mapping(good()).database_options() == {}
+
+
+def test_what_is_below_postgresql() -> None:
+    """Its defaults, and that each of its keys is read."""
+    section = from_mapping(on_postgresql()).postgresql
+    assert (section.password, section.password_file, section.connect_timeout, section.instance, section.address) == (None, None, 3.0, "", "")
+    given = {"password": SECRET, "connect_timeout": "2500ms", "instance": "delegate 1", "address": "192.0.2.7"}
+    section = from_mapping(on_postgresql(postgresql=given)).postgresql
+    assert section.password is not None
+    assert section.password.get_secret_value() == SECRET
+    assert (section.connect_timeout, section.instance, section.address) == (2.5, "delegate 1", "192.0.2.7")
+
+
+@pytest.mark.parametrize(
+    ("url", "said", "remedy"),
+    [
+        ("postgresql://", "names no database", "postgresql://sfu_delegate@"),
+        ("postgresql://db", "names no database", "postgresql://sfu_delegate@"),
+        ("postgresql://me@db/?sslmode=require", "names no database", "postgresql://sfu_delegate@"),
+        ("postgresql://db/x/y", "a database name with /", "postgresql://sfu_delegate@"),
+        ("postgresql://db/x#y", "a database name with /", "postgresql://sfu_delegate@"),
+        ("postgresql://db/x%3Dy", "a database name with /", "postgresql://sfu_delegate@"),
+        ("postgresql://db:0/x", "a port that is not a number", "postgresql://sfu_delegate@"),
+        ("postgresql://db:65536/x", "a port that is not a number", "postgresql://sfu_delegate@"),
+        ("postgresql://one:1,two:2/x?port=1,2,3", "as many ports or addresses as hosts", "one port for all"),
+        ("postgresql://one,two/x?hostaddr=192.0.2.7", "as many ports or addresses as hosts", "one port for all"),
+        ("postgresql://db/x?hostaddr=db", "a hostaddr that is no IP address", "leave hostaddr out"),
+        ("postgresql://d%20b/x", "something else than a host name", "postgresql://sfu_delegate@"),
+        ("postgresql://d b/x", "a space or a control character", "%20"),
+        ("postgresql://db/x\n", "a space or a control character", "%20"),
+        ("postgresql://db/x\0y", "a space or a control character", "%20"),
+        ("postgresql://[::1/x", "is not a URL that libpq can read", "postgresql://sfu_delegate@"),
+        ("postgresql://db/%zz", "is not a URL that libpq can read", "postgresql://sfu_delegate@"),
+        ("postgresql://db/%00", "is not a URL that libpq can read", "postgresql://sfu_delegate@"),
+        ("postgresql://db/%ff", "is not a URL that libpq can read", "postgresql://sfu_delegate@"),
+        ("postgresql://db/x?sslmode", "is not a URL that libpq can read", "postgresql://sfu_delegate@"),
+        ("postgresql://me@db/x?application_name=a@b", "an @ that does not stand between user and host", "%40"),
+        ("postgresql://db/x?sslmod=require", "no option of libpq's: sslmod", "did you mean sslmode?"),
+        ("postgresql://db/x?foo=1&sslmode=require&xyz=2", "no option of libpq's: foo, xyz", "remove it"),
+        ("postgresql://db/x?f%C3%B6%C3%B6=1", "an option that libpq does not know", "postgresql://sfu_delegate@"),
+        ("postgresql://db/x?sslmode=verify", "another sslmode", "verify-full"),
+        ("postgresql://db/x?target_session_attrs=standby", "another target_session_attrs", "read-write"),
+        ("postgresql://db/x?load_balance_hosts=yes", "another load_balance_hosts", "random"),
+        ("postgresql://db/x?channel_binding=yes", "another channel_binding", "require"),
+        ("postgresql://db/x?sslrootcert=system", "sslrootcert=system, which finds no certificates", "name a file"),
+        ("postgresql://db/x?connect_timeout=5", "the option connect_timeout", "postgresql.connect_timeout"),
+        ("postgresql://db/x?passfile=/x", "the option passfile", "postgresql.password_file"),
+        ("postgresql://db/x?service=x", "the option service", "where it can be checked"),
+        ("postgresql://db/x?sslpassword=hunter2", "the option sslpassword", "that needs no password"),
+        ("postgresql://db/x?replication=true", "the option replication", "remove it"),
+        ("postgresql://db/x?client_encoding=latin1", "the option client_encoding", "remove it"),
+        ("postgresql://db/x?oauth_client_secret=hunter2", "the option oauth_client_secret", "postgresql.password_file"),
+        ("postgresql://db/x?sslrootcert=/nonexistent", "the certificate file cannot be read: No such", "check the path"),
+        (f"postgresql://db/x?sslrootcert={__file__}", "no certificates", "PEM"),
+        ("postgresql://db/x?sslcert=/nonexistent", "the client's certificate cannot be read: No such", "check the path"),
+        ("postgresql://db/x?sslkey=/nonexistent", "the key of the client's certificate cannot be read: No such", "check the path"),
+    ],
+)
+def test_what_is_wrong_with_the_url_of_a_database_is_said(url: str, said: str, remedy: str) -> None:
+    """One problem, with the value as far as it can be shown, and what to write instead."""
+    found = problems_of(on_postgresql(database=url))
+    assert list(found) == ["database"]
+    assert said in found["database"].problem
+    assert remedy in found["database"].remedy
+    assert found["database"].value
+    assert "hunter2" not in str(found["database"])
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me@db:5432,[::1]/x?sslmode=verify", "postgresql://(hidden)@db:5432,[::1]/x?sslmode=verify"),
+        ("postgresql://db:99999/x", "postgresql://db:99999/x"),
+        ("postgresql:///?host=/run/postgresql", "postgresql:///?host=/run/postgresql"),
+        ("postgresql://db/x?passwort=hunter2", "postgresql://db/x?(hidden)"),
+        ("postgresql://db:hunter2/x", "postgresql://(hidden)"),
+        ("mysql://me:hunter2@db/x", "mysql://(hidden)"),
+        ("host=db password=hunter2", "(hidden)"),
+        ("me:hunter2@db/x", "(hidden)"),
+        ("sqlite:///x.db?key=hunter2", "sqlite:///x.db?(hidden)"),
+        ("/var/lib/x.db", "/var/lib/x.db"),
+        ("sqlite:///", "sqlite:///"),
+    ],
+)
+def test_a_database_is_shown_as_far_as_it_can_hold_no_password(url: str, shown: str) -> None:
+    """What is not plainly harmless is hidden, and the rest is there to be recognised by."""
+    assert problems_of(on_postgresql(database=url))["database"].value == shown
+
+
+PASSWORDS = [
+    "postgresql://me:{}@db/x",
+    "postgresql://:{}@db/x",
+    "postgresql://me:{}@one,two/x?sslmode=verify-full",
+    "postgresql://me:a/{}@db/x",
+    "postgresql://me:a@{}@db/x",
+    "postgresql://me:a?{}@db/x",
+    "postgresql://me:a#{}@db/x",
+    "postgresql://me:1/{}?user=@db/x",
+    "postgresql://me:1/{}?a=1@db/x",
+    "postgresql://me:1/x?{}=1@db/x",
+    "postgresql://me%3A{}@db/x",
+    "postgresql://db/x?password={}",
+    "postgresql://db/x?%70assword={}",
+    "postgresql://db/x?user=me&password=a&{}=b",
+    "postgresql://db/x?user=me:{}",
+    "postgresql://me:{}",
+    "postgresql://me:{}@",
+    "postgresql://me:{}@db:99999/x?foo=bar",
+    "postgresql+psycopg://me:{}@db/x",
+    "postgres:me:{}@db/x",
+    "Postgres://me:a/{}@db/x",
+    "jdbc:postgresql://db/x?user=me&password={}",
+    "host=db user=me password={}",
+    "postgresql://me:a {}@db/x",
+    "postgresql://me:%zz{}@db/x",
+]
+
+
+@pytest.mark.parametrize("url", PASSWORDS)
+def test_a_password_in_the_url_is_refused_and_never_shown(url: str) -> None:
+    """In the file and in the environment, and whatever in it libpq would misread."""
+    for data, environ in ((on_postgresql(database=url.format("hunter2")), {}), (on_postgresql(), {"SFU_DELEGATE_DATABASE": url.format("hunter2")})):
+        with pytest.raises(ConfigInvalid) as caught:
+            from_mapping(data, environ)
+        assert [problem.key for problem in caught.value.problems] == ["database"]
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+        assert not any("hunter2" in str(problem) for problem in (*caught.value.problems, *caught.value.warnings))
+
+
+def test_where_the_password_belongs_is_said() -> None:
+    """The keys are named, and the URL is recognised by what is left of it."""
+    (problem,) = problems_of(on_postgresql(database="postgresql://db/x?password=hunter2")).values()
+    assert (problem.value, problem.problem) == ("postgresql://db/x?(hidden)", "carries a password")
+    assert problem.remedy == "take it out, and put it into postgresql.password_file, or postgresql.password"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="a1:/?#@[]%&=,. \\'", max_size=6), st.text(alphabet="a1:/?#@[]%&=,. \\'", max_size=6))
+def test_no_password_whatever_is_in_it_is_shown(before: str, after: str) -> None:
+    """Passwords with characters that mean something in a URL make another URL of it, of which nothing is shown either."""
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(on_postgresql(database=f"postgresql://me:{before}hunter2{after}@db/x"))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "said", "remedy"),
+    [
+        ({"connect_timeout": "1s"}, "connect_timeout", "must be at least 2s", "with its unit"),
+        ({"connect_timeout": "2m"}, "connect_timeout", "must be at most 1m", "with its unit"),
+        ({"instance": "x" * 65}, "instance", "64 characters at most", "delegate-1"),
+        ({"instance": "bücher"}, "instance", "printable ASCII", "delegate-1"),
+        ({"instance": "a\nb"}, "instance", "printable ASCII", "delegate-1"),
+        ({"instance": 7}, "instance", "must be a text", ""),
+        ({"address": " 192.0.2.7"}, "address", "printable ASCII", "192.0.2.7"),
+        ({"address": "https://me:hunter2@x/\x7f"}, "address", "printable ASCII", "192.0.2.7"),
+        ({"password": 12345}, "password", "must be a text", "quotes"),
+        ({"password": ""}, "password", "is empty", "put the secret here"),
+        ({"password": "hunter2 hunter2"}, "password", "has a space in it", "one line"),
+        ({"password_file": "/nonexistent"}, "password_file", "the password's file cannot be read: No such", "check the path"),
+        ({"pasword": "hunter2"}, "pasword", "is not a key that exists here", "did you mean password?"),
+    ],
+)
+def test_what_is_wrong_below_postgresql_is_said(section: dict[str, Any], key: str, said: str, remedy: str) -> None:
+    """One mistake is one problem, with its key, and a remedy."""
+    found = problems_of(on_postgresql(postgresql=section))
+    assert list(found) == [f"postgresql.{key}"]
+    assert said in found[f"postgresql.{key}"].problem
+    assert remedy in found[f"postgresql.{key}"].remedy
+    assert "hunter2" not in str(found[f"postgresql.{key}"])
+
+
+def test_the_password_comes_from_a_file(tmp_path: Path) -> None:
+    """Without the newline at its end, as other secrets do; and it is shown nowhere."""
+    file = private(tmp_path / "password", f"{SECRET}\n")
+    for section in ({"password_file": str(file)}, {"password": SECRET}):
+        config = from_mapping(on_postgresql(postgresql=section))
+        assert config.postgresql.password is not None
+        assert config.postgresql.password.get_secret_value() == SECRET
+        assert warnings(config) == []
+        for text in (repr(config), str(config), str(config.shown()), config.model_dump_json()):
+            assert SECRET not in text
+        assert config.shown()["postgresql"]["password"] == HIDDEN
+    config = from_mapping(on_postgresql(), {"SFU_DELEGATE_POSTGRESQL__PASSWORD": "12345"})
+    assert config.postgresql.password is not None
+    assert config.postgresql.password.get_secret_value() == "12345"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "is empty"), (" \n", "is empty"), (f"{SECRET}\nx\n", "has a line break in it"), (f"{SECRET}\u200b", "cannot be seen")]
+)
+def test_a_bad_password_file_is_a_problem(content: str, said: str, tmp_path: Path) -> None:
+    """Named by its key and its path, without what is in it."""
+    file = private(tmp_path / "password", content)
+    found = problems_of(on_postgresql(postgresql={"password_file": str(file)}))
+    assert list(found) == ["postgresql.password_file"]
+    assert found["postgresql.password_file"].value == str(file)
+    assert said in found["postgresql.password_file"].problem
+    assert found["postgresql.password_file"].remedy.startswith("put the password into it")
+
+
+def test_a_password_in_two_places_is_a_problem(tmp_path: Path) -> None:
+    """Which of the two counts must not be guessed."""
+    file = private(tmp_path / "password", "x")
+    found = problems_of(on_postgresql(postgresql={"password": SECRET, "password_file": str(file)}))
+    assert list(found) == ["postgresql.password"]
+    assert found["postgresql.password"].problem == "is given here, and password_file as well"
+    assert "password: null" in found["postgresql.password"].remedy
+
+
+def test_a_password_that_everybody_can_read_is_risky(tmp_path: Path) -> None:
+    """In its file, and in the configuration."""
+    file = private(tmp_path / "password", SECRET)
+    file.chmod(0o644)
+    assert [w.key for w in warnings(from_mapping(on_postgresql(postgresql={"password_file": str(file)})))] == ["postgresql.password_file"]
+    path = tmp_path / "delegate.yaml"
+    keys = private(tmp_path / "keys", new_key())
+    path.write_text(f"{GOOD}database: {POSTGRESQL}\nencryption: {{keys_file: {keys}}}\npostgresql: {{password: {SECRET}}}\n")
+    path.chmod(0o644)
+    (warning,) = warnings(load(path))
+    assert "postgresql.password" in warning.problem
+
+
+def test_instances_need_keys_of_encryption(tmp_path: Path) -> None:
+    """With PostgreSQL none is made up: each instance would make another one."""
+    found = problems_of(good(database=POSTGRESQL))
+    assert list(found) == ["encryption.keys"]
+    assert found["encryption.keys"].value == "(not set)"
+    assert "all instances need the same keys" in found["encryption.keys"].problem
+    assert found["encryption.keys"].remedy.startswith("make one: python3 -c ")
+    file = private(tmp_path / "keys", f"{new_key()}\n")
+    assert from_mapping(good(database=POSTGRESQL, encryption={"keys_file": str(file)})).encryption_keys()
+
+
+def test_keys_that_cannot_be_read_are_not_called_missing() -> None:
+    """Nor are they asked for while it is not known which database it is."""
+    assert list(problems_of(good(database=POSTGRESQL, encryption={"keys_file": "/nonexistent"}))) == ["encryption.keys_file"]
+    assert list(problems_of(good(database="postgresql://db"))) == ["database"]
+
+
+def test_a_lease_is_shorter_where_others_wait_for_it() -> None:
+    """With PostgreSQL another instance takes over when it ends, and a request must end before; what is given counts with either database."""
+    config = from_mapping(on_postgresql())
+    assert (config.actions.lease, config.policy().lease, config.timeouts.request) == (10.0, 10.0, 8.0)
+    assert config.timeouts.request < config.actions.lease - 1
+    config = from_mapping(good())
+    assert (config.actions.lease, config.timeouts.request) == (15.0, 10.0)
+    config = from_mapping(on_postgresql(actions={"lease": "20s", "retry_first": None}, timeouts={"request": None, "connect": "1s"}))
+    assert (config.actions.lease, config.timeouts.request, config.timeouts.connect) == (20.0, 8.0, 1.0)
+    config = from_mapping(good(), {"SFU_DELEGATE_DATABASE": POSTGRESQL, "SFU_DELEGATE_ENCRYPTION__KEYS": f"['{new_key()}']"})
+    assert (config.actions.lease, config.timeouts.request) == (10.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value", "said"),
+    [
+        ({"timeouts": {"request": "10s"}}, "timeouts.request", "10s", "less than actions.lease (10s)"),
+        ({"actions": {"lease": "8s"}}, "timeouts.request", "8s", "less than actions.lease (8s)"),
+        ({"sfus": {"main": sfu(request_timeout="12s")}}, "sfus.main.request_timeout", "12s", "less than actions.lease (10s)"),
+        ({"timeouts": {"connect": "9s"}}, "timeouts.connect", "9s", "at most timeouts.request (8s)"),
+        ({"actions": "soon"}, "actions", "(a text)", "must be keys with values"),
+        ({"actions": {"lease": "soon"}}, "actions.lease", "soon", "must be a duration"),
+    ],
+)
+def test_times_must_fit_into_the_shorter_lease(changes: dict[str, Any], key: str, value: str, said: str) -> None:
+    """The checks are those of SQLite, with PostgreSQL's defaults."""
+    found = problems_of(on_postgresql(**changes))
+    assert list(found) == [key]
+    assert found[key].value == value
+    assert said in found[key].problem
+    assert found[key].remedy
 
 
 def test_each_path_of_the_matrixrtc_endpoints_has_its_sfu() -> None:
@@ -245,7 +572,9 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "said"),
     [
-        ({"database": "postgresql://u:hunter2@db/x"}, "database", "only sqlite: in this version"),
+        ({"database": "postgresql://u:hunter2@db/x"}, "database", "carries a password"),
+        ({"database": "mysql://u:hunter2@db/x"}, "database", "begins with sqlite:/// or postgresql://"),
+        ({"database": "POSTGRESQL://u@db/x"}, "database", "begins with sqlite:/// or postgresql://"),
         ({"database": "sqlite://"}, "database", "begins with sqlite:///"),
         ({"database": "sqlite:///:memory:"}, "database", "nothing would survive"),
         ({"database": "sqlite:///x.db?mode=ro"}, "database", "plain path"),
@@ -355,6 +684,13 @@ def test_a_key_in_the_wrong_section_is_shown_the_way() -> None:
         {"encryption": {"keys": [SECRET]}},
         {"encryption": SECRET},
         {SECRET[:4]: SECRET},
+        {"database": {"url": f"postgresql://me:{SECRET}@db/x"}},
+        {"database": [f"postgresql://me:{SECRET}@db/x"]},
+        {"postgresql": f"postgresql://me:{SECRET}@db/x"},
+        {"postgresql": {"password": {"is": SECRET}}},
+        {"postgresql": {"passwd": SECRET}},
+        {"postgresql": {"address": f"postgresql://me:a/{SECRET}@db/\x7f"}},
+        {"homeservers": [{"name": "a.org", "url": f"https://me:a/@{SECRET}@a.org"}]},
     ],
 )
 def test_no_secret_is_in_a_problem(changes: dict[str, Any]) -> None:
@@ -677,6 +1013,8 @@ def test_an_unknown_variable_is_ignored_and_warned_of() -> None:
             "SFU_DELEGATE_PORT": "tcp://10.0.0.1:8080",
             "SFU_DELEGATE_PORT_8080_TCP_ADDR": "10.0.0.1",
             "SFU_DELEGATE_SERVICE_HOST": "10.0.0.1",
+            "SFU_DELEGATE_POSTGRESQL_PORT_5432_TCP": "tcp://10.0.0.2:5432",
+            "SFU_DELEGATE_POSTGRESQL_SERVICE_HOST": "10.0.0.2",
         },
     )
     assert [(w.key, "SFU_DELEGATE_LISTEN" in w.remedy) for w in warnings(config)] == [("SFU_DELEGATE_LISTN__PORT", True)]
@@ -700,6 +1038,7 @@ def test_a_usual_configuration_has_no_warnings() -> None:
         ({"admin": {"host": "::"}}, "admin.host"),
         ({"database": "sqlite:////nonexistent/x.db"}, "database"),
         ({"database": f"sqlite:////{'x' * 300}/x.db"}, "database"),
+        ({"postgresql": {"instance": "delegate-1"}}, "postgresql"),
         ({"sfus": {"main": sfu(keys={"devkey": "secret"})}}, "sfus.main.keys.devkey"),
         ({"sfus": {"main": sfu(keys={"APIone": "short"})}}, "sfus.main.keys.APIone"),
         ({"sfus": {"main": sfu(keys={"APIone": EXAMPLE_SECRET})}}, "sfus.main.keys.APIone"),
@@ -754,6 +1093,84 @@ def test_risky_settings_are_warned_of(changes: dict[str, Any], key: str) -> None
 def test_what_does_no_harm_is_not_warned_of(changes: dict[str, Any]) -> None:
     """The same settings where nobody is concerned."""
     assert warnings(from_mapping(good(**changes))) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "remedy"),
+    [
+        ("db/x", "delay_ids, by which memberships can be ended, may cross the network readable", "sslmode=verify-full&sslrootcert="),
+        ("db/x?sslmode=disable", "(sslmode is disable)", "sslmode=verify-full&sslrootcert="),
+        ("192.0.2.7/x?sslmode=require", "anybody on the way can pose as the database (sslmode is require)", "sslmode=verify-full&sslrootcert="),
+        ("localhost,db/x?target_session_attrs=primary", "anybody on the way can pose as the database", "sslmode=verify-full&sslrootcert="),
+        ("localhost/x?hostaddr=192.0.2.7", "anybody on the way can pose as the database", "sslmode=verify-full&sslrootcert="),
+        ("db/x?sslmode=verify-full", "home directory of the daemon's user", "add sslrootcert="),
+        ("127.0.0.1,[::1]/x", "though it be a standby", "target_session_attrs=read-write"),
+        ("127.0.0.1,[::1]/x?target_session_attrs=any", "though it be a standby", "target_session_attrs=read-write"),
+    ],
+)
+def test_a_database_that_is_not_safe_is_warned_of(place: str, said: str, remedy: str) -> None:
+    """Who could read along, or pose as the database, and where the daemon could not write."""
+    (warning,) = warnings(from_mapping(on_postgresql(database=f"postgresql://{place}")))
+    assert (warning.key, warning.value) == ("database", f"postgresql://{place}")
+    assert said in warning.problem
+    assert remedy in warning.remedy
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "localhost/x",
+        "[::1]/x",
+        "/x",
+        "/x?host=/run/postgresql",
+        "/x?host=/run/postgresql&sslcert=&sslkey=&sslrootcert=",
+        "db/x?hostaddr=127.0.0.1",
+        "db/x?sslmode=verify-full&sslrootcert={ca}",
+        "db/x?sslmode=verify-ca&sslrootcert={ca}",
+        "db/x?sslmode=require&sslrootcert={ca}",
+        "one,two/x?sslmode=verify-full&sslrootcert={ca}&target_session_attrs=read-write",
+    ],
+)
+def test_a_database_that_is_safe_is_not_warned_of(place: str, tmp_path: Path) -> None:
+    """On this machine, or with a certificate that is checked."""
+    config = from_mapping(on_postgresql(database=f"postgresql://{place.format(ca=authority(tmp_path))}"))
+    assert warnings(config) == []
+
+
+def authority(directory: Path) -> Path:
+    """A file with the certificate of an authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority")])
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, begin + timedelta(days=1)).sign(key, SHA256())
+    path = directory / "ca.pem"
+    path.write_bytes(made.public_bytes(Encoding.PEM))
+    return path
+
+
+def test_what_does_nothing_with_sqlite_is_named(tmp_path: Path) -> None:
+    """The keys that are given, not those that have their defaults; a file that is not needed is not read."""
+    section = {"password_file": str(tmp_path / "none"), "password": SECRET, "address": None, "instance": "one"}
+    (warning,) = warnings(from_mapping(good(postgresql=section)))
+    assert (warning.key, warning.problem) == ("postgresql", "does nothing, as the database is SQLite: password, password_file, instance")
+    assert "`database`" in warning.remedy
+    assert SECRET not in str(warning)
+
+
+def test_what_is_for_a_database_that_is_wrong_is_not_called_useless() -> None:
+    """While it is not known which database it is."""
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(good(database="postgresql://db", postgresql={"instance": "one"}))
+    assert [problem.key for problem in caught.value.problems] == ["database"]
+    assert caught.value.warnings == ()
+
+
+def test_a_password_that_is_none_is_warned_of(tmp_path: Path) -> None:
+    """What an example has in its place, by the key that it comes from."""
+    placeholder = "put-the-password-here"
+    assert [w.key for w in warnings(from_mapping(on_postgresql(postgresql={"password": placeholder})))] == ["postgresql.password"]
+    file = private(tmp_path / "password", placeholder)
+    assert [w.key for w in warnings(from_mapping(on_postgresql(postgresql={"password_file": str(file)})))] == ["postgresql.password_file"]
 
 
 def test_who_may_create_rooms_is_said() -> None:
@@ -834,7 +1251,7 @@ def test_what_can_be_reloaded() -> None:
 
 
 def test_what_needs_a_restart_is_named() -> None:
-    """Listeners, database, encryption and the log's format cannot change in a running daemon; the keys that did are listed."""
+    """Listeners, database, encryption and the log's format cannot change in a running daemon; the keys that did are listed, without their values."""
     old = from_mapping(good())
     new = from_mapping(
         good(
@@ -846,6 +1263,8 @@ def test_what_needs_a_restart_is_named() -> None:
         )
     )
     assert reloadable_changes(old, new) == (False, ["admin.host", "database", "encryption.keys", "listen.port", "log.format"])
+    old, new = (from_mapping(on_postgresql(encryption=new.encryption.model_dump(), postgresql={"password": word})) for word in ("one", "hunter2"))
+    assert reloadable_changes(old, new) == (False, ["postgresql.password"])
 
 
 def test_routes_of_the_listener_need_a_restart() -> None:
@@ -877,6 +1296,7 @@ def test_what_needs_a_restart_keeps_its_old_value() -> None:
             listen={"port": 1},
             admin={"port": 2},
             database="sqlite:///y.db",
+            postgresql={"instance": "two"},
             encryption={"keys": [new_key()]},
             log={"format": "json", "level": "debug"},
             timeouts={"connect": 1, "request": 9},
@@ -887,6 +1307,7 @@ def test_what_needs_a_restart_keeps_its_old_value() -> None:
     now = reloaded(old, new)
     assert now.matrixrtc_paths == old.matrixrtc_paths == {"": "main", "/a": "main"}
     assert (now.listen, now.admin, now.database, now.encryption) == (old.listen, old.admin, old.database, old.encryption)
+    assert now.postgresql == old.postgresql
     assert (now.log.format, now.log.level) == (old.log.format, "debug")
     assert (now.timeouts.connect, now.timeouts.request) == (old.timeouts.connect, 9.0)
     assert (now.matrixrtc.enabled, now.matrixrtc.other_homeservers) == (True, False)

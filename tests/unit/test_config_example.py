@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sfu_delegate.config import Config, DepartureRule, Homeserver, Section, Sfu, example, from_mapping, load
+from sfu_delegate.config import Config, DepartureRule, Homeserver, Section, Sfu, example, format_duration, from_mapping, load
 from sfu_delegate.delegation.policy import DEPARTURES
+from sfu_delegate.sealing import new_key
 
 FILE = Path(__file__).parents[2] / "config" / "sfu-delegate.yaml"
 
@@ -33,6 +34,23 @@ def test_the_defaults_in_the_file_are_the_models() -> None:
     """With every # removed the configuration is the same."""
     text = example()
     assert from_mapping(uncommented(text)).model_dump() == from_mapping(yaml.safe_load(text)).model_dump()
+
+
+def test_the_defaults_in_the_file_are_good_for_postgresql_but_for_what_depends_on_it() -> None:
+    """Lease and timeout are those of SQLite, and their comments say what they are with PostgreSQL; nothing else differs."""
+    postgresql = {"database": "postgresql:///x", "encryption": {"keys": [new_key()]}}
+    text = example()
+    written, left_out = (from_mapping({**data, **postgresql}).model_dump() for data in (uncommented(text), yaml.safe_load(text)))
+    assert {
+        (section, key) for section, keys in written.items() if keys != left_out[section] for key in keys if keys[key] != left_out[section][key]
+    } == {
+        ("actions", "lease"),
+        ("timeouts", "request"),
+    }
+    assert text.count("With PostgreSQL the default is") == 2
+    for section, key in (("actions", "lease"), ("timeouts", "request")):
+        model = type(getattr(Config.model_construct(), section))
+        assert model.model_fields[key].description.endswith(f"With PostgreSQL the default is {format_duration(left_out[section][key])}.")
 
 
 def keys_of(section: type[Section]) -> set[str]:
