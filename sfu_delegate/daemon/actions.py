@@ -136,6 +136,11 @@ class Actions:
 
     async def _manage(self, task: Task) -> None:
         sent_at = self._clock()
+        if task.lease_ends - sent_at <= LEASE_MARGIN:
+            # The process was stopped for a while. What it had claimed is another one's by now, or will be, and perhaps not to be done any more.
+            log.warning("lease_ended", delegation=task.delegation, action=task.action.value, consequence="it is not done by this claim")
+            self._hand_in(answered(task, Answer(Verdict.FAILED, None, "", None, "its lease had ended before it was begun"), sent_at))
+            return
         try:
             answer = await self._request(task, min(self.reach.timeout, task.lease_ends - sent_at - LEASE_MARGIN))
         except Exception as error:
@@ -167,6 +172,9 @@ class Actions:
 
     async def _look(self, task: Task) -> None:
         sent_at = self._clock()
+        if task.lease_ends <= sent_at:
+            self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, None, "its lease had ended before it was begun"))
+            return
         participants, trouble, reached = await self._participants(task.sfu, task.room)
         self._observer.look(task.sfu, "failed" if participants is None else "done", self._clock() - sent_at)
         self._condition("sfu", task.sfu, None if participants is not None else trouble)

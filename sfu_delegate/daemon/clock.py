@@ -2,6 +2,8 @@
 
 Deadlines are stored as wall-clock time. Within a process time advances by CLOCK_BOOTTIME from the start, which goes on while the machine
 sleeps and which nobody can set. A restart on the same boot finds out by the mark whether the system clock was set in between.
+
+Instances that share a database follow its clock (`follow`): what one of them has written, the others compare with their own time.
 """
 
 import time
@@ -18,6 +20,21 @@ class Clock:
 
     def __call__(self) -> float:
         return self._booted + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    @staticmethod
+    def elapsed() -> float:
+        """Seconds since this machine booted."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def follow(self, theirs: float, asked_at: float, answered_at: float) -> float:
+        """Agree with a clock that said `theirs` at some time between the two, which are `elapsed`'s: moved is only what is surely wrong.
+
+        Returns the seconds by which it was moved.
+        """
+        earliest, latest = theirs - answered_at, theirs - asked_at
+        moved = max(earliest - self._booted, 0.0) or min(latest - self._booted, 0.0)
+        self._booted += moved
+        return moved
 
     @property
     def mark(self) -> str:

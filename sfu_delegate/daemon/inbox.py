@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Protocol, TypeVar
 
 from sfu_delegate.api.port import Overloaded, Told, Unavailable
+from sfu_delegate.daemon.sharing import WATCH_EVERY, Sharing
 from sfu_delegate.daemon.thread import WorkThread
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Input, Lane, Looked, Missed, RoomChanged, Seen, Task
 from sfu_delegate.delegation.replies import Reply
@@ -91,7 +92,15 @@ class DelegationWatch:
 class Inbox:
     """Takes inputs from everywhere, hands them to the engine in batches, and its actions to `carry_out`. See `api.port.Port`."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float], carry_out: Callable[[Task], None], observer: Observer, most: int):
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Callable[[], float],
+        carry_out: Callable[[Task], None],
+        observer: Observer,
+        most: int,
+        sharing: Sharing | None = None,
+    ):
         self.most = most
         self.trouble: str | None = None  # why the database does not work
         self._engine = engine
@@ -118,6 +127,7 @@ class Inbox:
         self._progress = 0  # steps that have come to an end
         self._hung: str | None = None  # what is told to whoever comes while the present step does not end
         self._ran_at: float | None = None  # when the loop was last seen running
+        self._sharing = sharing  # where other instances work with the database
 
     # ── for those who hand in ──
 
@@ -207,14 +217,17 @@ class Inbox:
 
     async def run(self) -> None:
         """Step until `stop` was called and everything that had been handed in is kept. Who still waits when it is cancelled is refused."""
-        watchdog = asyncio.create_task(self._watch_steps())
+        beside = [asyncio.create_task(self._watch_steps())]
+        if self._sharing is not None:
+            beside += [asyncio.create_task(self._watch_others()), asyncio.create_task(self._sharing.counting())]
         try:
             await self._run()
         except asyncio.CancelledError:
             self._refuse([*self._begun, *self._waiting], Unavailable("The daemon is stopping.", FULL_RETRY_AFTER))
             raise
         finally:
-            watchdog.cancel()
+            for task in beside:
+                task.cancel()
 
     async def _watch_steps(self) -> None:
         """Nobody waits for a database that hangs without end. It is counted in ticks, since a process that was stopped for a while hangs nowhere."""
@@ -237,6 +250,8 @@ class Inbox:
     async def _run(self) -> None:
         wake: float | None = self._clock()
         while True:
+            if self._sharing is not None and not self._sharing.pause:
+                wake = await self._refresh(wake)
             await self._something_to_do(wake)
             if self._stopping and self._flushed and not (self._waiting or self._answers):
                 return
@@ -277,6 +292,32 @@ class Inbox:
             self._missed = False
             self._waiting.append((Missed(), None))
 
+    async def _refresh(self, wake: float | None) -> float | None:
+        """Take over what other instances have changed."""
+        assert self._sharing is not None  # noqa: S101 — for the type checker
+        try:
+            return await self.in_thread(self._sharing.refresh)
+        except StoreUnavailable as error:
+            self._broken(error)
+            return wake
+
+    async def _watch_others(self) -> None:
+        """Clients that wait for their delegation to be confirmed are told also what other instances have done."""
+        assert self._sharing is not None  # noqa: S101
+        sharing = self._sharing
+        while True:
+            await asyncio.sleep(WATCH_EVERY)
+            if not self._watches:
+                continue
+            names = list(self._watches)
+            with suppress(StoreUnavailable):
+                for row in await self.in_thread(lambda names=names: sharing.rows(names)):  # type: ignore[misc]
+                    self._saw(row)
+
+    def _saw(self, row: DelayedEvent) -> None:
+        for watch in self._watches.get(row.delegation, ()):
+            watch.saw(row)
+
     async def _something_to_do(self, wake: float | None) -> None:
         if self._pressing or self._stopping:
             if self._stopping and not (self._waiting or self._answers or self._flushed):
@@ -284,6 +325,8 @@ class Inbox:
             return
         self._news.clear()
         pause = LONGEST_SLEEP if wake is None else min(max(0.0, wake - self._clock()), LONGEST_SLEEP)
+        if self._sharing is not None:
+            pause = min(pause, self._sharing.pause)
         if pause > IDLE_AFTER:
             if await self._sleep(IDLE_AFTER):
                 return
@@ -389,8 +432,7 @@ class Inbox:
                 _tell(told, reply)
         if self._watches:
             for change in step.changes:
-                for watch in self._watches.get(change.new.delegation, ()):
-                    watch.saw(change.new)
+                self._saw(change.new)
 
     def _refuse(self, batch: Sequence[Waiting], why: Unavailable) -> None:
         again: list[Waiting] = []

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from time import perf_counter
+from typing import TYPE_CHECKING, cast
 
 import uvloop
 from aiohttp import web
@@ -25,6 +26,7 @@ from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
+from sfu_delegate.daemon.sharing import Sharing, instance_name, meet
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Task
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
@@ -39,8 +41,11 @@ from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
 from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
-from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, StoreUnavailable
+from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, Store, StoreUnavailable
 from sfu_delegate.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from sfu_delegate.store.postgresql import PostgresStore
 
 KEPT_WITHIN = 2.0  # seconds for what waits to be kept, beyond `timeouts.shutdown`
 SWITCH_INTERVAL = 0.0001  # seconds that a thread may keep the interpreter from another one
@@ -199,7 +204,7 @@ class Daemon:
         try:
             keys = config.encryption_keys() or load_or_create(config.key_file)
             self._sealer = Sealer(keys)
-            self._store = await asyncio.to_thread(SqliteStore, config.database_path)
+            self._store = await asyncio.to_thread(_opened, config)
         except (DatabaseInUse, DatabaseTooNew, StoreUnavailable, KeyFileRefused) as error:
             raise CannotStart(str(error)) from error
         self._egress = Egress.open(connect_timeout=config.timeouts.connect)
@@ -223,7 +228,11 @@ class Daemon:
 
     async def _wire(self, config: Config) -> None:
         clock = self.clock = Clock()
-        agrees = clock.agrees_with(await asyncio.to_thread(self._store.clock_mark))
+        shared = cast("PostgresStore", self._store) if self._store.shared else None
+        if shared is not None:
+            agrees = await asyncio.to_thread(meet, shared, clock)
+        else:
+            agrees = clock.agrees_with(await asyncio.to_thread(self._store.clock_mark))
         if not agrees:
             log.warning("clock_was_set", consequence="all delayed events are restarted soon, since their countdowns are not known")
         recovered = await asyncio.to_thread(self._store.recover, clock(), config.policy(), clock_unsure=not agrees)
@@ -252,10 +261,12 @@ class Daemon:
         )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
         reach = Means(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
-        self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox)
+        sharing = None if shared is None else Sharing(self.engine, shared, clock)
+        self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
+        self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox, sharing)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
         self.loop_task = asyncio.create_task(self.inbox.run())
-        log.info("started", version=__version__, database=str(config.database_path), delegated=sum(self.engine.states.values()), taken_up=recovered)
+        log.info("started", version=__version__, database=self._store.name, delegated=sum(self.engine.states.values()), taken_up=recovered)
 
     async def _listen(self, config: Config) -> None:
         services = Services(
@@ -462,6 +473,21 @@ def _tls(config: Config) -> ssl.SSLContext | None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def _opened(config: Config) -> Store:
+    if not config.is_postgresql:
+        return SqliteStore(config.database_path)
+    from sfu_delegate.store.postgresql import PostgresStore
+
+    given = config.postgresql
+    return PostgresStore(
+        config.database,
+        password=given.password.get_secret_value() if given.password else None,
+        instance=instance_name(given.instance, config.listen.port),
+        address=given.address,
+        connect_timeout=given.connect_timeout,
+    )
 
 
 def _keys(config: Config) -> list[SfuKey]:

@@ -14,6 +14,7 @@ import ssl as tls
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
+from time import monotonic
 from typing import Final, NamedTuple
 
 import aiohappyeyeballs
@@ -171,6 +172,9 @@ class _Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             raise _Closed(False, "the connection was closed before the answer")
+        if monotonic() >= deadline:  # the loop's own time stands still while the process does
+            self.abort()
+            raise HttpFailed(True, "no answer in time")
         self._begin()
         answer: asyncio.Future[HttpAnswer] = loop.create_future()
         self._answer = answer

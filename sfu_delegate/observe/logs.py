@@ -156,6 +156,8 @@ def configure(*, level: str = "info", format: str = "auto", stream: TextIO | Non
     # These log statements with their parameters, or a line for each request, below the level of a warning.
     for chatty in ("sqlalchemy", "alembic", "asyncio", "livekit"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It warns of what it could not tell a connection that is closed; why it is closed, the store says.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     set_level(level)
 
 

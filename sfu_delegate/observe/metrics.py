@@ -156,6 +156,7 @@ class Metrics:
             "sfu_delegate_commit_seconds", "From the begin of a transaction to its durable end.", buckets=_FAST, registry=at
         )
         self.batch_size = Histogram("sfu_delegate_batch_inputs", "Inputs in one transaction.", buckets=_BATCHES, registry=at)
+        self.instances = Gauge("sfu_delegate_instances", "Instances that work with the database, this one included, as far as it knows.", registry=at)
         self.database_works = Gauge("sfu_delegate_database_works", "1 while the database takes transactions, else 0.", registry=at)
         self.reloads = Counter("sfu_delegate_config_reloads_total", "SIGHUPs, by result.", ("result",), registry=at)
         self._webhooks, self._actions, self._action_seconds = _By(self.webhooks), _By(self.actions), _By(self.action_seconds)
@@ -228,6 +229,10 @@ class Metrics:
         """A look at an SFU came to an end."""
         self._looks[sfu, outcome].inc()
         self._look_seconds[sfu,].observe(seconds)
+
+    def watch_instances(self, count: Callable[[], int]) -> None:
+        """Where the number of instances comes from."""
+        self.instances.set_function(count)
 
     def committed(self, inputs: int, seconds: float) -> None:
         """A transaction was committed."""

@@ -31,6 +31,8 @@ from sfu_delegate.sandbox.server import SandboxHomeserver, SandboxSfu
 from sfu_delegate.sandbox.sfu import SfuModel
 from sfu_delegate.store.base import StoreUnavailable
 
+from tests.integration.databases import Database, SqliteDatabase, database_of
+
 T = TypeVar("T")
 
 SERVER = "hs.test"
@@ -149,20 +151,25 @@ class Site:
     port: int = 0
     running: bool = False
     daemon: Daemon = field(init=False)
+    database: Database = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.database = database_of(self.directory)
 
     # ── the daemon's life ──
 
     @property
-    def database(self) -> Path:
-        """Its file."""
-        return self.directory / "delegations.db"
+    def file(self) -> Path:
+        """The file of its database, in tests that are about SQLite."""
+        assert isinstance(self.database, SqliteDatabase)
+        return self.database.path
 
     def mapping(self) -> dict[str, Any]:
         """The configuration as a file would have it."""
         own = {
             "listen": {"port": self.port},
             "admin": {"port": 0},
-            "database": f"sqlite:///{self.database}",
+            **self.database.settings,
             "sfus": {"main": {"url": self.sfu.url.replace("http", "ws"), "keys": {SFU_KEY: SFU_SECRET}}},
             "homeservers": [{"name": SERVER, "url": self.homeserver.url, "federation_url": self.homeserver.url}],
         }
@@ -314,15 +321,13 @@ class Site:
         return [line for line in lines if not event or line["event"] == event]
 
     def stored(self) -> bytes:
-        """Every byte of the database and of the files beside it, but for the encryption key's."""
-        return b"".join(path.read_bytes() for path in sorted(self.directory.glob(f"{self.database.name}*")) if path.suffix != ".key")
+        """Every byte of the database, but for the encryption key's."""
+        return self.database.stored()
 
     def check_secrets(self) -> None:
         """Nothing that must stay secret was told to anybody."""
-        key = self.directory / f"{self.database.name}.key"
-        if key.exists():
-            self.secrets |= {line for line in key.read_text().splitlines() if line and not line.startswith("#")}
-        for place, text in (("the log", self.log.getvalue()), ("an answer", "\n".join(self.said))):
+        self.secrets |= self.database.secrets
+        for place, text in (("the log", self.log.getvalue()), ("an answer", "\n".join(self.said)), ("the database's log", self.database.said())):
             told = [secret[:6] for secret in self.secrets if secret in text]
             assert not told, f"{place} tells secrets that begin with {told}"
 

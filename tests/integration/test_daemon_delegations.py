@@ -8,6 +8,8 @@ from sfu_delegate.sandbox.homeserver import End
 
 from tests.integration.daemon import MATRIX_ROOM, MEMBER, open_site, until
 
+pytestmark = pytest.mark.usefixtures("database")
+
 
 async def test_a_delayed_event_is_kept_alive_and_sent_when_its_participant_leaves(tmp_path: Path) -> None:
     """It is restarted while the participant is connected, well beyond its own delay, and sent after it left."""

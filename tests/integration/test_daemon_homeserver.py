@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from sfu_delegate.sandbox.homeserver import End, HomeserverFaults, HomeserverModel, RateLimit
 
+from tests import stores
 from tests.integration.daemon import GENEROUS, SERVER, Participant, Site, open_site, until
+
+pytestmark = pytest.mark.usefixtures("database")
 
 IMPATIENT: dict[str, Any] = {"delegations": {"verify_timeout": "200ms"}}
 
@@ -153,6 +156,7 @@ async def removed(site: Site, people: dict[Participant, dict[str, Any]]) -> None
         await site.present(given, "gone")
 
 
+@stores.slow_on_postgresql
 @pytest.mark.usefixtures("impatient_429")
 async def test_all_are_sent_in_the_end_under_a_rate_limit(tmp_path: Path) -> None:
     """A homeserver that allows little: everything is done nevertheless, after as many 429s as it takes."""
@@ -196,6 +200,7 @@ async def test_departures_come_before_restarts(tmp_path: Path) -> None:
         assert min(site.event(who).restarted_at[counted[who]] for who in stay) >= max(at for at in ended if at is not None)
 
 
+@stores.slow_on_postgresql
 @pytest.mark.usefixtures("impatient_429")
 async def test_who_is_about_to_run_out_comes_before_departures(tmp_path: Path) -> None:
     """A restart that is about to miss its deadline goes first: a person dropped is worse than a ghost that stays a moment longer."""

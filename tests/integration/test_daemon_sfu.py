@@ -5,9 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sfu_delegate.sandbox.homeserver import End
 
+from tests import stores
 from tests.integration.daemon import open_site, until
+
+pytestmark = pytest.mark.usefixtures("database")
 
 SOON: dict[str, Any] = {
     "presence": {"interval": "300ms", "interval_most": "300ms", "joining_limit": "500ms"},
@@ -75,6 +79,7 @@ def _joined_earlier(site: Any, identity: str) -> None:
     """The rows say that the session joined a minute ago."""
 
     def work(tx: Any) -> None:
+        tx.lock_rooms([("main", "call")], ())
         for row in tx.of_participants([("main", "call", identity)], finished=False):
             sessions = tuple(session._replace(joined_at_ms=session.joined_at_ms - 60_000) for session in row.sessions)
             tx.update(row, row._replace(sessions=sessions))
@@ -82,6 +87,7 @@ def _joined_earlier(site: Any, identity: str) -> None:
     site.daemon.engine.store.atomically(work)
 
 
+@stores.slow_on_postgresql
 async def test_an_sfu_that_is_gone_for_good_keeps_no_ghosts(tmp_path: Path) -> None:
     """Silent for `lost_after`: it is let run, so the homeserver's own timer ends the membership; nothing is sent because of not knowing."""
     changes: dict[str, Any] = {"sfus": {"main": {"lost_after": "1s", "request_timeout": "300ms"}}, "restart": {"at": 0.3, "spread": 0}}
@@ -120,6 +126,7 @@ async def _state(site: Any, given: Any, state: str) -> bool:
     return bool((await site.show(given))["delayed_events"][0]["state"] == state)
 
 
+@stores.slow_on_postgresql
 async def test_many_departures_do_not_wait_for_a_hung_sfu_one_after_the_other(tmp_path: Path) -> None:
     """Hang-ups in many rooms while the SFU answers nothing: after a few looks that time out, the others count as failed at once."""
     async with open_site(tmp_path, **SOON, sfus={"main": {"request_timeout": "1s", "in_flight": 2}}) as site:

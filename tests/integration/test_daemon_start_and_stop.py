@@ -18,8 +18,12 @@ from sfu_delegate.daemon.serve import CannotStart, Daemon
 from sfu_delegate.sandbox.homeserver import End, HomeserverModel
 from sfu_delegate.store.sqlite import SqliteStore
 
+from tests import stores
 from tests.integration.daemon import GENEROUS, SERVER, Participant, Site, merged, open_site, until
+from tests.integration.databases import SqliteDatabase
 from tests.integration.element_call import Call, ElementCall, Mode
+
+pytestmark = pytest.mark.usefixtures("database")
 
 # ── in this process ──
 
@@ -49,9 +53,7 @@ async def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(tmp_path:
         assert not stopping.done()
         await stopping
         assert site.lines("stopped")[0]["abandoned"] == 0
-        with sqlite3.connect(site.database) as database:
-            found = dict(database.execute("SELECT identity, outcome FROM delayed_event"))
-        database.close()
+        found = dict(site.database.query("SELECT identity, outcome FROM delayed_event"))
         assert found == {"alice": "sent", "bob": ""}
         await site.start()
         assert await site.outcomes(given) == ["sent"]
@@ -173,14 +175,20 @@ async def test_a_departure_during_the_downtime_is_heard_afterwards(tmp_path: Pat
 
 
 async def test_the_management_token_outlives_a_restart(tmp_path: Path) -> None:
-    """The key that it is made from is kept beside the database, for the daemon's eyes only."""
+    """So does the key that it is made from."""
     async with open_site(tmp_path) as site:
         given = await site.delegated(await site.participant())
         await site.stop()
-        key = site.directory / f"{site.database.name}.key"
-        assert key.stat().st_mode & 0o077 == 0
         await site.start()
         assert (await site.show(given))["id"] == given["id"]
+
+
+@stores.only_sqlite
+async def test_its_own_key_is_for_the_daemon_s_eyes_only(tmp_path: Path) -> None:
+    """It is kept beside the file."""
+    async with open_site(tmp_path) as site:
+        assert isinstance(site.database, SqliteDatabase)
+        assert site.database.key_file.stat().st_mode & 0o077 == 0
 
 
 # ── reading the configuration again ──
@@ -250,6 +258,7 @@ async def test_a_key_that_was_removed_is_not_accepted_any_more(tmp_path: Path) -
 # ── what keeps it from starting ──
 
 
+@stores.only_sqlite
 async def test_a_database_of_another_process_is_not_opened(tmp_path: Path) -> None:
     """Two daemons on one embedded database would tear it apart: the second one says so, and the first one goes on."""
     async with open_site(tmp_path) as site:
@@ -273,13 +282,14 @@ async def test_a_failed_start_lets_go_of_the_database(tmp_path: Path) -> None:
         await site.start()
 
 
+@stores.only_sqlite
 @pytest.mark.parametrize("problem", ["key_file", "directory"])
 async def test_what_is_wrong_outside_of_the_file_is_a_sentence_too(tmp_path: Path, problem: str) -> None:
     """No traceback for an operator's mistake."""
     async with open_site(tmp_path, started=False) as site:
         match problem:
             case "key_file":
-                (tmp_path / f"{site.database.name}.key").write_text("not a key")
+                site.file.with_name(f"{site.file.name}.key").write_text("not a key")
             case _:
                 site.changes = {"database": f"sqlite:///{tmp_path}/not/there.db"}
         with pytest.raises(CannotStart):
@@ -389,9 +399,7 @@ async def test_sigterm_ends_it_with_exit_code_0(tmp_path: Path) -> None:
         process.signal(signal.SIGTERM)
         assert await process.exit_code() == 0
         assert process.lines("stopped")[0]["abandoned"] == 0
-        with sqlite3.connect(site.database) as database:
-            assert database.execute("SELECT outcome FROM delayed_event").fetchall() == [("sent",)]
-        database.close()
+        assert site.database.query("SELECT outcome FROM delayed_event") == [("sent",)]
 
 
 async def test_sigterm_answers_those_who_wait_for_a_homeserver_s_word(tmp_path: Path) -> None:
@@ -420,9 +428,7 @@ async def test_sigterm_answers_those_who_wait_for_a_homeserver_s_word(tmp_path: 
         assert all("openid_token" in answer.body["error"] and int(answer.headers["Retry-After"]) >= 1 for answer in answers)
         assert await process.exit_code() == 0
         assert process.lines("stopped")[0]["abandoned"] == 0
-        with sqlite3.connect(site.database) as database:
-            assert database.execute("SELECT count(*) FROM delayed_event").fetchone() == (0,)
-        database.close()
+        assert site.database.query("SELECT count(*) FROM delayed_event") == [(0,)]
 
 
 async def test_what_was_acknowledged_outlives_a_sigkill(tmp_path: Path) -> None:
@@ -471,34 +477,38 @@ async def test_what_was_acknowledged_outlives_a_sigkill(tmp_path: Path) -> None:
         assert await process.exit_code() == 0
 
 
-@pytest.mark.parametrize("reason", ["second daemon", "port", "newer database"])
-async def test_what_it_cannot_start_with_is_said_in_a_sentence(tmp_path: Path, reason: str) -> None:
-    """Exit code 1, one line that says what is wrong and what to do, no traceback; and nothing was touched."""
+async def refused_start(process: Process, sentence: str) -> None:
+    """It does not start: exit code 1, a line that says what is wrong and what to do, no traceback."""
+    process.write()
+    await process.begin()
+    assert await process.exit_code() == 1
+    told = [line.get("problem", line.get("text", "")) for line in process.stderr]
+    assert any(sentence in text for text in told), told
+    assert not any("Traceback" in str(line) for line in process.stderr)
+
+
+@stores.only_sqlite
+async def test_a_second_process_is_told_so_in_a_sentence(tmp_path: Path) -> None:
+    """An embedded database is for one."""
     async with open_process(tmp_path) as (site, process):
-        holder: SqliteStore | socket.socket | None = None
-        match reason:
-            case "second daemon":
-                holder = SqliteStore(site.database)
-                sentence = "in use by another process"
-            case "port":
-                holder = socket.create_server(("127.0.0.1", 0))
-                site.port = holder.getsockname()[1]
-                sentence = "Cannot listen on"
-            case _:
-                SqliteStore(site.database).close()
-                with sqlite3.connect(site.database) as database:
-                    database.execute("UPDATE schema_version SET version_num = '9999'")
-                database.close()
-                sentence = "a newer one"
-        process.write()
-        await process.begin()
-        assert await process.exit_code() == 1
-        if holder is not None:
-            holder.close()
-        told = [line.get("problem", line.get("text", "")) for line in process.stderr]
-        assert any(sentence in text for text in told), told
-        assert not any("Traceback" in str(line) for line in process.stderr)
-        if reason == "newer database":
-            with sqlite3.connect(site.database) as database:
-                assert database.execute("SELECT version_num FROM schema_version").fetchall() == [("9999",)]
-            database.close()
+        holder = SqliteStore(site.file)
+        await refused_start(process, "in use by another process")
+        holder.close()
+
+
+async def test_a_port_that_is_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
+    """After the database was opened."""
+    async with open_process(tmp_path) as (site, process):
+        with socket.create_server(("127.0.0.1", 0)) as holder:
+            site.port = holder.getsockname()[1]
+            await refused_start(process, "Cannot listen on")
+
+
+async def test_a_newer_database_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """And it is not touched."""
+    async with open_process(tmp_path) as (site, process):
+        site.database.make()
+        site.database.query("UPDATE schema_version SET version_num = '9999'")
+        site.database.query("UPDATE meta SET value = '9999' WHERE key = 'oldest_schema'")
+        await refused_start(process, "a newer one")
+        assert site.database.query("SELECT version_num FROM schema_version") == [("9999",)]

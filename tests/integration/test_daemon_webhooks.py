@@ -14,6 +14,8 @@ from sfu_delegate.sandbox.sfu import DeliveryFaults
 
 from tests.integration.daemon import SFU_KEY, SFU_SECRET, Answer, Participant, Site, broken_database, inputs_seen, open_site, until
 
+pytestmark = pytest.mark.usefixtures("database")
+
 
 def body(event: str, who: Participant, sid: str = "PA_one", **more: Any) -> bytes:
     """A webhook as LiveKit makes it, or nearly."""

@@ -14,10 +14,22 @@ import pytest
 from aiohttp import web
 from sfu_delegate.sandbox.homeserver import End
 
+from tests import stores
 from tests.integration.daemon import merged, until
 from tests.integration.element_call import PATIENT, ROOM, Call, ElementCall, Mode, hashed, open_call
 
-both_modes = pytest.mark.parametrize("mode", list(Mode))
+pytestmark = pytest.mark.usefixtures("database")
+
+# The database does not see the mode: on PostgreSQL, one of them is enough for every day.
+both_modes = pytest.mark.parametrize(
+    ("database", "mode"),
+    [
+        pytest.param(kind, mode, marks=[pytest.mark.slow] if kind == "postgresql" and mode is not Mode.COMPATIBILITY else [])
+        for kind in stores.KINDS
+        for mode in Mode
+    ],
+    indirect=["database"],
+)
 
 
 @asynccontextmanager
@@ -252,6 +264,7 @@ async def test_a_reload_that_takes_long(tmp_path: Path, mode: Mode) -> None:
         await hang_up(call)
 
 
+@stores.slow_on_postgresql
 @pytest.mark.parametrize("how", ["closed", "killed"])
 async def test_back_with_a_membership_of_its_own(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another member id it is another participant and another membership: what the new one does keeps the old one's goodbye from nothing."""

@@ -188,7 +188,7 @@ async def impatient(site: Site, seconds: float) -> None:
 @contextmanager
 def locked(site: Site) -> Iterator[None]:
     """Somebody else writes to the database and does not come to an end."""
-    other = sqlite3.connect(site.database, isolation_level=None)
+    other = sqlite3.connect(site.file, isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")
         yield
@@ -320,11 +320,11 @@ async def test_a_database_that_is_damaged_while_it_is_used(tmp_path: Path) -> No
         alice, bob = await site.participant(), await site.participant("bob")
         given, other = await site.in_call(alice), await site.in_call(bob)
         backup = tmp_path / "backup.db"
-        with sqlite3.connect(f"file:{site.database}?mode=ro", uri=True) as source, sqlite3.connect(backup) as target:
+        with sqlite3.connect(f"file:{site.file}?mode=ro", uri=True) as source, sqlite3.connect(backup) as target:
             source.backup(target)
         source.close()
         target.close()
-        await damage(site, lambda: overwrite(site.database, PAGE))
+        await damage(site, lambda: overwrite(site.file, PAGE))
         assert (await site.delegate(await site.participant("carol"))).status == 503
         await a_departure_is_refused(site, alice)
         await readiness(site, 503, "damaged", "restore the last backup")
@@ -332,8 +332,8 @@ async def test_a_database_that_is_damaged_while_it_is_used(tmp_path: Path) -> No
         assert site.event(alice).end is End.PENDING
         await site.stop()
         for name in ("", "-wal", "-shm"):
-            site.database.with_name(site.database.name + name).unlink(missing_ok=True)
-        os.replace(backup, site.database)
+            site.file.with_name(site.file.name + name).unlink(missing_ok=True)
+        os.replace(backup, site.file)
         await site.start()
         await site.ended(alice)
         assert await site.outcomes(given) == ["sent"]
@@ -346,7 +346,7 @@ async def test_a_database_that_is_damaged_in_part_is_not_taken_for_a_sound_one(t
     """What does not need the damaged part would still work: one good transaction does not mean that all is well, and is no news each time."""
     async with open_site(tmp_path, timeouts={"shutdown": "200ms"}) as site:
         given = await site.in_call(await site.participant())
-        await damage(site, lambda: overwrite_page_of(site.database, index))
+        await damage(site, lambda: overwrite_page_of(site.file, index))
         for n in range(2):
             assert (await site.delegate(await site.participant(f"p{n}"))).status == 503
             await site.ask("GET", f"/v1/delegations/{given['id']}", token=given["management_token"])
@@ -367,22 +367,22 @@ async def test_a_start_with_a_damaged_database(tmp_path: Path, part: str) -> Non
         await site.stop()
         match part:
             case "head":
-                overwrite(site.database, 0, 16)
+                overwrite(site.file, 0, 16)
             case "first page":
-                overwrite(site.database, 100, PAGE)
+                overwrite(site.file, 100, PAGE)
             case "all but the first page":
-                overwrite(site.database, PAGE)
+                overwrite(site.file, PAGE)
             case "end":
-                with site.database.open("r+b") as file:
+                with site.file.open("r+b") as file:
                     file.truncate(3 * PAGE)
             case "a text":
-                site.database.write_text("Delegations are elsewhere.\n" * 400)
+                site.file.write_text("Delegations are elsewhere.\n" * 400)
             case table:
-                overwrite_page_of(site.database, table)
-        size = site.database.stat().st_size
+                overwrite_page_of(site.file, table)
+        size = site.file.stat().st_size
         with pytest.raises(CannotStart, match=r"stop the daemon, restore the last backup|check the key `database`"):
             await Daemon(site.config()).start()
-        assert site.database.stat().st_size >= size
+        assert site.file.stat().st_size >= size
 
 
 # ── hung ──
@@ -476,7 +476,7 @@ cli.app()
 async def test_a_process_ends_though_its_database_hangs_for_ever(tmp_path: Path, when: str) -> None:
     """After SIGTERM nobody needs to kill it; the log says why its exit code is 1."""
     async with open_site(tmp_path, started=False, timeouts={"shutdown": "100ms"}) as site:
-        file, hangs = tmp_path / "sfu-delegate.yaml", site.database.with_name(site.database.name + ".hangs")
+        file, hangs = tmp_path / "sfu-delegate.yaml", site.file.with_name(site.file.name + ".hangs")
         file.touch(mode=0o600)
         file.write_text(yaml.safe_dump(merged(site.mapping(), {"log": {"format": "json", "level": "debug"}})))
         if when == "at the start":
@@ -493,7 +493,7 @@ async def test_a_process_ends_though_its_database_hangs_for_ever(tmp_path: Path,
                     async with site.http.get(f"http://{json.loads(line)['admin']}/health/ready") as ready:
                         assert "does not answer" in (await ready.json())["database"]
                 else:
-                    await until((tmp_path / f"{site.database.name}-wal").exists, "the database is opened")
+                    await until((tmp_path / f"{site.file.name}-wal").exists, "the database is opened")
                 process.terminate()
                 _, log = await process.communicate()
             assert process.returncode == 1
@@ -503,6 +503,7 @@ async def test_a_process_ends_though_its_database_hangs_for_ever(tmp_path: Path,
                 process.kill()
 
 
+@pytest.mark.usefixtures("database")
 async def test_a_hung_sfu_stalls_nothing_that_does_not_need_it(tmp_path: Path) -> None:
     """It answers no look: who was removed is told of at once, who stays is restarted, and who delegates is verified."""
     changes: dict[str, Any] = {
@@ -527,6 +528,7 @@ async def test_a_hung_sfu_stalls_nothing_that_does_not_need_it(tmp_path: Path) -
         assert {(await site.show(one))["state"] for one in waiting} == {"live"}
 
 
+@pytest.mark.usefixtures("database")
 async def test_a_departure_that_a_look_was_to_check_is_not_forgotten_when_the_sfu_hangs(tmp_path: Path) -> None:
     """`CLIENT_INITIATED`: when the SFU cannot be asked, it is over. The others of its room count as connected."""
     async with open_site(tmp_path, sfus={"main": {"request_timeout": "300ms"}}) as site:

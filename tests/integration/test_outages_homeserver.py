@@ -14,9 +14,12 @@ import pytest
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End, HomeserverModel
 from sfu_delegate.sandbox.server import SandboxHomeserver
 
+from tests import stores
 from tests.integration.certificates import Certificates
 from tests.integration.daemon import MATRIX_ROOM, MEMBER, SERVER, Participant, Site, found, merged, open_site, until
 from tests.integration.matrix_stand_in import Conversation, read_request
+
+pytestmark = pytest.mark.usefixtures("database")
 
 OTHER = "other.test"
 SECRET_PLACE = "http://127.0.0.1:9/elsewhere"
@@ -25,7 +28,7 @@ SECRET_PLACE = "http://127.0.0.1:9/elsewhere"
 QUICKER: dict[str, Any] = {
     "delegations": {"verify_timeout": "1s"},
     "timeouts": {"connect": "10s", "request": "10s", "shutdown": "1s"},
-    "actions": {"retry_first": "20ms", "retry_most": "200ms"},
+    "actions": {"retry_first": "20ms", "retry_most": "200ms", "lease": "15s"},
 }
 
 
@@ -325,6 +328,7 @@ def sampled(kinds: Iterable[str], *telling: str) -> list[Any]:
 TELLING = ("502 of a proxy", "HTML with 404", "an error with 200", "more than is read", "moved", "resets", "half an answer", "hangs")
 
 
+@stores.slow_on_postgresql
 @pytest.mark.parametrize("kind", sampled(TROUBLE, *TELLING))
 async def test_trouble_comes_and_goes(tmp_path: Path, kind: str) -> None:
     """Whatever is answered in the homeserver's place: only a Matrix error of the homeserver itself is final."""
@@ -348,6 +352,7 @@ AT_THE_START: dict[str, Conversation] = {
 }
 
 
+@stores.slow_on_postgresql
 @pytest.mark.parametrize("kind", sampled(AT_THE_START, "HTML with 200", "404 without errcode", "hangs", "an object", "features as a list"))
 async def test_trouble_from_the_start(tmp_path: Path, kind: str) -> None:
     """The daemon starts first, and cannot ask what the homeserver can do: what is delegated meanwhile is verified soon after the trouble is over."""
@@ -531,6 +536,7 @@ async def test_recovery_is_no_stampede(tmp_path: Path) -> None:
         assert [len(site.lines(event)) for event in ("homeserver_failed", "homeserver_works_again")] == [1, 1]
 
 
+@stores.slow_on_postgresql
 async def test_a_homeserver_that_fails_now_and_then_does_not_fill_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second request fails, in no order: that is one condition, told now and then, and not two lines for each pair of requests. In the end
     the log says how it is."""

@@ -1,0 +1,104 @@
+"""What one of several instances on a shared database does beside its steps: it keeps to the database's clock, takes over what the others have
+changed, and has everything counted now and then.
+"""
+
+import asyncio
+import os
+import socket
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from sfu_delegate.daemon.clock import SET_IF_BEYOND, Clock
+from sfu_delegate.delegation.model import DelayedEvent
+from sfu_delegate.engine import Engine
+from sfu_delegate.observe.logs import get_logger
+from sfu_delegate.store.base import Census, StoreUnavailable
+
+if TYPE_CHECKING:  # its driver takes memory that nobody needs who has the embedded database
+    from sfu_delegate.store.postgresql import PostgresStore
+
+REFRESH_EVERY = 1.0  # seconds; so much later is what a dead instance had claimed taken over
+REFRESH_PART = 0.1  # of all time at the most, where homeservers are many, or the database is far away
+COUNT_EVERY = 15.0
+COUNT_PART = 0.005  # of all time: a million rows take a second or so
+WATCH_EVERY = 0.25  # … where a client waits for what another instance may do
+
+log = get_logger(__name__)
+
+
+def instance_name(given: str, port: int) -> str:
+    """The name of this instance: the configured one, or what no other has. A process that takes the place of another one should have the same."""
+    if given:
+        return given
+    return f"{socket.gethostname()}:{port or f'pid {os.getpid()}'}"
+
+
+def meet(store: "PostgresStore", clock: Clock) -> bool:
+    """Set the clock by the database's, at the start. False, if that one was set back: times in the database lie in the future."""
+    keep_to(store, clock)
+    seen = store.newest_sign_of_life()
+    return seen is None or seen <= clock() + SET_IF_BEYOND
+
+
+def keep_to(store: "PostgresStore", clock: Clock) -> float:
+    """Follow the database's clock; the seconds by which ours was moved."""
+    asked_at = clock.elapsed()
+    theirs = store.time()
+    return clock.follow(theirs, asked_at, clock.elapsed())
+
+
+class Sharing:
+    """See above. But for `counting`, everything is to be called in the engine's thread."""
+
+    def __init__(self, engine: Engine, store: "PostgresStore", clock: Clock) -> None:
+        self._engine = engine
+        self._store = store
+        self._clock = clock
+        self._next = 0.0  # by `perf_counter`
+        self._count_at = 0.0
+        self._counted: Census | None = None
+        self._others: set[str] = set()
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next `refresh`."""
+        return max(0.0, self._next - perf_counter())
+
+    def refresh(self) -> float | None:
+        """Take over what is new; when the engine wants to step next. Raises StoreUnavailable."""
+        begun = perf_counter()
+        self._next = begun + REFRESH_EVERY
+        moved = keep_to(self._store, self._clock)
+        now = self._clock()
+        if abs(moved) > SET_IF_BEYOND and self._store.times_are_unknown(now, self._engine.policy):
+            log.warning("clock_was_set", seconds=round(moved, 1), consequence="all delayed events are restarted soon: their countdowns are not known")
+        counted, self._counted = self._counted, None
+        if counted is not None:
+            self._engine.recount(counted)
+        wake = self._engine.refresh(now)
+        self._tell_of_others()
+        self._next = max(self._next, begun + (perf_counter() - begun) / REFRESH_PART)
+        return wake
+
+    def _tell_of_others(self) -> None:
+        others = {other.name for other in self._engine.instances}
+        for name in sorted(others - self._others):
+            log.info("instance_appeared", instance=name, instances=len(others) + 1)
+        for name in sorted(self._others - others):
+            log.warning("instance_disappeared", instance=name, instances=len(others) + 1)
+        self._others = others
+
+    def rows(self, delegations: list[str]) -> list[DelayedEvent]:
+        """The rows of some delegations as they are now."""
+        return self._store.peek(delegations)
+
+    async def counting(self) -> None:
+        """Have everything counted again and again, in a thread of its own, until this is cancelled."""
+        while True:
+            await asyncio.sleep(max(COUNT_EVERY, self._count_at))
+            begun = perf_counter()
+            try:
+                self._counted = await asyncio.to_thread(self._store.census)
+            except StoreUnavailable:
+                continue
+            self._count_at = (perf_counter() - begun) / COUNT_PART
