@@ -6,14 +6,18 @@ A user's mistake must never end in a traceback: wrong usage exits with 2, a bad 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from sfu_delegate import __version__
 from sfu_delegate.config import Config, ConfigInvalid, Problem, example, load, warnings
+
+if TYPE_CHECKING:
+    from sfu_delegate.store.copying import Place, Report
 
 DEFAULT_CONFIG = Path("/etc/sfu-delegate/sfu-delegate.yaml")
 
@@ -161,6 +165,161 @@ def import_env(
         typer.echo(f"note: {imported.written} holds the key and its secret. The daemon's user must be able to read it, and nobody else.", err=True)
     _print("Warning", imported.risks, error=True)
     typer.echo(imported.text, nl=False)
+
+
+PasswordFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the password for this one, if it is PostgreSQL.")]
+
+
+@app.command("copy-database", short_help="Move to PostgreSQL, or back.")
+def copy_database(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The database that there is, written as the key `database`.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="The one to fill, without delegations. A file of SQLite need not be there.")],
+    from_password_file: PasswordFile = None,
+    to_password_file: PasswordFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only see whether it can be done; daemons may be at work, and nothing changes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+) -> None:
+    """Copy all that a database holds to another one, and compare the two row by row before the copy is kept: from SQLite to PostgreSQL, back, or
+    between two of the same kind.
+
+    No daemon may be at work with either. TO has everything in the end, or is as it was; FROM is brought to the schema of this version, and otherwise
+    left alone. Passwords can also be given as libpq has them: PGPASSWORD, PGPASSFILE, ~/.pgpass.
+
+    Exits with 0 when it is done (with --dry-run: when it can be), and 1 when not.
+
+    \b
+    Examples:
+      sfu-delegate copy-database --dry-run sqlite:////var/lib/sfu-delegate/sfu-delegate.db postgresql://sfu_delegate@db/sfu_delegate
+      sfu-delegate copy-database --to-password-file /etc/sfu-delegate/postgresql-password \\
+          sqlite:////var/lib/sfu-delegate/sfu-delegate.db postgresql://sfu_delegate@db/sfu_delegate
+      PGPASSWORD=… sfu-delegate copy-database postgresql://sfu_delegate@db/sfu_delegate sqlite:///sfu-delegate.db
+    """
+    from sfu_delegate.daemon.clock import Clock
+    from sfu_delegate.store.copying import CannotCopy, copy
+
+    problems: list[Problem] = []
+    ours = _place("FROM", source, "--from-password-file", from_password_file, problems)
+    theirs = _place("TO", target, "--to-password-file", to_password_file, problems)
+    if ours is None or theirs is None:
+        _print("Problem", problems, error=True)
+        typer.echo(f"copy-database: {_count(problems, 'problem')}; nothing was copied", err=True)
+        raise typer.Exit(2)
+    said: dict[str, object] = {"ok": False, "dry_run": dry_run}
+    try:
+        with _progress() as tell:
+            report = copy(ours, theirs, Clock(), dry_run=dry_run, tell=tell)
+    except CannotCopy as error:
+        if as_json:
+            typer.echo(json.dumps(said | {"problems": error.problems}, indent=2, ensure_ascii=False))
+        else:
+            for sentence in error.problems:
+                typer.echo(f"problem: {sentence}", err=True)
+            typer.echo("copy-database: " + ("it cannot be copied" if dry_run else "it was not copied"), err=True)
+        raise typer.Exit(1) from None
+    steps = [] if dry_run else _after_copying(ours, theirs, target, report)
+    if as_json:
+        said |= {"ok": True, "problems": [], "from": report.source, "to": report.target, "rows": dict(report.rows), "open": report.open}
+        said |= {"with_token": report.tokens, "seconds": round(report.seconds, 3), "notes": report.notes, "next": steps}
+        typer.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"From {report.source}\nto {report.target}:")
+    for table, count in report.rows.items():
+        more = f"  ({report.open} open, {report.tokens} with a client's token)" if table == "delayed_event" else ""
+        typer.echo(f"  {table:<15}{count:>10}{more}")
+    if dry_run:
+        typer.echo(f"It can be copied ({report.seconds:.1f} s to look). Nothing was changed.")
+        return
+    typer.echo(f"Copied, and each row compared, in {report.seconds:.1f} s.\n\nNow:")
+    for number, step in enumerate(steps, 1):
+        typer.echo(f"{number}. {step}")
+
+
+def _place(name: str, url: str, option: str, password_file: Path | None, problems: list[Problem]) -> "Place | None":
+    """A database that was named on the command line; None, and why, if it cannot be one."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from sfu_delegate.config.values import DatabaseUrl, is_postgresql, shown_database
+    from sfu_delegate.store.copying import Postgresql, Sqlite
+
+    try:
+        TypeAdapter(DatabaseUrl).validate_python(url)
+    except ValidationError as invalid:
+        for error in invalid.errors():
+            said = error.get("ctx", {})
+            remedy = str(said.get("remedy")).replace("postgresql.password_file, or postgresql.password", option)
+            problems.append(Problem(name, shown_database(url), str(said.get("problem")), remedy))
+        return None
+    if not is_postgresql(url):
+        if password_file is None:
+            return Sqlite(Path(url.removeprefix("sqlite:///")))
+        problems.append(Problem(option, str(password_file), f"is given, and {name} is SQLite, which has no password", "remove it"))
+        return None
+    remedy = f"Check the user in {name}, and the password: {option} FILE, PGPASSWORD, or ~/.pgpass."
+    if password_file is None:
+        return Postgresql(url, None, remedy)
+    password = _password_in(password_file, option, problems)
+    return None if password is None else Postgresql(url, password, remedy)
+
+
+def _password_in(path: Path, option: str, problems: list[Problem]) -> str | None:
+    from sfu_delegate.config.loading import read_text
+    from sfu_delegate.config.values import odd_character
+
+    text, wrong = read_text(path, option, "the password's file")
+    problems += wrong
+    password = (text or "").strip()
+    if text is not None and not password:
+        problems.append(Problem(option, str(path), "is empty", "put the password into it"))
+    elif odd := odd_character(password):
+        problems.append(Problem(option, str(path), f"has {odd} in it", "put the password into it, in one line, and nothing else"))
+        return None
+    return password or None
+
+
+def _after_copying(ours: "Place", theirs: "Place", target: str, report: "Report") -> list[str]:
+    """What the operator has to do now."""
+    from sfu_delegate.store.copying import Sqlite
+
+    lost = "Without the same encryption keys, clients' management tokens are void" + (
+        f", and {report.tokens} tokens in the database cannot be opened: their delayed events cannot be restarted." if report.tokens else "."
+    )
+    key_file = Path(f"{ours.path}.key") if isinstance(ours, Sqlite) else None
+    if key_file is not None and key_file.exists():
+        place = f"copy it to {theirs.path}.key, with mode 0600" if isinstance(theirs, Sqlite) else "put its content into a file for all instances"
+        named = "" if isinstance(theirs, Sqlite) else ", and name that in `encryption.keys_file`"
+        keys = f"THE ENCRYPTION KEY is in {key_file}, unless `encryption` is configured: {place}{named}. {lost}"
+    else:
+        keys = f"THE ENCRYPTION KEYS stay as they are configured (`encryption.keys`, or `keys_file`). {lost}"
+    password = "" if isinstance(theirs, Sqlite) else ", and `postgresql.password_file` if there is a password"
+    return [
+        keys,
+        f"Set `database: {target}` in the configuration{password}; `sfu-delegate check-config` tells whether all is well.",
+        "Start the daemon. It looks at all rooms: who has left meanwhile is found.",
+        f"Start no daemon with {report.source} any more: what it holds is of the past now.",
+    ]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """What shows how far it is, on a terminal: takes what is being done, how much of it is, and of how much."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell
 
 
 @app.command()
