@@ -172,10 +172,9 @@ class _Work:
                 delegations.add(given.delegation)
         if events or delegations:
             keys.update((key, None) for key in self.tx.rooms_of(events, delegations))
-        if keys:
-            keys.update({(room.sfu, room.name): room for room in self.tx.lock_rooms(keys, made) if (room.sfu, room.name) in keys})
-            self.rooms.update(keys)
-            self.rooms_before.update(keys)
+        keys.update({(room.sfu, room.name): room for room in self.tx.lock_rooms(keys, made) if (room.sfu, room.name) in keys})
+        self.rooms.update(keys)
+        self.rooms_before.update(keys)
 
     def foresee(self, inputs: Sequence[Input]) -> None:
         """Read at once what most inputs ask for one by one: a statement takes as long as several rows."""
@@ -649,7 +648,9 @@ class Engine:
                 if look in self._under_way:
                     self._under_way.discard(look)
                     reach = self._reach(given.sfu)
-                    if reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None, reached=given.reached):
+                    if not given.made:
+                        reach.dropped()
+                    elif reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None, reached=given.reached):
                         self._ask.add(given.sfu)  # what happened while it could not be asked is found out now
                     self._learned.add(given.sfu)
             elif isinstance(given, RoomChanged):
@@ -658,8 +659,15 @@ class Engine:
     def _answer_came(self, given: Answered, now: float) -> None:
         limits = given.verdict is Verdict.LIMITED and not given.alone
         if self.store.shared and not given.alone and (limits or self._pace(given.homeserver).limit is Limit.SOME):
+            counted: list[str] = []
+
+            def count(known: str | None) -> str:
+                counted.append(self._answer_counts(given, now, known))
+                return counted[0]
+
             with suppress(StoreUnavailable):  # then it counts for this instance alone
-                self.store.exchange_pace(given.homeserver, lambda known: self._answer_counts(given, now, known))
+                self.store.exchange_pace(given.homeserver, count)
+            if counted:
                 return
         self._answer_counts(given, now)
 
@@ -667,7 +675,7 @@ class Engine:
         """What an answer says of its homeserver's limit; `known`: what all instances have found out. Returns what they know now."""
         pace = self._pace(given.homeserver)
         if known is not None:
-            pace.adopt(known)
+            pace.adopt(known, now)
         if given.verdict is Verdict.LIMITED and not given.alone:
             pace.refused(given.sent_at, given.retry_after, now)
             self._replan.add(given.homeserver)
@@ -826,7 +834,7 @@ class Engine:
         room = work.room(look.sfu, look.room)
         if room is None or not room.claimed or room.claim != look.claim:
             return Touched(0)
-        if look.participants is None and self.store.shared and self._reach(look.sfu).outvoted(work.now):
+        if not look.made or (look.participants is None and self.store.shared and self._reach(look.sfu).outvoted(work.now)):
             work.put_room(look.sfu, look.room, room._replace(claimed=False, due=work.now))
             return Touched(0)
         if look.participants is None and not room.failures and self._reach(look.sfu).outdated(look.sent_at):
@@ -1037,6 +1045,8 @@ class Engine:
         row = work.get(answer.event)
         if row is None:
             return Touched(0)
+        if answer.sent_at > work.now:  # the clock was set back meanwhile
+            answer = answer._replace(sent_at=work.now)
         new = self._advance(work, row, answer)
         if new.verified_at is not None and row.verified_at is None:
             self._supersede_others(work, new)
@@ -1085,7 +1095,7 @@ class Engine:
     def _claim_from_all(self, work: _Work, homeserver: str, fresh: Sequence[DelayedEvent], tasks: list[Task], known: str | None) -> str:
         pace = self._pace(homeserver)
         if known is not None:
-            pace.adopt(known)
+            pace.adopt(known, work.now)
         new = self._claim_at(work, homeserver, fresh)
         for task in new:
             if task.token is None:
@@ -1254,6 +1264,8 @@ class Engine:
             self._schedule_looks(work)
         for sfu, reach in failing:
             due = sorted(self._due_rooms(work, sfu, ROOMS_A_STEP), key=_probed_first)
+            if self.store.shared and not due:
+                self._busy_elsewhere.add(sfu)
             # The first of them is for the look that tries whether it works again.
             for room in due[1:] if reach.free(work.now, self.policy) else due:
                 self._conclude(work, room, Looked(sfu, room.name, room.claim, work.now, None, NOT_ASKED))
@@ -1343,7 +1355,7 @@ class Engine:
             elif self._limited(homeserver):
                 pace.reset(Limit.SOME)
             if homeserver in self._shared_paces:
-                pace.adopt(self._shared_paces[homeserver])
+                pace.adopt(self._shared_paces[homeserver], self._now)
         return pace
 
     def _reach(self, sfu: str) -> Reach:
@@ -1410,6 +1422,7 @@ class Engine:
         self._load.pop(homeserver, None)
         self._plans.pop(homeserver, None)
         self._replan.discard(homeserver)
+        self._shared_paces.pop(homeserver, None)
         pace = self._paces.get(homeserver)
         if pace is not None and not pace.in_flight and pace.blocked_until <= self._now:
             del self._paces[homeserver], self._was_exempt[homeserver]
@@ -1440,12 +1453,25 @@ class Engine:
         self._shared_paces |= news.paces
         for homeserver, known in news.paces.items():
             if homeserver in self._paces:
-                self._paces[homeserver].adopt(known)
+                self._paces[homeserver].adopt(known, now)
         # Deadlines that others have added.
         self._replan |= {homeserver for homeserver in self._plans if self._pace(homeserver).limit is Limit.SOME}
         self.instances = news.instances
         self._cover(now)
         return now if self._ask else self._wake(now)
+
+    def clock_moved(self, by: float, now: float) -> None:
+        """The clock that all follow was set: what is in memory was of another time. What is in the store, the store is told of by itself."""
+        self._now, self._stepped_at, self._told_at = now, -inf, -inf
+        self._told.clear()
+        self._replan |= self._plans.keys()
+        self._plans.clear()
+        self._waiting.clear()
+        for pace in self._paces.values():
+            pace.clock_moved(now)
+        for reach in list(self._reaches.values()):
+            reach.clock_moved(by)
+        self._kept_alive.clear()
 
     def _resolve_doubts(self, now: float) -> None:
         """What others have confirmed, or ended, is in doubt no more."""
@@ -1464,7 +1490,7 @@ class Engine:
             return
         if self._joined_at is None:
             self._joined_at = now
-        if any(other.alive_at > self._joined_at for other in self.instances):
+        if any(other.started_at < self._joined_at < other.alive_at for other in self.instances):
             self._was_covered = True
         elif not self.instances or now >= self._joined_at + COVERED_WITHIN:
             self._was_covered = True

@@ -173,7 +173,7 @@ class Actions:
     async def _look(self, task: Task) -> None:
         sent_at = self._clock()
         if task.lease_ends <= sent_at:
-            self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, None, "its lease had ended before it was begun"))
+            self._hand_in(Looked(task.sfu, task.room, task.claim, sent_at, None, "its lease had ended before it was begun", made=False))
             return
         participants, trouble, reached = await self._participants(task.sfu, task.room)
         self._observer.look(task.sfu, "failed" if participants is None else "done", self._clock() - sent_at)

@@ -32,7 +32,8 @@ BROKEN_PAUSE = 0.2  # before the next try when the database does not work
 PATIENCE = 5.0  # seconds that an answer waits for a database that hangs: LiveKit 1.13 itself waits without limit, and a room's webhooks with it
 TICKS = 5  # … in so many parts
 IDLE_AFTER = 1.0  # without work, before housekeeping
-SURVEY_EVERY = 5.0  # how often the backlog is counted
+SURVEY_EVERY = 5.0  # how often the backlog is counted …
+SURVEY_PART = 0.02  # … and of all time at the most: a large one takes its time
 LONGEST_SLEEP = 5.0
 LINGER = 0.25  # seconds that answers of homeservers wait for company: nobody waits for them, and alone each would cost a durable commit
 LINGER_CROWDED = 0.02  # … where something waits for the places that they free, unless half of the places are free before
@@ -123,6 +124,7 @@ class Inbox:
         self._stopping = False
         self._flushed = False
         self._surveyed = 0.0
+        self._survey_pause = SURVEY_EVERY
         self._missed = False  # webhooks were refused: LiveKit tries again for 15 s at the most
         self._progress = 0  # steps that have come to an end
         self._hung: str | None = None  # what is told to whoever comes while the present step does not end
@@ -299,7 +301,9 @@ class Inbox:
             return await self.in_thread(self._sharing.refresh)
         except StoreUnavailable as error:
             self._broken(error)
-            return wake
+        except Exception as error:  # a defect of ours must not stop the daemon
+            log.error("refresh_failed", error=type(error).__name__, at=frames(error))
+        return wake
 
     async def _watch_others(self) -> None:
         """Clients that wait for their delegation to be confirmed are told also what other instances have done."""
@@ -310,9 +314,13 @@ class Inbox:
             if not self._watches:
                 continue
             names = list(self._watches)
-            with suppress(StoreUnavailable):
+            try:
                 for row in await self.in_thread(lambda names=names: sharing.rows(names)):  # type: ignore[misc]
                     self._saw(row)
+            except StoreUnavailable:
+                continue
+            except Exception as error:
+                log.error("watching_failed", error=type(error).__name__, at=frames(error))
 
     def _saw(self, row: DelayedEvent) -> None:
         for watch in self._watches.get(row.delegation, ()):
@@ -355,10 +363,11 @@ class Inbox:
             self._broken(error)
 
     async def _survey(self) -> None:
-        now = self._clock()
+        now, begun = self._clock(), perf_counter()
         self._surveyed = now
         self._observer.backlog(await self.in_thread(lambda: self._engine.backlog(now)), now)
         self._observer.forecast(*await self.in_thread(lambda: (self._engine.forecast(now), dict(self._engine.rates()))))
+        self._survey_pause = max(SURVEY_EVERY, (perf_counter() - begun) / SURVEY_PART)
 
     async def _step(self, batch: Sequence[Waiting]) -> float | None:
         begun = perf_counter()
@@ -391,7 +400,7 @@ class Inbox:
         try:
             if self._engine.store.is_log_large:
                 await self.in_thread(self._engine.store.checkpoint)
-            if now - self._surveyed >= SURVEY_EVERY:
+            if now - self._surveyed >= self._survey_pause:
                 await self._survey()
         except StoreUnavailable as error:
             self._broken(error)

@@ -195,6 +195,7 @@ class Daemon:
         self._public: Listener | None = None
         self._admin: web.AppRunner | None = None
         self._phase = Phase.STARTING
+        self._probe: asyncio.Future[None] | None = None
         self.public_port = 0
         self.admin_port = 0
 
@@ -309,7 +310,7 @@ class Daemon:
         trouble = self.inbox.trouble or ""  # one more write may work where a transaction does not
         try:
             async with asyncio.timeout(within):
-                await self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark))
+                await asyncio.shield(self._probed())
         except StoreUnavailable as error:
             trouble = str(error)
         except TimeoutError:
@@ -320,6 +321,13 @@ class Daemon:
         homeservers |= {name: problem for (kind, name), problem in conditions.items() if kind == "homeserver" and problem}
         sfus = {name: conditions.get(("sfu", name)) for name in self.config.sfus}
         return Readiness(self._phase, trouble, homeservers, sfus)
+
+    def _probed(self) -> "asyncio.Future[None]":
+        """One write, under way for all who ask: those who have given up would otherwise leave theirs in the way of steps."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.ensure_future(self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark)))
+            self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
+        return self._probe
 
     def _label(self, homeserver: str) -> str:
         rule = self.homeservers.rule_for(homeserver)

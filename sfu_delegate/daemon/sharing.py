@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sfu_delegate.daemon.clock import SET_IF_BEYOND, Clock
 from sfu_delegate.delegation.model import DelayedEvent
 from sfu_delegate.engine import Engine
-from sfu_delegate.observe.logs import get_logger
+from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.store.base import Census, StoreUnavailable
 
 if TYPE_CHECKING:  # its driver takes memory that nobody needs who has the embedded database
@@ -58,6 +58,7 @@ class Sharing:
         self._count_at = 0.0
         self._counted: Census | None = None
         self._others: set[str] = set()
+        self._unsure = False  # the clock was set, and what is stored is not yet brought into line
 
     @property
     def pause(self) -> float:
@@ -70,8 +71,13 @@ class Sharing:
         self._next = begun + REFRESH_EVERY
         moved = keep_to(self._store, self._clock)
         now = self._clock()
-        if abs(moved) > SET_IF_BEYOND and self._store.times_are_unknown(now, self._engine.policy):
+        if abs(moved) > SET_IF_BEYOND:
             log.warning("clock_was_set", seconds=round(moved, 1), consequence="all delayed events are restarted soon: their countdowns are not known")
+            self._engine.clock_moved(moved, now)
+            self._unsure = True
+        if self._unsure:  # each instance by itself: until it has noticed, it writes times of the old clock
+            self._store.times_are_unknown(now, self._engine.policy)
+            self._unsure = False
         counted, self._counted = self._counted, None
         if counted is not None:
             self._engine.recount(counted)
@@ -100,5 +106,8 @@ class Sharing:
             try:
                 self._counted = await asyncio.to_thread(self._store.census)
             except StoreUnavailable:
+                continue
+            except Exception as error:
+                log.error("counting_failed", error=type(error).__name__, at=frames(error))
                 continue
             self._count_at = (perf_counter() - begun) / COUNT_PART

@@ -276,6 +276,7 @@ class Looked:
     participants: tuple[Listed, ...] | None
     error: str = ""
     reached: bool = False  # it did answer, and refused to say anything
+    made: bool = True  # False: its lease had ended before it could be sent, and nothing is known
     doubtful: bool = False  # the engine knows of a reason why absences prove nothing
     doubted_until: float = 0.0  # … or knew of one until then
     finished: bool = False  # the room was told to be over

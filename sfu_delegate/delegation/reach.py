@@ -11,8 +11,8 @@ NONSENSE = 86400.0
 LAG_OVER = 300.0
 """Seconds over which the least lag of webhooks is looked for, and as long again in which it is remembered."""
 
-OTHERS_COUNT = 60.0
-"""Seconds for which another instance's answered look shows that the SFU can be asked: longer than the pauses between two, where a room is there."""
+OTHERS_COUNT = 240.0
+"""Seconds for which another instance's answered look shows that the SFU can be asked: longer than the pauses between two looks at a quiet room."""
 
 
 @dataclass(slots=True)
@@ -44,6 +44,19 @@ class Reach:
 
     vote_again_at: float = 0.0  # when it is tried again, though others can ask it
     others_at: float = -inf  # when the latest of the looks was sent that another instance of the daemon made, and that were answered
+
+    def dropped(self) -> None:
+        """A look was not made after all."""
+        self.in_flight = max(0, self.in_flight - 1)
+        self.probing = False
+
+    def clock_moved(self, by: float) -> None:
+        """All times are later by so many seconds."""
+        for name in ("probe_at", "heard_at", "opened_at", "answered_at", "others_at", "vote_again_at", "failed_since", "recovered_at"):
+            setattr(self, name, getattr(self, name) + by)
+        if self.failing_since is not None:
+            self.failing_since += by
+        self.lag = self._lag_before = None  # of webhooks: that is learned again
 
     def overheard(self, heard_at: float, answered_at: float, several_nodes_at: float | None) -> None:
         """What any of the instances has heard of it."""
@@ -118,7 +131,9 @@ class Reach:
 
     def lost(self, sfu: str, now: float, policy: Policy) -> bool:
         """Has it neither answered nor sent a webhook for so long that it counts as lost? Not before it was asked a few times, also after a start."""
-        return self.open(policy) and self.failing_since is not None and now >= max(self.failing_since, self.heard_at) + policy.lost(sfu)
+        if not self.open(policy) or self.failing_since is None:
+            return False
+        return now >= max(self.failing_since, self.heard_at, self.others_at) + policy.lost(sfu)
 
     def is_late(self, created_at: float, now: float, after: float) -> bool:
         """Did a webhook, made at `created_at` by the SFU's clock, take much longer than others? The two clocks may differ by any amount."""

@@ -360,20 +360,45 @@ class Pace:
             }
         )
 
-    def adopt(self, text: str) -> None:
-        """Take over what `shared` gave, perhaps from another process; nothing, where the operator says that there is no limit."""
+    def adopt(self, text: str, now: float) -> None:
+        """Take over what `shared` gave, perhaps from another process; nothing, where the operator says that there is no limit, or where it cannot be
+        read: another version may say it in another way."""
         if self.exempt:
             return
-        known = json.loads(text)
         was = self.limit
-        self.limit, self.rate, self.burst = Limit(known["limit"]), known["rate"], known["burst"]
-        self._tokens, self._tokens_at, self.blocked_until = known["tokens"], known["tokens_at"], known["blocked_until"]
-        self._refused_at, self._streak, self._surprises = known["refused_at"], known["streak"], known["surprises"]
-        self._successes, self._total = known["successes"], known["total"]
-        self._marks = deque((tuple(mark) for mark in known["marks"]), maxlen=self._marks.maxlen)
-        self._begun = deque(known["begun"], maxlen=self._begun.maxlen)
+        try:
+            known = json.loads(text)
+            limit, rate, burst = Limit(known["limit"]), float(known["rate"]), float(known["burst"])
+            bucket = float(known["tokens"]), float(known["tokens_at"]), float(known["blocked_until"])
+            refusals = float(known["refused_at"]), int(known["streak"]), int(known["surprises"])
+            counts = int(known["successes"]), int(known["total"])
+            marks = [(float(at), int(total)) for at, total in known["marks"]]
+            begun = [float(at) for at in known["begun"]]
+        except (ValueError, TypeError, KeyError):
+            return
+        self.limit, self.rate, self.burst = limit, max(rate, 1 / LONGEST_BLOCK), max(1.0, burst)
+        self._tokens, self._tokens_at, self.blocked_until = bucket
+        self._refused_at, self._streak, self._surprises = refusals
+        self._successes, self._total = counts
+        self._marks, self._begun = deque(marks, maxlen=self._marks.maxlen), deque(begun, maxlen=self._begun.maxlen)
+        self._not_later_than(now)
         if self.limit is Limit.SOME and was is not Limit.SOME:
             self.width, self._widening = min(self.width, LIMITED_WIDTH), 0
+
+    def _not_later_than(self, now: float) -> None:
+        """Times of a clock that was set back since are of no use: a bucket would not fill until it is as late again."""
+        if self._tokens_at > now or self._refused_at > now or self.blocked_until > now + LONGEST_BLOCK:
+            self._tokens_at, self._refused_at = min(self._tokens_at, now), min(self._refused_at, now)
+            self.blocked_until = min(self.blocked_until, now + LONGEST_BLOCK)
+            self._marks.clear()
+            self._begun.clear()
+
+    def clock_moved(self, now: float) -> None:
+        """The clock was set, and `now` is what it says: whatever waited for a time is tried."""
+        self._not_later_than(now)
+        self.blocked_until = min(self.blocked_until, now)
+        self._last_try_at = min(self._last_try_at, now)
+        self._down = {True: _Down(), False: _Down()}
 
     def reset(self, limit: Limit) -> None:
         """The configuration says something else now: what was learned is of the past."""

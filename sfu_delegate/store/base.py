@@ -244,8 +244,8 @@ class Store(Protocol):
     def peek(self, delegations: Sequence[str]) -> list[DelayedEvent]:
         """The rows of some delegations as they are now. Locks nothing. Raises StoreUnavailable."""
 
-    def times_are_unknown(self, now: float, policy: Policy) -> bool:
-        """The clock of the database was set: all countdowns count as unknown. False if another instance has seen to that. Raises StoreUnavailable."""
+    def times_are_unknown(self, now: float, policy: Policy) -> None:
+        """The clock of the database was set: all countdowns count as unknown, and no time is later than now. Raises StoreUnavailable."""
 
     @property
     def is_log_large(self) -> bool:

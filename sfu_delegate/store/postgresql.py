@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from operator import itemgetter
@@ -65,8 +66,13 @@ TRIES = 12  # of a transaction that has to begin anew
 PAUSE = 0.02  # seconds at the most, until one that conflicted with another begins anew
 UNSEEN = 10.0  # seconds for which a change may not be seen after the time that it is stamped with
 AWAY = 1.0  # seconds at the most between two tries to connect
+HINTS = 20_000  # rows of a backlog that are known to come next
+HINTS_HOLD = 1.0  # seconds, or five times as long as it took to find them
+BACKLOG_TAKES = 0.01  # seconds to look through a backlog, from which on it is worth it
 CHUNK = 1000  # rows that are changed in one transaction by what changes all of them
 DEAD_AFTER = 10.0  # seconds without a sign of life
+COUNTING_HANGS_AFTER = 120.0
+PACES_KEPT = 30 * 86_400.0  # seconds that what was learned of a homeserver's limit is kept without being used
 FORGOTTEN_AFTER = 86_400.0  # … and an instance is not listed any more
 # Seconds. They bound what one instance can do to the others, and what the server can do to all, and are below the shortest lease.
 IDLE_IN_TRANSACTION = 3
@@ -87,6 +93,14 @@ _first = itemgetter(0)
 _OF_ONE_INPUT = (psycopg.DataError, psycopg.IntegrityError, psycopg.NotSupportedError)
 # The transaction can simply be made again.
 _AGAIN = (errors.SerializationFailure, errors.DeadlockDetected, errors.UniqueViolation)
+
+
+class _Passed(Exception):
+    """What went wrong is not the second connection's matter."""
+
+    def __init__(self, error: Exception):
+        super().__init__(type(error).__name__)
+        self.error = error
 
 
 class Again(Exception):
@@ -149,6 +163,11 @@ def _todo(*more: Any) -> str:
 
 
 _TODO, _TODO_IN_TIME, _TODO_HARMED = _todo(), _todo(statements.IN_TIME), _todo(statements.HARMED)
+_DUE_IDS, _DUE_IDS_IN_TIME, _DUE_IDS_HARMED = (
+    _sql(statements.due_ids(*more), *("abcc" if more else "abc"), "d") for more in ((), (statements.IN_TIME,), (statements.HARMED,))
+)
+_OF_HINTS = f"{_EVENT} WHERE e.id = ANY(%s::bigint[]) AND e.homeserver = %s AND e.lane = %s AND e.due <= %s"
+_OF_HINTS_END = " ORDER BY e.harm LIMIT %s FOR NO KEY UPDATE OF e SKIP LOCKED"
 _NEXT_DUE = _sql(statements.NEXT_DUE, *("a" for _ in Lane))
 _ROOMS_DUE = f"{_ROOM} WHERE r.sfu = %s AND r.routine = %s AND r.due <= %s ORDER BY r.due LIMIT %s FOR NO KEY UPDATE OF r SKIP LOCKED"
 _NEXT_ROOM_DUE = _sql(statements.NEXT_ROOM_DUE, "a", "b")
@@ -245,13 +264,14 @@ _FORGET_TIMES = (
     "WHERE e.id = w.id RETURNING e.id"
 )
 _FORGET_ROOM_TIMES = (
-    "UPDATE room SET due = CASE WHEN due IS NULL THEN NULL ELSE %(now)s END, looked_at = least(looked_at, %(now)s), asked = NULL, "
-    "doubt_until = least(doubt_until, %(now)s + %(doubt)s)"
+    "UPDATE room r SET due = CASE WHEN r.due IS NULL THEN NULL ELSE %s END, looked_at = least(r.looked_at, %s), asked = NULL, "
+    "doubt_until = least(r.doubt_until, %s) "
+    "FROM (SELECT sfu, name FROM room WHERE (sfu, name) > (%s, %s) ORDER BY sfu, name LIMIT %s FOR NO KEY UPDATE) w "
+    "WHERE r.sfu = w.sfu AND r.name = w.name RETURNING r.sfu, r.name"
 )
-_CLOCK_SET = (
-    "INSERT INTO meta AS m (key, value) VALUES ('clock_set', %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value "
-    "WHERE abs(m.value::float8 - excluded.value::float8) > 60"
-)
+_FORGET_SFU_TIMES = "UPDATE sfu SET heard_at = least(heard_at, %(now)s), answered_at = least(answered_at, %(now)s)"
+_WRITTEN = "INSERT INTO meta (key, value) VALUES ('written', '') ON CONFLICT (key) DO UPDATE SET value = '' RETURNING 1"
+_FORGET_PACES = "DELETE FROM pace WHERE changed_at < %s"
 
 
 class PostgresTransaction:
@@ -284,6 +304,8 @@ class PostgresTransaction:
         rooms = [room_of(values) for values in self._fetch(_LOCK_ROOMS, _transposed(keys))]
         self._locked.update(keys)
         self._there.update((room.sfu, room.name) for room in rooms)
+        for sfu, name in _storable(self._more):  # perhaps it was one of its events that somebody had
+            self._fetch(_OF_ROOM, (sfu, name, State.DONE.value))
         return rooms
 
     def rooms_of(self, events: Collection[int], delegations: Collection[str]) -> list[RoomKey]:
@@ -363,9 +385,35 @@ class PostgresTransaction:
         return rows[0] if rows else None
 
     def todo(self, homeserver: str, lane: Lane, limit: int, now: float, *, harmed: bool | None = None) -> list[DelayedEvent]:
+        key = (homeserver, lane, harmed)
+        rows = self._hinted(key, limit, now)
+        if rows:
+            return rows
         # Others may be about to take the first of them.
-        parameters = [homeserver, lane.value, now, *([] if harmed is None else [now]), 4 * limit + 64, lane.value, now, limit]
-        return self._events(_TODO if harmed is None else _TODO_HARMED if harmed else _TODO_IN_TIME, parameters)
+        found = [homeserver, lane.value, now, *([] if harmed is None else [now])]
+        begun = time.monotonic()
+        rows = self._events(_TODO if harmed is None else _TODO_HARMED if harmed else _TODO_IN_TIME, [*found, 4 * limit + 64, lane.value, now, limit])
+        if len(rows) >= limit and time.monotonic() - begun > BACKLOG_TAKES:
+            sql = _DUE_IDS if harmed is None else _DUE_IDS_HARMED if harmed else _DUE_IDS_IN_TIME
+            taken = {row.id for row in rows}
+            ids = [id for (id,) in self._fetch(sql, [*found, HINTS]) if id not in taken]
+            self._store.hints[key] = (now + max(HINTS_HOLD, 5 * (time.monotonic() - begun)), ids[::-1])
+        return rows
+
+    def _hinted(self, key: tuple[str, Lane, bool | None], limit: int, now: float) -> list[DelayedEvent]:
+        """Of a large backlog, those that come next, as they were found lately: to look for the most urgent ones all of it has to be read."""
+        until, ids = self._store.hints.get(key, (-math.inf, []))
+        if not ids or now > until:
+            self._store.hints.pop(key, None)
+            return []
+        homeserver, lane, harmed = key
+        some = [ids.pop() for _ in range(min(len(ids), limit + 16))]
+        harm = "" if harmed is None else " AND (e.harm <= %s OR e.harm IS NULL)" if harmed else " AND e.harm > %s"
+        parameters = [some, homeserver, lane.value, now, *([] if harmed is None else [now]), limit]
+        rows = self._events(_OF_HINTS + harm + _OF_HINTS_END, parameters)
+        taken = {row.id for row in rows}
+        ids.extend(id for id in reversed(some) if id not in taken and len(rows) >= limit)
+        return rows
 
     def next_due(self, homeserver: str) -> float | None:
         self.flush()
@@ -526,6 +574,12 @@ def _storable(keys: Collection[T]) -> list[T]:
     return sorted(key for key in keys if not any("\0" in part for part in key))  # type: ignore[attr-defined, type-var]
 
 
+def _run(sql: str, parameters: Any, tx: Transaction) -> list[Any]:
+    """A transaction of one statement."""
+    assert isinstance(tx, PostgresTransaction)  # noqa: S101 — for the type checker
+    return tx.run(sql, parameters)
+
+
 def _lock_key(key: RoomKey) -> int:
     """A number for a name."""
     digest = blake2b("\0".join(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -533,10 +587,13 @@ def _lock_key(key: RoomKey) -> int:
 
 
 class _Watch:
-    """Cuts the connection of a transaction that takes longer than HANGS_AFTER. The server has time-outs of its own, but not for everything, and none
-    when it is stopped itself; and the driver waits for it without end."""
+    """Cuts the connection of a transaction that takes longer than `limit` seconds.
 
-    def __init__(self) -> None:
+    The server has time-outs of its own, but not for everything, and none when it is stopped itself; and the driver waits for it without end.
+    """
+
+    def __init__(self, limit: Callable[[], float]) -> None:
+        self._limit = limit
         self._busy: list[tuple[float, psycopg.Connection[Any]]] = []  # transactions under way: one, or another one within it
         self._depths: list[int] = []
         self._lock = threading.Lock()
@@ -561,10 +618,10 @@ class _Watch:
         return connection
 
     def _run(self) -> None:
-        while not self._closed.wait(HANGS_AFTER / 12):
+        while not self._closed.wait(self._limit() / 12):
             with self._lock:
                 for since, connection in self._busy:
-                    if time.monotonic() > since + HANGS_AFTER:
+                    if time.monotonic() > since + self._limit():
                         _cut(connection)
 
     def close(self) -> None:
@@ -596,11 +653,13 @@ class PostgresStore:
         self._address = address
         self._connect_timeout = math.ceil(connect_timeout)
         self._random = Random()  # noqa: S311 — for pauses
-        self._watch = _Watch()
+        self._watch = _Watch(lambda: HANGS_AFTER)
+        self._counting = _Watch(lambda: COUNTING_HANGS_AFTER)
         self._pool: QueuePool = QueuePool(self._connected_anew, pool_size=CONNECTIONS, max_overflow=0, reset_on_return=None)
         self._main: Any = None
         self._side: Any = None
         self._ids: Iterator[int] = iter(())
+        self.hints: dict[tuple[str, Lane, bool | None], tuple[float, list[int]]] = {}  # until when, and the most urgent last; see `todo`
         self._away: psycopg.Error | None = None  # the last connection that could not be made …
         self._lost: tuple[str, str] | None = None  # the host and port of the connection that was lost last
         self._away_until = 0.0  # … and until when no other is tried
@@ -646,7 +705,7 @@ class PostgresStore:
             f"SET statement_timeout = '{STATEMENT_TIMEOUT}s'; SET default_transaction_isolation = 'read committed'; "
             # All that is asked for has an index; statistics that are not yet there must not lead to anything else.
             "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET plan_cache_mode = force_generic_plan; "
-            "SET jit = off",
+            "SET jit = off; SET max_parallel_workers_per_gather = 0",
             prepare=False,
         )
         (kept,) = connection.execute("SHOW synchronous_commit").fetchone() or ("on",)
@@ -858,7 +917,7 @@ class PostgresStore:
             bound = self._pool.connect()
             try:
                 connection: psycopg.Connection[Any] = bound.driver_connection  # type: ignore[assignment]
-                with connection.transaction(), connection.cursor(binary=True) as cursor:
+                with self._counting, self._counting.over(connection).transaction(), connection.cursor(binary=True) as cursor:
                     connection.execute(
                         "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL statement_timeout = '300s'", prepare=False
                     )
@@ -903,16 +962,21 @@ class PostgresStore:
                 self._lose()
                 raise
             except BaseException:
-                self._drop_side()
+                with suppress(psycopg.Error):
+                    if self._side is not None:
+                        self._side.driver_connection.execute("ROLLBACK")
                 raise
         except psycopg.Error as error:
             raise self.failed(error) from None
+        except _Passed as passed:
+            raise passed.error from None
 
     def news(self, now: float) -> News:
         self._started_at = self._started_at or now
         asked: tuple[tuple[str, Sequence[Any]], ...] = (
             (_ALIVE, (self._instance, __version__, self._address, self._started_at, now)),
             (_FORGET_INSTANCES, (now - FORGOTTEN_AFTER,)),
+            (_FORGET_PACES, (now - PACES_KEPT,)),
             (_SCHEDULE, ()),
             (_ROOM_SCHEDULE, ()),
             (_PACES, (self._address, self._paces_at - UNSEEN)),
@@ -925,7 +989,7 @@ class PostgresStore:
             with connection.pipeline():  # one way there and back, however far away the server is
                 for one, (sql, parameters) in zip(cursors, asked, strict=True):
                     one.execute(sql, parameters)
-            schedule, rooms, paces, sfus, others = (one.fetchall() for one in cursors[2:])
+            schedule, rooms, paces, sfus, others = (one.fetchall() for one in cursors[3:])
         self._paces_at = max([self._paces_at, *(changed_at for _, _, changed_at in paces)])
         return News(
             schedule={name: due for name, due in schedule if due is not None},
@@ -942,7 +1006,10 @@ class PostgresStore:
             if found is None:
                 cursor.execute(_NEW_PACE, (homeserver, self._address))
                 found = cursor.execute(_PACE, (homeserver, self._address)).fetchone()
-            new = change(found[0] or None if found is not None else None)
+            try:
+                new = change(found[0] or None if found is not None else None)
+            except Exception as error:  # perhaps of the other connection, with which steps are made
+                raise _Passed(error) from None
             if new is not None:
                 cursor.execute(_SAVE_PACE, (new, homeserver, self._address))
 
@@ -972,44 +1039,30 @@ class PostgresStore:
     def ask_rooms(self, sfu: str | None, now: float) -> None:
         last: RoomKey = ("", "")
         while True:
-
-            def part(tx: Transaction, after: RoomKey = last) -> list[RoomKey]:
-                assert isinstance(tx, PostgresTransaction)  # noqa: S101 — for the type checker
-                return tx.run(_ASK_ROOMS, (now, now, now, *after, sfu, sfu, CHUNK))
-
-            found = self.atomically(part)
+            found = self.atomically(partial(_run, _ASK_ROOMS, (now, now, now, *last, sfu, sfu, CHUNK)))
             if len(found) < CHUNK:
                 return
             last = max(found)
 
-    def times_are_unknown(self, now: float, policy: Policy) -> bool:
-        with self._telling() as cursor:
-            if not cursor.execute(_CLOCK_SET, (str(now),)).rowcount:
-                return False
+    def times_are_unknown(self, now: float, policy: Policy) -> None:
         values = {
-            **{"now": now, "done": State.DONE.value, "vanished": State.VANISHED.value, "adrift": State.ADRIFT.value},
+            **{"now": now, "done": State.DONE.value, "vanished": State.VANISHED.value, "adrift": State.ADRIFT.value, "most": CHUNK},
             **{"vanished_at": now + policy.vanished_wait, "adrift_at": now + ADRIFT_CHECK, "adrift_keep": policy.adrift_keep},
-            **{"doubt": policy.doubt, "most": CHUNK},
         }
         last = 0
         while True:
-
-            def part(tx: Transaction, after: int = last) -> list[tuple[int]]:
-                assert isinstance(tx, PostgresTransaction)  # noqa: S101
-                return tx.run(_FORGET_TIMES, values | {"after": after})
-
-            found = self.atomically(part)
+            found = self.atomically(partial(_run, _FORGET_TIMES, values | {"after": last}))
             last = max(chain.from_iterable(found), default=last)
             if len(found) < CHUNK:
                 break
-
-        def rooms(tx: Transaction) -> None:
-            assert isinstance(tx, PostgresTransaction)  # noqa: S101
-            tx.run("SELECT FROM room ORDER BY sfu, name FOR NO KEY UPDATE", ())
-            tx.run(_FORGET_ROOM_TIMES + " RETURNING 1", values)
-
-        self.atomically(rooms)
-        return True
+        room: RoomKey = ("", "")
+        while True:
+            rooms = self.atomically(partial(_run, _FORGET_ROOM_TIMES, (now, now, now + policy.doubt, *room, CHUNK)))
+            room = max(rooms, default=room)
+            if len(rooms) < CHUNK:
+                break
+        with self._telling() as cursor:
+            cursor.execute(_FORGET_SFU_TIMES, {"now": now})
 
     def time(self) -> float:
         """Unix seconds by the clock of the database, now. Raises StoreUnavailable."""
@@ -1047,12 +1100,7 @@ class PostgresStore:
     def save_clock_mark(self, mark: str) -> None:
         """Only see whether the database takes a write: `mark` says nothing to other machines."""
         del mark
-
-        def work(tx: Transaction) -> None:
-            assert isinstance(tx, PostgresTransaction)  # noqa: S101
-            tx.run("INSERT INTO meta (key, value) VALUES ('written', '') ON CONFLICT (key) DO UPDATE SET value = '' RETURNING 1", ())
-
-        self.atomically(work)
+        self.atomically(partial(_run, _WRITTEN, ()))
 
     def checkpoint(self) -> None:
         """PostgreSQL does its own housekeeping."""
@@ -1070,6 +1118,7 @@ class PostgresStore:
         self._main = self._side = None
         self._pool.dispose()
         self._watch.close()
+        self._counting.close()
 
 
 def _shown(url: str) -> str:

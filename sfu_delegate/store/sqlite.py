@@ -614,9 +614,8 @@ class SqliteStore:
     def peek(self, delegations: Sequence[str]) -> list[DelayedEvent]:
         return self.atomically(lambda tx: [row for delegation in delegations for row in tx.of_delegation(delegation)])
 
-    def times_are_unknown(self, now: float, policy: Policy) -> bool:
+    def times_are_unknown(self, now: float, policy: Policy) -> None:
         self.atomically(lambda _: self._forget_times(now, policy))
-        return True
 
     # ── housekeeping ──
 

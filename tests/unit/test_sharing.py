@@ -49,6 +49,7 @@ class FakeStore:
         self.alive: float | None = None
         self.set_at: list[float] = []
         self.broken = False
+        self.fails = False
         self.census_taken = 0
 
     def time(self) -> float:
@@ -59,9 +60,11 @@ class FakeStore:
     def newest_sign_of_life(self) -> float | None:
         return self.alive
 
-    def times_are_unknown(self, now: float, policy: object) -> bool:
+    def times_are_unknown(self, now: float, policy: object) -> None:
+        if self.fails:
+            self.fails = False
+            raise StoreUnavailable("cut")
         self.set_at.append(now)
-        return len(self.set_at) == 1
 
     def census(self) -> StoreCensus:
         self.census_taken += 1
@@ -78,7 +81,11 @@ class FakeEngine:
     def __init__(self) -> None:
         self.refreshed: list[float] = []
         self.counted: list[Any] = []
+        self.moved: list[float] = []
         self.instances: list[Instance] = []
+
+    def clock_moved(self, by: float, now: float) -> None:
+        self.moved.append(by)
 
     def refresh(self, now: float) -> float:
         self.refreshed.append(now)
@@ -104,7 +111,7 @@ def test_an_instance_begins_with_the_databases_time() -> None:
 
 
 def test_small_differences_are_followed_quietly_and_a_step_is_told() -> None:
-    """Once by all instances: the second one that notices does nothing."""
+    """And everything that is stored is brought into line, however often that has to be tried."""
     store, engine, clock = FakeStore(0.0), FakeEngine(), Clock()
     ours = Sharing(engine.engine, store.postgres, clock)
     with captured_log() as log:
@@ -113,11 +120,15 @@ def test_small_differences_are_followed_quietly_and_a_step_is_told() -> None:
         ours.refresh()
         assert not store.set_at
         assert clock() == pytest.approx(Clock()() + 2.0, abs=0.5)
-        store.ahead = 600.0
+        store.ahead, store.fails = 600.0, True
+        with pytest.raises(StoreUnavailable):
+            ours.refresh()
+        assert not store.set_at
         assert ours.refresh() == engine.refreshed[-1] + 7
-        store.ahead = 0.0
+        assert len(store.set_at) == 1
         ours.refresh()
-    assert len(store.set_at) == 2
+    assert len(store.set_at) == 1
+    assert engine.moved == [pytest.approx(598.0, abs=1.0)]
     assert log.getvalue().count("clock_was_set") == 1
     assert keep_to(store.postgres, clock) == pytest.approx(0.0, abs=0.1)
 
@@ -193,12 +204,16 @@ async def test_an_action_whose_lease_has_ended_is_not_begun(late: float) -> None
 
 
 async def test_a_look_whose_lease_has_ended_is_not_made() -> None:
-    """It concludes nothing."""
+    """It concludes nothing, of the SFU neither."""
     bench = Bench()
     bench.now = NOW + 15.0
     given = await bench.looked(LOOK)
-    assert given.participants is None
+    assert (given.participants, given.made) == (None, False)
     assert not bench.told
+    reach = Reach(4)
+    reach.began(POLICY)
+    reach.dropped()
+    assert (reach.in_flight, reach.failures) == (0, 0)
 
 
 # ── engines on one store ──
@@ -302,6 +317,10 @@ def test_an_sfu_is_lost_only_if_nobody_has_heard_of_it() -> None:
     late = NOW + POLICY.lost(SFU) + 1
     assert reach.lost(SFU, late, POLICY)
     reach.overheard(late - 10, 0.0, None)
+    assert not reach.lost(SFU, late, POLICY)
+    reach.heard_at = 0.0
+    assert reach.lost(SFU, late, POLICY)
+    reach.overheard(0.0, late - 10, None)  # nor one that others can look at, however quiet it is
     assert not reach.lost(SFU, late, POLICY)
 
 

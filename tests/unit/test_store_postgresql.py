@@ -710,7 +710,7 @@ def test_what_is_shared_of_a_pace_is_all_that_it_plans_with() -> None:
             else:
                 pace.ended(now, now + 0.1, ending=True, answered=True)
         copy = Pace(16)
-        copy.adopt(pace.shared())
+        copy.adopt(pace.shared(), now + 100)
         copy.width, copy.in_flight, copy._probing = pace.width, pace.in_flight, pace._probing
         copy._down, copy._last_try_at, copy._early = pace._down, pace._last_try_at, pace._early
         copy._widening = pace._widening
@@ -758,17 +758,96 @@ def test_after_nobody_listened_all_rooms_are_looked_at(url: str) -> None:
         assert postgresql.shared().query(url, "SELECT asked FROM room") == [(NOW,)]
 
 
-def test_of_a_clock_that_was_set_one_instance_takes_care(url: str) -> None:
-    """All events are due, none has a time in the future; a second instance that notices it has nothing to do."""
+def test_after_the_clock_was_set_no_time_is_later_than_now(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All events are due; each instance sees to it, since one that has not noticed yet writes times of the old clock."""
+    monkeypatch.setattr("sfu_delegate.store.postgresql.CHUNK", 3)
     with instances(url, "a", "b") as (a, b):
-        rows = [row(state=State.LIVE)._replace(id=n, delay_id=f"d{n}", running_since=NOW + 5000, lane=Lane.RESTART, due=NOW + 9000) for n in (1, 2)]
-        stores.insert(a, rows)
-        save_rooms(a, [make_room("r")._replace(due=NOW + 500, looked_at=NOW + 50)])
-        assert a.times_are_unknown(NOW, POLICY)
-        assert not b.times_are_unknown(NOW + 5, POLICY)
-        assert [(there.due, there.running_since <= NOW) for there in stored(a)] == [(NOW, True)] * 2
-        ((due, looked_at),) = postgresql.shared().query(url, "SELECT due, looked_at FROM room")
-        assert (due, looked_at) == (NOW, NOW)
+        there = row(state=State.LIVE)._replace(running_since=NOW + 5000, lane=Lane.RESTART, due=NOW + 9000)
+        stores.insert(a, [there._replace(id=n, delay_id=f"d{n}") for n in range(1, 8)])
+        save_rooms(a, [make_room(f"r{n}")._replace(due=NOW + 500, looked_at=NOW + 50) for n in range(7)])
+        a.heard_of([Heard(SFU, NOW + 70, NOW + 70)])
+        for store in (a, b):
+            store.times_are_unknown(NOW, POLICY)
+            assert [(found.due, found.running_since <= NOW) for found in stored(a)] == [(NOW, True)] * 7
+            assert postgresql.shared().query(url, "SELECT DISTINCT due, looked_at FROM room") == [(NOW, NOW)]
+            assert a.news(NOW).heard == [Heard(SFU, NOW, NOW)]
+
+
+def test_a_bucket_of_a_clock_that_was_set_back_fills_all_the_same() -> None:
+    """Or nothing would be done for as long as it was set back."""
+    pace = Pace(16)
+    pace.recall(Limit.SOME, 1.0, 5.0, NOW + 3600)
+    pace.began(NOW + 3600)
+    pace.refused(NOW + 3600, 2.0, NOW + 3600)
+    told = pace.shared()
+    copy = Pace(16)
+    copy.adopt(told, NOW)
+    pace.clock_moved(NOW)
+    for one in (copy, pace):
+        assert one.urgent(NOW + 20) >= 1, one
+
+
+@pytest.mark.parametrize("told", ["", "{}", "[]", '{"limit": "of the future"}', "null", '{"limit": "some", "rate": null}'])
+def test_what_another_version_tells_of_a_limit_harms_nobody(told: str) -> None:
+    """What cannot be read is left alone."""
+    pace, before = Pace(16), Pace(16)
+    pace.adopt(told, NOW)
+    assert pace == before
+
+
+def test_of_a_large_backlog_the_order_is_looked_for_now_and_then(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And everything is taken once, most urgent first; what another instance has taken meanwhile is left out."""
+    monkeypatch.setattr("sfu_delegate.store.postgresql.BACKLOG_TAKES", -1.0)
+    with instances(url, "a", "b") as (a, b):
+        there = row(state=State.LIVE)._replace(lane=Lane.RESTART, due=NOW)
+        stores.insert(a, [there._replace(id=n, delay_id=f"d{n}", harm=NOW + 10 + n % 97) for n in range(1, 401)])
+        taken: list[float] = []
+
+        def take(tx: Transaction, most: int) -> int:
+            tx.no_more_waiting()
+            found = sorted(tx.todo(HOMESERVER, Lane.RESTART, most, NOW + 1, harmed=False), key=lambda found: found.harm or 0.0)
+            for one in found:
+                tx.update(one, one._replace(due=NOW + 500))
+            taken.extend(one.harm or 0.0 for one in found)
+            return len(found)
+
+        assert a.atomically(lambda tx: take(tx, 50)) == 50
+        assert sum(len(ids) for _, ids in a.hints.values()) == 350
+        assert b.atomically(lambda tx: take(tx, 100)) == 100
+        while a.atomically(lambda tx: take(tx, 50)):
+            pass
+        assert len(taken) == 400
+        assert taken == sorted(taken)
+
+
+def test_what_somebody_has_is_waited_for_the_second_time(url: str) -> None:
+    """A row that is being claimed elsewhere, in a room that turns out to be needed: not a dozen tries within milliseconds."""
+    with instances(url, "a", "b") as (a, b):
+        stores.insert(a, [row(state=State.LIVE)._replace(lane=Lane.RESTART, due=NOW)])
+        save_rooms(a, [make_room(ROOM)])
+        holding, done, tries = threading.Event(), threading.Event(), []
+
+        def hold(tx: Transaction) -> None:
+            tx.no_more_waiting()
+            assert tx.todo(HOMESERVER, Lane.RESTART, 12, NOW)
+            holding.set()
+            assert done.wait(WITHIN)
+
+        def look(tx: Transaction) -> int:
+            tries.append(1)
+            tx.lock_rooms((), ())
+            tx.no_more_waiting()
+            assert tx.room(SFU, ROOM)
+            return len(tx.of_room(SFU, ROOM))
+
+        end = in_thread(lambda: a.atomically(hold))
+        assert holding.wait(WITHIN)
+        looking = in_thread(lambda: b.atomically(look))
+        time.sleep(0.5)
+        done.set()
+        end()
+        assert looking() == 1
+        assert len(tries) == 2
 
 
 def test_delegations_are_peeked_at_without_a_lock(url: str) -> None:
