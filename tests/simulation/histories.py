@@ -11,10 +11,12 @@ from random import Random
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from sfu_delegate.delegation.model import Action
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.sandbox.answer import Impossible
 from sfu_delegate.sandbox.homeserver import RateLimit
 
+from tests.simulation.daemon import Cut, Daemon
 from tests.simulation.invariants import Judge
 from tests.simulation.people import Person
 from tests.simulation.world import START, Setting, World
@@ -23,10 +25,15 @@ QUIET = 150.0  # seconds between the end of all trouble and the moment in which 
 AFTERWARDS = 9_000.0  # seconds until everything must be over: more than the hour for which absences may be doubted, and the longest delay
 SYNAPSE = RateLimit()
 HOMESERVER = "hs.test"
+NAMES = ("i0", "i1", "i2")  # of instances
+LEASE = 10.0  # seconds, where there are several instances: as short as requests allow, so that others take over soon
 
 
 class Op(NamedTuple):
-    """At `at` seconds: `do`, to `who` (a person, or a room), with `value` (mostly seconds that it lasts)."""
+    """At `at` seconds: `do`, to `who` (a person, a room, or an instance), with `value` (mostly seconds that it lasts).
+
+    What is done to the daemon is done to all instances where `who` is a room.
+    """
 
     at: float
     do: str
@@ -45,13 +52,15 @@ class Someone(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """`seed` is the world's; `quiet_at`: from then on (seconds) nothing is wrong any more; `limited`: with Synapse's rate limit."""
+    """`seed` is the world's; `quiet_at`: from then on (seconds) nothing is wrong any more; `limited`: with Synapse's rate limit; `instances`: of the
+    daemon, on one store."""
 
     seed: int
     people: tuple[Someone, ...]
     ops: tuple[Op, ...]
     quiet_at: float
     limited: bool = False
+    instances: int = 1
 
     def code(self, name: str = "found") -> str:
         """As Python code, for a regression test."""
@@ -59,7 +68,8 @@ class History:
         lines += [f"        {someone!r}," for someone in self.people]
         lines += ["    ),", "    ops=("]
         lines += [f"        Op({op.at!r}, {op.do!r}, {op.who!r}, {op.value!r})," for op in self.ops]
-        return "\n".join([*lines, "    ),", f"    quiet_at={self.quiet_at!r},", f"    limited={self.limited!r},", ")"])
+        lines += ["    ),", f"    quiet_at={self.quiet_at!r},", f"    limited={self.limited!r},", f"    instances={self.instances!r},", ")"]
+        return "\n".join(lines)
 
 
 class Profile(NamedTuple):
@@ -70,6 +80,7 @@ class Profile(NamedTuple):
     limited: float = 0.0  # the probability of a rate limit
     most_people: int = 5
     together: float = 0.0  # the probability that they come in the same moment, and that many leave in the same moment
+    instances: tuple[int, ...] = (1,)  # of the daemon: one of these numbers
 
 
 MOVES = MappingProxyType(
@@ -107,6 +118,26 @@ MATRIX = MappingProxyType(
 )
 PROCESS = MappingProxyType({"crash": 4.0, "crash after commit": 4.0, "store": 3.0, "clock": 1.5})
 LIMITS = MappingProxyType({"limit": 2.0, "no limit": 1.0})
+# What happens to instances of the daemon: to one of them, mostly.
+INSTANCES = MappingProxyType(
+    {
+        "crash": 4.0,
+        "crash after commit": 3.0,
+        "restart": 3.0,
+        "pause": 3.0,
+        "pause in step": 2.0,
+        "pause after commit": 2.0,
+        "pause before ending": 3.0,
+        "store": 2.0,
+        "no database": 2.0,
+        "commit not told": 2.0,
+        "no homeserver": 1.5,
+        "homeserver silent": 1.0,
+        "homeserver deaf": 1.0,
+        "no sfu": 2.0,
+        "sfu silent": 1.0,
+    }
+)
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
@@ -120,9 +151,18 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "limit": Profile(MOVES, {**LIMITS, "crash": 1.0}, limited=1.0, most_people=10),
         "crowd": Profile(MOVES, {"limit": 1.0, "crash": 1.0, "homeserver error": 1.0}, limited=1.0, most_people=24, together=0.8),
         "everything": Profile(MOVES, {**WEBHOOKS, **SFU_FAULTS, **SFU_LIES, **SFU_GOES, **MATRIX, **PROCESS, **LIMITS}, limited=0.3),
+        "instances": Profile(MOVES, INSTANCES, instances=(2, 2, 3)),
+        "instances_limited": Profile(MOVES, {**INSTANCES, **LIMITS}, limited=1.0, most_people=12, together=0.4, instances=(2, 2, 3)),
+        "instances_everything": Profile(
+            MOVES,
+            {**WEBHOOKS, **SFU_FAULTS, **SFU_LIES, **SFU_GOES, **MATRIX, **LIMITS, **{what: 2 * weight for what, weight in INSTANCES.items()}},
+            limited=0.3,
+            instances=(2, 2, 3),
+        ),
     }
 )
 
+ALONE = 0.8  # the probability that what happens to instances happens to one of them, and not to all
 MANY = 8  # people from which on each has less to do
 DELAYS = (60.0, 120.0, 300.0, 600.0, 3600.0)
 
@@ -154,14 +194,16 @@ def make(seed: int, profile: str = "everything") -> History:
         leave_at = _at(random, quiet_at / 3, quiet_at)
         for someone in random.sample(people, random.randint(1, len(people))):
             ops.append(Op(_at(random, leave_at, leave_at + 1.0), random.choice(("leave", "leave", "vanish")), someone.name))
+    instances = 1 if len(chosen.instances) == 1 else random.choice(chosen.instances)
     if chosen.faults:
         for _ in range(random.choice((1, 1, 2, 3, 5))):
             what = random.choices([*chosen.faults], [*chosen.faults.values()])[0]
             # Where something has just happened is where misfortune is interesting.
             near = random.choice(ops).at if random.random() < 0.5 else random.uniform(0.0, quiet_at)
             at = min(quiet_at, max(0.0, round(near + random.uniform(-5.0, 5.0), 3)))
-            ops.append(Op(at, what, random.choice(rooms), _lasts(random, what)))
-    return History(seed, people, tuple(sorted(ops)), round(quiet_at, 3), random.random() < chosen.limited)
+            one = instances > 1 and what in INSTANCES and random.random() < ALONE
+            ops.append(Op(at, what, f"i{random.randrange(instances)}" if one else random.choice(rooms), _lasts(random, what)))
+    return History(seed, people, tuple(sorted(ops)), round(quiet_at, 3), random.random() < chosen.limited, instances)
 
 
 def _at(random: Random, start: float, end: float) -> float:
@@ -205,6 +247,15 @@ SFU_ANSWERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sfu ghosts": {"ghosts": True},
     }
 )
+CUTS: Mapping[str, Cut] = MappingProxyType(
+    {
+        "no homeserver": Cut.REFUSED,
+        "homeserver silent": Cut.SILENT,
+        "homeserver deaf": Cut.DEAF,
+        "no sfu": Cut.REFUSED,
+        "sfu silent": Cut.SILENT,
+    }
+)
 DELIVERIES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "lose webhooks": {"drop": 0.7},
@@ -225,7 +276,8 @@ class Play:
         self.judge = Judge()
         limit = SYNAPSE if history.limited else None
         self.judge.world = self.world = World.__new__(World)
-        self.world.__init__(history.seed, Setting({HOMESERVER: limit}, policy or Policy()), self.judge)  # type: ignore[misc]
+        policy = policy or (Policy() if history.instances == 1 else Policy(lease=LEASE))
+        self.world.__init__(history.seed, Setting({HOMESERVER: limit}, policy, instances=history.instances), self.judge)  # type: ignore[misc]
         self.world.log = log
         self.judge.limits.append((self.world.now, limit))
         self._turns: Counter[str] = Counter()  # by kind of fault: which one is in force
@@ -253,19 +305,22 @@ class Play:
 
     def _over(self) -> bool:
         pending = any(event.ended_at is None for person in self.world.people.values() for event in person.events)
+        if pending or self.world.several:
+            return not pending and not self.world.store.unfinished()
         engine = self.world.daemon.engine
-        return not pending and not any(count for (_, state, _), count in engine.states.items() if state not in ("done", "adrift"))
+        return not any(count for (_, state, _), count in engine.states.items() if state not in ("done", "adrift"))
 
     def _calm_down(self) -> None:
         world = self.world
         world.fault_homeserver(HOMESERVER)
         world.fault_sfu()
         world.fault_deliveries()
-        world.daemon.break_store(False)
-        world.daemon.crash_after_commit(None)
+        for daemon in world.daemons:
+            daemon.be_well()
         if not world.sfu.running:
             world.start_sfu()
-        world.daemon.start()
+        for daemon in world.daemons:
+            daemon.start()
         self._turns.clear()
 
     def _everybody_leaves(self) -> None:
@@ -315,7 +370,6 @@ class Play:
 
     def _misfortune(self, op: Op) -> None:
         world = self.world
-        daemon = world.daemon
         match op.do:
             case "kill sfu" | "kill sfu redis":
                 world.kill_sfu(redis=op.do.endswith("redis"))
@@ -326,22 +380,51 @@ class Play:
             case "freeze node":
                 world.freeze_node(op.who)
                 self._for("node", op.value, lambda: world.thaw_node(op.who))
-            case "crash":
-                daemon.crash()
-                self._for("daemon", op.value, daemon.start)
-            case "crash after commit":
-                daemon.crash_after_commit(op.value)
-            case "store":
-                daemon.break_store(True)
-                self._for("store", op.value, lambda: daemon.break_store(False))
-            case "clock":
-                daemon.set_system_clock(daemon.offset + op.value)
-                daemon.crash()
-                self._for("daemon", 2.0, daemon.start)
             case "limit":
                 self._limit(RateLimit(op.value, 5.0))
             case "no limit":
                 self._limit(None)
+            case "clock" if world.several:
+                world.board.offset += op.value
+            case _:
+                for daemon in world.daemons:
+                    if op.who == daemon.name or op.who not in NAMES:
+                        self._to_instance(daemon, op)
+
+    def _to_instance(self, daemon: Daemon, op: Op) -> None:
+        match op.do:
+            case "crash":
+                daemon.crash()
+                self._for(f"daemon {daemon.name}", op.value, daemon.start)
+            case "crash after commit":
+                daemon.crash_after_commit(op.value)
+            case "store":
+                daemon.break_store(True)
+                self._for(f"store {daemon.name}", op.value, lambda: daemon.break_store(False))
+            case "clock":
+                daemon.set_system_clock(daemon.offset + op.value)
+                daemon.crash()
+                self._for(f"daemon {daemon.name}", 2.0, daemon.start)
+            case "restart":
+                daemon.stop(lambda: self._for(f"daemon {daemon.name}", op.value, daemon.start))
+            case "pause" | "pause in step":
+                daemon.pause(in_step=op.do == "pause in step")
+                self._for(f"pause {daemon.name}", op.value, daemon.resume)
+            case "pause after commit":
+                daemon.pause_after_commit(op.value)
+            case "pause before ending":
+                daemon.pause_after_commit(op.value, (Action.SEND, Action.CANCEL))
+            case "no database":
+                daemon.cut_store(True)
+                self._for(f"database {daemon.name}", op.value, lambda: daemon.cut_store(False))
+            case "commit not told":
+                daemon.lose_commits(1)
+            case "no homeserver" | "homeserver silent" | "homeserver deaf":
+                daemon.cut_homeserver(CUTS[op.do])
+                self._for(f"homeserver {daemon.name}", op.value, lambda: daemon.cut_homeserver(None))
+            case "no sfu" | "sfu silent":
+                daemon.cut_sfu(CUTS[op.do])
+                self._for(f"sfu {daemon.name}", op.value, lambda: daemon.cut_sfu(None))
 
     def _limit(self, limit: RateLimit | None) -> None:
         self.world.homeservers[HOMESERVER].limit = limit

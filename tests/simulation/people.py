@@ -185,7 +185,7 @@ class Person:
             elif not isinstance(reply, TooMany):
                 world.after(TRY_AGAIN, lambda: self._hand_over(attempt, event, delay))
 
-        world.after(world.latency(), lambda: world.daemon.put(accept, then))
+        world.after(world.latency(), lambda: world.put(accept, then))
 
     def withdraw(self) -> None:
         """Take the delegation of the newest event back; from then on the client restarts it itself."""
@@ -198,11 +198,11 @@ class Person:
 
         def then(reply: Reply | Exception) -> None:
             if isinstance(reply, Exception):
-                world.after(TRY_AGAIN, lambda: world.daemon.put(Withdraw(delegation), then))
+                world.after(TRY_AGAIN, lambda: world.put(Withdraw(delegation), then))
                 return
             self.accepted.pop(delay_id, None)
 
-        world.daemon.put(Withdraw(delegation), then)
+        world.put(Withdraw(delegation), then)
 
     # ── being there ──
 

@@ -12,6 +12,7 @@ from random import Random
 from typing import NamedTuple
 
 from sfu_delegate.daemon.actions import answered
+from sfu_delegate.daemon.sharing import REFRESH_EVERY
 from sfu_delegate.delegation.model import Accept, Action, Input, Listed, Looked, NewEvent, OnEnd, Seen, Sighting, Task, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.replies import Reply, TooMany
@@ -23,7 +24,7 @@ from sfu_delegate.matrix.management import Generation
 from sfu_delegate.sandbox.homeserver import End, HomeserverModel, RateLimit
 from sfu_delegate.store.base import KnownHomeserver
 
-from tests.simulation.world import Store
+from tests.simulation.store import Board, SharedStore, Store
 
 SFU = "main"
 ROOM = "room"
@@ -78,13 +79,45 @@ class Ends:
     dropped_at: list[float] = field(default_factory=list)
 
 
+class Instance:
+    """One instance of the daemon: its engine, and what waits for it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.engine: Engine
+        self.inbox: list[Input] = []
+        self.busy = False
+        self.wake: float | None = None
+        self.refresh_at: float | None = None  # where there are others
+        self.life = 0
+
+    def next_step(self, now: float) -> float | None:
+        """When it has something to do."""
+        if self.busy:
+            return None
+        if self.inbox:
+            return now
+        times = [at for at in (self.wake, self.refresh_at) if at is not None]
+        return max(now, min(times)) if times else None
+
+
 class Call:
     """A homeserver, the engine, and everybody's comings and goings. Deterministic by its seed.
 
-    `known`: the daemon has learned the homeserver's limit before. `exempt`: the configuration names an application service.
+    `known`: the daemon has learned the homeserver's limit before. `exempt`: the configuration names an application service. `instances` of the daemon
+    are behind one address, so that the homeserver limits them together; each input goes to one of them.
     """
 
-    def __init__(self, seed: int = 0, *, limit: RateLimit | None = SYNAPSE, known: bool = False, exempt: bool = False, policy: Policy | None = None):
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        limit: RateLimit | None = SYNAPSE,
+        known: bool = False,
+        exempt: bool = False,
+        policy: Policy | None = None,
+        instances: int = 1,
+    ):
         self.now = START
         self.random = Random(seed)
         self.policy = policy or Policy()
@@ -98,15 +131,23 @@ class Call:
         self._by_delay_id: dict[str, Person] = {}
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
-        self._inbox: list[Input] = []
-        self._busy = False
-        self._wake: float | None = None
-        self._life = 0
         self.store = Store.empty()
         if known and limit is not None:
             self.store.atomically(lambda tx: tx.save_homeserver(KnownHomeserver(HOMESERVER, Limit.SOME, *limit)))
-        self.engine: Engine
-        self._start()
+        board = Board(self.store)
+        stores = [self.store] if instances == 1 else [SharedStore(board, f"i{n}", ADDRESS, f"{seed} {n}", lambda: None) for n in range(instances)]
+        self.instances = [Instance(store) for store in stores]
+        for instance in self.instances:
+            self._start(instance)
+
+    @property
+    def engine(self) -> Engine:
+        """The only one; the first, where there are several."""
+        return self.instances[0].engine
+
+    def _put(self, given: Input) -> None:
+        instance = self.instances[0] if len(self.instances) == 1 else self.random.choice(self.instances)
+        instance.inbox.append(given)
 
     def close(self) -> None:
         """Let go of the database, for the next one."""
@@ -133,9 +174,9 @@ class Call:
             self._sample(sample, end)
         still = 0
         while True:
-            ready = not self._busy and (self._inbox or self._wake is not None)
-            step_at = (self.now if self._inbox else max(self.now, self._wake or 0.0)) if ready else None
-            at = min([t for t in (step_at, self._heap[0][0] if self._heap else None) if t is not None], default=START + end + 1)
+            steps = [(at, number) for number, instance in enumerate(self.instances) if (at := instance.next_step(self.now)) is not None]
+            times = [at for at, _ in steps] + ([self._heap[0][0]] if self._heap else [])
+            at = min(times, default=START + end + 1)
             if at > START + end:
                 break
             still = still + 1 if at <= self.now else 0
@@ -143,8 +184,8 @@ class Call:
             self.now = max(self.now, at)
             if self._heap and self._heap[0][0] <= self.now:
                 heapq.heappop(self._heap)[2]()
-            elif step_at is not None:
-                self._step()
+            elif steps:
+                self._step(self.instances[min(steps)[1]])
         self.now = START + end
         self.homeserver.tick(self.now)
 
@@ -170,8 +211,8 @@ class Call:
 
         def connect() -> None:
             person.joined_at = self.clock
-            self._inbox.append(Accept(f"dlg_{name}", SFU, ROOM, name, HOMESERVER, (NewEvent(person.delay_id, delay, OnEnd.SEND),)))
-            self._inbox.append(Seen(SFU, ROOM, name, Sighting.JOINED, f"PA_{name}", round(self.now * 1000)))
+            self._put(Accept(f"dlg_{name}", SFU, ROOM, name, HOMESERVER, (NewEvent(person.delay_id, delay, OnEnd.SEND),)))
+            self._put(Seen(SFU, ROOM, name, Sighting.JOINED, f"PA_{name}", round(self.now * 1000)))
 
         self.at(when, schedule)
 
@@ -183,20 +224,23 @@ class Call:
             if person.joined_at is None or person.left_at is not None:
                 return
             person.left_at = self.clock
-            self._inbox.append(Seen(SFU, ROOM, name, Sighting.LEFT, f"PA_{name}", round(START * 1000), "PARTICIPANT_REMOVED"))
+            self._put(Seen(SFU, ROOM, name, Sighting.LEFT, f"PA_{name}", round(START * 1000), "PARTICIPANT_REMOVED"))
 
         self.at(when, go)
 
     def restart_daemon(self, when: float, down: float) -> None:
-        """`kill -9`, and up again so many seconds later. Nobody may leave meanwhile: who did would have to be found by a look."""
+        """`kill -9`, and up again so many seconds later; one of them, where there are several. Nobody may leave meanwhile: who did would have to be
+        found by a look."""
+        instance = self.instances[0]
 
         def kill() -> None:
-            self._life += 1
-            self._busy, self._wake = True, None
+            instance.life += 1
+            instance.busy = True
 
         def start() -> None:
-            self.store.recover(self.now, self.policy, clock_unsure=False)
-            self._start()
+            if len(self.instances) == 1:
+                self.store.recover(self.now, self.policy, clock_unsure=False)
+            self._start(instance)
 
         self.at(when, kill)
         self.at(when + down, start)
@@ -208,32 +252,41 @@ class Call:
     def reconfigure(self, *, exempt: bool) -> None:
         """The configuration names an application service that is exempt from limits, or no more."""
         self.exempt = exempt
-        self.engine.reconfigure(self.policy, Limits())
+        for instance in self.instances:
+            instance.engine.reconfigure(self.policy, Limits())
 
     # ── the daemon ──
 
-    def _start(self) -> None:
+    def _start(self, instance: Instance) -> None:
         limits, random = Limits(), Random(self.random.getrandbits(32))
-        self.engine = Engine(self.store, self.policy, limits, random, limited=lambda _: False if self.exempt else None)
-        self._life += 1
-        self._busy, self._wake = False, self.now
+        if isinstance(instance.store, SharedStore):
+            instance.store.connect()
+            instance.refresh_at = self.now
+        instance.engine = Engine(instance.store, self.policy, limits, random, limited=lambda _: False if self.exempt else None)
+        instance.life += 1
+        instance.busy, instance.wake = False, self.now
 
-    def _step(self) -> None:
-        batch, self._inbox = self._inbox, []
+    def _step(self, instance: Instance) -> None:
+        if instance.refresh_at is not None and instance.refresh_at <= self.now:
+            instance.refresh_at = self.now + REFRESH_EVERY
+            instance.wake = instance.engine.refresh(self.now)
+            if not instance.inbox and (instance.wake is None or instance.wake > self.now):
+                return
+        batch, instance.inbox = instance.inbox, []
         self.steps += 1
-        step = self.engine.step(batch, self.now)
-        self._busy, self._wake = True, None
-        life = self._life
+        step = instance.engine.step(batch, self.now)
+        instance.busy, instance.wake = True, None
+        life = instance.life
 
         def committed() -> None:
-            if life != self._life:
+            if life != instance.life:
                 return
-            self._busy = False
-            self._wake = None if step.wake is None else max(self.now, step.wake)
+            instance.busy = False
+            instance.wake = None if step.wake is None else max(self.now, step.wake)
             for given, reply in zip(batch, step.replies, strict=True):
                 self._replied(given, reply)
             for task in step.tasks:
-                self._carry_out(task, life)
+                self._carry_out(task, instance)
 
         self._after(self.random.uniform(*COMMIT), committed)
 
@@ -243,12 +296,12 @@ class Call:
         elif isinstance(reply, Exception):
             raise reply
 
-    def _carry_out(self, task: Task, life: int) -> None:
-        sent_at = self.now
+    def _carry_out(self, task: Task, instance: Instance) -> None:
+        sent_at, life = self.now, instance.life
 
         def tell(given: Input) -> None:
-            if life == self._life:
-                self._inbox.append(given)
+            if life == instance.life:
+                instance.inbox.append(given)
 
         def arrive() -> None:
             if task.action is Action.LOOK:
@@ -357,11 +410,12 @@ class Case:
     known: bool = False
     restart: float | None = None  # seconds before the departures at which the daemon is started anew
     watch: float = 130.0  # seconds that are watched after the departures
+    instances: int = 1
 
 
 def play(case: Case, seed: int) -> Result:
     """One history."""
-    call = Call(seed, known=case.known)
+    call = Call(seed, known=case.known, instances=case.instances)
     try:
         return _play(call, case)
     finally:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tests.simulation.histories import History, play
-from tests.simulation.world import Violation
+from tests.simulation.watching import Violation
 
 
 def failure(history: History, run: Callable[[History], object] = play) -> str | None:
@@ -53,6 +53,8 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, quiet_at=round(last, 1))
     if history.limited:
         yield replace(history, limited=False)
+    if history.instances > 1:
+        yield replace(history, instances=history.instances - 1)
     for number, op in enumerate(ops):
         for rounded in (op._replace(value=float(round(op.value))), op._replace(at=float(round(op.at)))):
             if rounded != op:

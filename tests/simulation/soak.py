@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from tests.simulation.histories import PROFILES, make, play
 from tests.simulation.shrinking import shrink
-from tests.simulation.world import START, Violation
+from tests.simulation.watching import Violation
+from tests.simulation.world import START
 
 CHUNK = 50  # histories of one profile that a process plays before it reports
 REPORT_EVERY = 30.0  # seconds
