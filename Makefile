@@ -13,7 +13,7 @@ ARGS   ?=
 MINUTES ?= 10
 # Most tests wait for something: two at a time take half as long. Those of one file share what they start.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
-.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts soak soak-daemon docs lock clean
+.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling soak soak-daemon soak-instances docs lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -71,11 +71,17 @@ bench-parts: $(VENV)/.test ## the engine alone (µs per input by batch size and 
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.rate_limit
 
+bench-scaling: $(VENV)/.test ## several instances on one PostgreSQL, and a million delegations: twenty minutes (ARGS="--only instances", --quick, --fill docs/scaling.md)
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
 soak: $(VENV)/.test ## the simulation, with new seeds for MINUTES=10; prints a failing seed, and its history as small as it gets
 	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES) $(ARGS)
 
 soak-daemon: $(VENV)/.test ## the real daemon with thousands of people, faults and kills for MINUTES=10
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)
+
+soak-instances: $(VENV)/.test ## the same with three instances on a PostgreSQL, which fails as well
+	$(BIN)/python -m tests.soak --instances 3 --minutes $(MINUTES) $(ARGS)
 
 docs: $(VENV)/.test ## write what is generated: the example configuration, the references, the diagram
 	$(BIN)/sfu-delegate example-config > config/sfu-delegate.yaml

@@ -29,12 +29,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long people come and go (default: %(default)g); then all leave")
     parser.add_argument("--seed", type=int, default=None, help="repeat the choices of another run (default: a new one)")
     parser.add_argument("--people", type=int, default=2000, help="how many come and go (default: %(default)s)")
+    parser.add_argument("--instances", type=int, default=0, metavar="N", help="several daemons that share a PostgreSQL (default: one, with SQLite)")
     parser.add_argument("--report", type=Path, default=None, metavar="FILE.json", help="write the report there, too")
     given = parser.parse_args()
-    if given.minutes <= 0 or given.people < 3:
+    if given.minutes <= 0 or given.people < 3 or given.instances < 0:
         parser.error("it takes some time, and at least 3 people")
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
-    settings = Settings(given.minutes, seed, given.people)
+    settings = Settings(given.minutes, seed, given.people, instances=given.instances)
     print(f"seed {seed}", file=sys.stderr, flush=True)
     directory = Path(tempfile.mkdtemp(prefix="sfu-delegate-soak-"))
     keep = True

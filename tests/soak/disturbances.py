@@ -1,7 +1,7 @@
 """What was wrong, with whom, and when: so that each harm can be held against what the daemon could have done about it.
 
-Targets are "daemon", "sfu", "slow sfu" (it answers late, but in time), "webhooks", "harness" (this process was not scheduled: for the daemon as if
-everybody hung), and homeservers by name.
+Targets are "daemon", "instance" (one of several, which excuses nothing: there are others), "database", "sfu", "slow sfu" (it answers late, but in
+time), "webhooks", "harness" (this process was not scheduled: for the daemon as if everybody hung), and homeservers by name.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-DAEMON, SFU, SLOW_SFU, WEBHOOKS, HARNESS = "daemon", "sfu", "slow sfu", "webhooks", "harness"
+DAEMON, INSTANCE, DATABASE, SFU, SLOW_SFU, WEBHOOKS, HARNESS = "daemon", "instance", "database", "sfu", "slow sfu", "webhooks", "harness"
 
 
 @dataclass(slots=True, eq=False)

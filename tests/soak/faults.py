@@ -1,4 +1,5 @@
-"""What goes wrong: with webhooks, the SFU, one of the homeservers, and the daemon's process. Each fault is written down for as long as it lasts.
+"""What goes wrong: with webhooks, the SFU, one of the homeservers, the daemon's process or processes, and the database that they share. Each fault is
+written down for as long as it lasts.
 
 One thing at a time goes wrong with each of them, with some time in between: the daemon promises to keep an event "as long as the homeserver can be
 reached often enough".
@@ -7,20 +8,24 @@ reached often enough".
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from random import Random
 
 from sfu_delegate.demo.daemon import DaemonProcess
-from sfu_delegate.sandbox.homeserver import HomeserverFaults, HomeserverModel
+from sfu_delegate.demo.processes import Died
+from sfu_delegate.sandbox.homeserver import HomeserverFaults
 from sfu_delegate.sandbox.server import SandboxHomeserver, SandboxSfu
 from sfu_delegate.sandbox.sfu import DeliveryFaults, SfuFaults
 
-from tests.soak.disturbances import DAEMON, HARNESS, SFU, SLOW_SFU, WEBHOOKS, Disturbances
+from tests.postgresql import Server
+from tests.soak.disturbances import DATABASE, HARNESS, SFU, SLOW_SFU, WEBHOOKS, Disturbances
 from tests.soak.people import Person, World
 from tests.soak.settings import BACK_WITHIN, REQUEST_TIMEOUT, SFU_TIMEOUT
 
 LAG = 1.0  # seconds by which this process may oversleep without a word
 LAG_LOOK = 0.25
+START_AGAIN = 1.0
+CONNECTED_AGAIN = 1.0  # seconds after the database is back until all instances are
 
 
 async def webhooks_go_astray(sfu: SandboxSfu, log: Disturbances, random: Random) -> None:
@@ -113,66 +118,127 @@ async def homeserver_fails(homeserver: SandboxHomeserver, log: Disturbances, ran
         await homeserver.settle()
 
 
-class Keeper:
-    """Keeps the daemon's process, and does to it what operators, kernels and power supplies do. Knows when each life of it began."""
+async def database_fails(server: Server, url: str, log: Disturbances, random: Random) -> None:
+    """Connections are cut; it is restarted, in order and in disorder; it is away for a while; it hangs."""
 
-    def __init__(self, daemon: DaemonProcess, log: Disturbances, models: Sequence[HomeserverModel], clock: Callable[[], float]) -> None:
+    async def cut() -> None:
+        await asyncio.to_thread(server.terminate_backends, url)
+
+    async def restart() -> None:
+        await asyncio.to_thread(server.restart, random.choice(("fast", "immediate")))
+
+    async def be_away() -> None:
+        await asyncio.to_thread(server.stop, random.choice(("fast", "immediate")))
+        await asyncio.sleep(random.uniform(0.5, 6.0))
+        await asyncio.to_thread(server.start)
+
+    async def hang() -> None:
+        with server.hung():
+            await asyncio.sleep(random.uniform(0.5, 8.0))
+
+    while True:
+        await asyncio.sleep(random.uniform(10.0, 40.0))
+        what, act = random.choice([("connections cut", cut), ("restarted", restart), ("away", be_away), ("hung", hang)])
+        with log.disturbed(DATABASE, what, tail=CONNECTED_AGAIN):
+            await to_the_end(act())
+
+
+async def to_the_end(act: Awaitable[None]) -> None:
+    """However it is cancelled: what is down for ever would be our own doing."""
+    doing = asyncio.ensure_future(act)
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await doing
+        raise
+
+
+class Keeper:
+    """Keeps one process of the daemon, and does to it what operators, kernels and power supplies do. Knows when each life of it began.
+
+    `target` is what is written down as disturbed, `asked` what each homeserver has answered to this process.
+    """
+
+    def __init__(
+        self,
+        daemon: DaemonProcess,
+        target: str,
+        log: Disturbances,
+        asked: Mapping[str, Counter[tuple[str, int]]],
+        clock: Callable[[], float],
+        longest: float = 6.0,
+    ) -> None:
         self.daemon = daemon
         self.did: Counter[str] = Counter()
         self.born_at = 0.0
-        self.answers: dict[str, Counter[tuple[str, int]]] = {}  # what each homeserver had answered when this life began
+        self._before: dict[str, Counter[tuple[str, int]]] = {}
+        self._target = target
         self._log = log
-        self._models = models
+        self._asked = asked
         self._clock = clock
+        self._longest = longest  # seconds for which it is frozen at the most
 
     async def start(self) -> None:
-        """A new life. Raises what `DaemonProcess.start` raises."""
-        self.answers = {model.server_name: model.answers.copy() for model in self._models}
-        self.born_at = self._clock()
-        await self.daemon.start()
-        self.did["started"] += 1
-
-    async def disturb(self, random: Random, every: float) -> None:
-        """Kill, stop and freeze it, about `every` seconds, until cancelled. It runs when this has ended."""
+        """A new life. Whoever finds no database ends, and is started again, as by a supervisor. Raises what `DaemonProcess.start` raises."""
         while True:
-            await asyncio.sleep(random.uniform(0.4, 1.6) * every)
-            act = random.choices([self._kill, self._stop, self._freeze], [0.55, 0.2, 0.25])[0]
-            # To the end, however it is cancelled: a daemon that is down for ever would be our own doing.
-            doing = asyncio.ensure_future(act(random))
+            self._before = {name: answers.copy() for name, answers in self._asked.items()}
+            self.born_at = self._clock()
             try:
-                await asyncio.shield(doing)
-            except asyncio.CancelledError:
-                await doing
-                raise
+                await self.daemon.start()
+            except Died:
+                if not self._log.during((DATABASE,), self.born_at, self._clock()):
+                    raise
+                self.did["started in vain"] += 1
+                await asyncio.sleep(START_AGAIN)
+            else:
+                self.did["started"] += 1
+                return
 
-    async def freeze_only(self, random: Random, every: float) -> None:
-        """The same without ending its life: what its memory does over a longer time can be seen."""
-        while True:
-            await asyncio.sleep(random.uniform(0.4, 1.6) * every)
-            await self._freeze(random)
+    def answers(self, homeserver: str) -> Counter[tuple[str, int]]:
+        """What a homeserver has answered to this life."""
+        return self._asked[homeserver] - self._before[homeserver]
+
+    async def disturb(self, random: Random) -> None:
+        """Kill, stop or freeze it. It runs when this has ended, however it is cancelled."""
+        await to_the_end(random.choices([self._kill, self._stop, self.freeze], [0.55, 0.2, 0.25])[0](random))
 
     async def _kill(self, random: Random) -> None:
         self.did["killed"] += 1
-        with self._log.disturbed(DAEMON, "killed"):
+        with self._log.disturbed(self._target, "killed"):
             await self.daemon.kill()
             await asyncio.sleep(random.choice([0.0, random.uniform(0.0, 4.0)]))
             await self.start()
 
     async def _stop(self, random: Random) -> None:
         self.did["stopped"] += 1
-        with self._log.disturbed(DAEMON, "stopped"):
+        with self._log.disturbed(self._target, "stopped"):
             await self.daemon.stop()
             await asyncio.sleep(random.uniform(0.0, 2.0))
             await self.start()
 
-    async def _freeze(self, random: Random) -> None:
+    async def freeze(self, random: Random) -> None:
+        """It stands still, and goes on in the same life: what its memory does over a longer time can be seen."""
         self.did["frozen"] += 1
-        with self._log.disturbed(DAEMON, "frozen"):
+        with self._log.disturbed(self._target, "frozen"):
             self.daemon.send_signal(signal.SIGSTOP)
             try:
-                await asyncio.sleep(random.uniform(1.0, 6.0))
+                await asyncio.sleep(random.uniform(1.0, self._longest))
             finally:
                 self.daemon.send_signal(signal.SIGCONT)
+
+
+async def processes_fail(keepers: Sequence[Keeper], random: Random, every: float) -> None:
+    """One of them is disturbed, about `every` seconds, until cancelled."""
+    while True:
+        await asyncio.sleep(random.uniform(0.4, 1.6) * every)
+        await random.choice(keepers).disturb(random)
+
+
+async def processes_freeze(keepers: Sequence[Keeper], random: Random, every: float) -> None:
+    """The same without ending a life."""
+    while True:
+        await asyncio.sleep(random.uniform(0.4, 1.6) * every)
+        await random.choice(keepers).freeze(random)
 
 
 async def calls_end(world: World, people: Sequence[Person], random: Random) -> None:

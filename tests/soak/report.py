@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -30,14 +30,14 @@ class Seen:
     begun: float
     seconds: float
     seconds_to_end: float
-    exit_code: int
+    exit_codes: Sequence[int]
     world: World
     truth: Truth
     disturbances: Disturbances
-    keeper: Keeper
+    keepers: Mapping[str, Keeper]
     log: Log
     memory: Sequence[Memory]
-    metrics: dict[Sample, float]
+    metrics: Mapping[str, dict[Sample, float]]  # by process, as the keepers
     database: Database
 
 
@@ -62,7 +62,7 @@ def report(seen: Seen) -> Json:
         "homeservers": {name: _answers(server.model.answers) for name, server in seen.world.homeservers.items()},
         "webhooks_lost_on_the_way": dict(seen.world.sfu.model.lost),
         "looks": dict(seen.world.sfu.model.calls),
-        "daemon": dict(seen.keeper.did),
+        "daemon": dict(sum((keeper.did for keeper in seen.keepers.values()), Counter[str]())),
         "disturbances": seen.disturbances.counts(),
         "memory": _memory(seen.memory),
         "log": {"levels": dict(seen.log.levels), "events": dict(seen.log.events), "errors": list(seen.log.errors)},
@@ -100,9 +100,8 @@ def _failures(seen: Seen, found: Json) -> list[str]:
     if seen.database.sound != "ok":
         failures.append(f"the database is not sound: {seen.database.sound}")
     if seen.log.errors:
-        failures.append(f"{seen.log.levels['error'] + seen.log.levels['critical'] + seen.log.levels['unreadable']} errors in the log")
-    if seen.exit_code != 0:
-        failures.append(f"the daemon ended with {seen.exit_code} after SIGTERM")
+        failures.append(f"{seen.log.unexpected} errors in the log")
+    failures += [f"the daemon ended with {code} after SIGTERM" for code in seen.exit_codes if code != 0]
     failures += [f"metrics: {check['what']}: {check['metric']:g}, but {check['true']}" for check in found["metrics"] if not check["agrees"]]
     return failures
 
@@ -122,9 +121,9 @@ def _answers(answers: Counter[tuple[str, int]]) -> Json:
 
 
 def _memory(course: Sequence[Memory]) -> Json:
-    """By life of the process: from when to when (seconds), resident MB, open files; and all of it, thinned."""
+    """By life of a process: from when to when (seconds), resident MB, open files; and all of it, thinned."""
     lives = []
-    for pid, points in groupby(course, key=lambda point: point.pid):
+    for pid, points in groupby(sorted(course, key=lambda point: (point.pid, point.at)), key=lambda point: point.pid):
         of = list(points)
         lives.append(
             {
@@ -137,23 +136,30 @@ def _memory(course: Sequence[Memory]) -> Json:
                 "files": [min(point.files for point in of), max(point.files for point in of)],
             }
         )
+    lives.sort(key=lambda life: life["from"])
     step = max(1, len(course) // COURSE)
     return {"lives": lives, "course": [point._asdict() for point in course[::step]]}
 
 
 def _metric_checks(seen: Seen) -> list[Json]:
-    """What the last life of the daemon counted, held against what the models saw since it began. All is at rest when this is asked."""
+    """What the last life of each process counted, held against what the models saw since it began. All is at rest when this is asked."""
+    return [one for process in seen.keepers for one in _metric_checks_of(seen, process)]
+
+
+def _metric_checks_of(seen: Seen, process: str) -> list[Json]:
+    keeper, metrics = seen.keepers[process], seen.metrics[process]
     checks: list[Json] = []
+    of = f"{process}: " if len(seen.keepers) > 1 else ""
 
     def check(what: str, metric: float, least: float, most: float) -> None:
-        checks.append({"what": what, "metric": metric, "true": f"{least:g} to {most:g}", "agrees": least <= metric <= most})
+        checks.append({"what": of + what, "metric": metric, "true": f"{least:g} to {most:g}", "agrees": least <= metric <= most})
 
-    for name, server in seen.world.homeservers.items():
-        since = server.model.answers - seen.keeper.answers[name]
+    for name in seen.world.homeservers:
+        since = keeper.answers(name)
         for action in ACTIONS:
             asked = sum(times for (kind, _), times in since.items() if kind == action)
             counted = {
-                outcome: total(seen.metrics, "sfu_delegate_actions_total", homeserver=name, action=action, outcome=outcome)
+                outcome: total(metrics, "sfu_delegate_actions_total", homeserver=name, action=action, outcome=outcome)
                 for outcome in ("done", "not_found", "limited", "uncertain")
             }
             told = since[action, 200]
@@ -161,10 +167,10 @@ def _metric_checks(seen: Seen) -> list[Json]:
             check(f"{action} done at {name}", counted["done"], told - counted["uncertain"], told)
             check(f"{action} limited at {name}", counted["limited"], since[action, 429] - counted["uncertain"], since[action, 429])
             check(f"{action} asked of {name}", sum(counted.values()), 0, asked + counted["uncertain"])
-    check("delayed events that have not ended", unfinished(seen.metrics), len(seen.database.unfinished), len(seen.database.unfinished))
-    check("backlog", total(seen.metrics, "sfu_delegate_backlog_actions"), 0, len(seen.database.unfinished))
-    lost = [harm for harm in (*seen.truth.lost, *seen.truth.excused) if (harm.membership.event.ended_at or 0.0) >= seen.keeper.born_at]
-    check("lost while connected", total(seen.metrics, "sfu_delegate_events_lost_while_connected_total"), 0, len(lost))
+    check("delayed events that have not ended", unfinished(metrics), len(seen.database.unfinished), len(seen.database.unfinished))
+    check("backlog", total(metrics, "sfu_delegate_backlog_actions"), 0, len(seen.database.unfinished))
+    lost = [harm for harm in (*seen.truth.lost, *seen.truth.excused) if (harm.membership.event.ended_at or 0.0) >= keeper.born_at]
+    check("lost while connected", total(metrics, "sfu_delegate_events_lost_while_connected_total"), 0, len(lost))
     return checks
 
 
@@ -181,8 +187,10 @@ def as_text(found: Json) -> str:
     """The report for people."""
     lives = found["memory"]["lives"]
     longest = max(lives, key=lambda life: life["to"] - life["from"], default=None)
+    instances = found["settings"]["instances"]
+    daemon = f"{instances} instances" if instances else "daemon"
     lines = [
-        f"seed {found['settings']['seed']}, {found['settings']['people']} people, {found['seconds']} s; daemon: {_counted(found['daemon'])}",
+        f"seed {found['settings']['seed']}, {found['settings']['people']} people, {found['seconds']} s; {daemon}: {_counted(found['daemon'])}",
         f"delegated   {found['delegated']['memberships']} memberships; answers: {_counted(found['delegated']['answers'])}",
         f"people      {_counted(found['people'])}",
         f"restarted   {found['restarted']['by_the_daemon']} times by the daemon, {found['restarted']['by_clients']} by clients",

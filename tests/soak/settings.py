@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography.fernet import Fernet
 from sfu_delegate.sandbox.homeserver import RateLimit
 
 JOIN_TIMEOUT = 60.0  # seconds; scaled down from 2 min, so that those who never come are given up within a short soak
@@ -51,6 +52,7 @@ class Settings:
     seed: int
     people: int = 2000
     stay: float = 150.0  # mean seconds in a call
+    instances: int = 0  # that share a PostgreSQL; 0: one daemon, with SQLite
 
     @property
     def seconds(self) -> float:
@@ -59,8 +61,8 @@ class Settings:
 
     @property
     def kill_every(self) -> float:
-        """Mean seconds between two things that happen to the daemon's process."""
-        return min(60.0, self.seconds / 5)
+        """Mean seconds between two things that happen to the daemon's process, or to one of the instances."""
+        return min(60.0, self.seconds / 5) / max(1, self.instances)
 
     @property
     def rooms(self) -> int:
@@ -90,3 +92,9 @@ class Settings:
 def daemon_config() -> dict[str, Any]:
     """The sections of the daemon's configuration that are not at their defaults."""
     return {"delegations": {"min_delay": f"{MIN_DELAY:g}s"}, "presence": {"join_timeout": f"{JOIN_TIMEOUT:g}s"}}
+
+
+def instance_configs(names: tuple[str, ...], database: str) -> dict[str, dict[str, Any]]:
+    """The sections by which instances share a database, and are told apart."""
+    keys = [Fernet.generate_key().decode()]
+    return {name: {"database": database, "postgresql": {"instance": name}, "encryption": {"keys": keys}} for name in names}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End
 
-from tests.soak.disturbances import DAEMON, SFU, WEBHOOKS, Disturbances
+from tests.soak.disturbances import DAEMON, DATABASE, INSTANCE, SFU, WEBHOOKS, Disturbances
 from tests.soak.report import as_text
 from tests.soak.run import Soak
 from tests.soak.settings import FAIR_CHANCE, GHOST_AFTER, Settings
@@ -56,6 +56,15 @@ def test_nobody_could_help_it() -> None:
     watched.look(60.0, End.RAN_OUT, "timer")
     assert not watched.truth.lost
     assert len(watched.truth.excused) == 1
+
+
+def test_an_instance_that_was_away_is_no_excuse_and_their_database_is() -> None:
+    """There are others, but they can do nothing without what they share."""
+    for target, lost in ((INSTANCE, 1), (DATABASE, 0)):
+        watched = Watched()
+        watched.disturbances.add(target, "killed", 40.0, 60.0)
+        watched.look(60.0, End.RAN_OUT, "timer")
+        assert len(watched.truth.lost) == lost, target
 
 
 def test_a_disturbance_that_left_a_fair_chance_is_no_excuse() -> None:
@@ -116,12 +125,13 @@ def test_an_old_event_that_fires_after_its_replacement_was_confirmed_is_harm() -
 
 
 @pytest.mark.slow
-async def test_a_minute_with_few_people(tmp_path: Path) -> None:
+@pytest.mark.parametrize("instances", [0, 3], ids=["one daemon", "three instances"])
+async def test_a_minute_with_few_people(tmp_path: Path, instances: int) -> None:
     """The whole thing: it ends by itself, with restarts, departures and kills of the daemon behind it, and nobody is dropped or forgotten."""
-    found = await Soak(Settings(minutes=1.0, seed=7, people=60), tmp_path, talkative=False).run()
+    found = await Soak(Settings(minutes=1.0, seed=7, people=60, instances=instances), tmp_path, talkative=False).run()
 
     assert found["failures"] == [], as_text(found)
-    assert found["daemon"]["started"] > 1
+    assert found["daemon"]["started"] > max(1, instances)
     assert found["restarted"]["by_the_daemon"] > found["delegated"]["rows"]  # more than the one that confirms each
     assert found["ended"]["sent"] > 0
     assert found["database"]["states"] == {"done": found["delegated"]["rows"]}

@@ -10,11 +10,13 @@ from typing import Any
 
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End
 
-from tests.soak.disturbances import DAEMON, HARNESS, SFU, SLOW_SFU, WEBHOOKS, Disturbances
+from tests.soak.disturbances import DAEMON, DATABASE, HARNESS, INSTANCE, SFU, SLOW_SFU, WEBHOOKS, Disturbances
 from tests.soak.settings import FAIR_CHANCE, GAP, GHOST_AFTER, HASTY, MISSING_LOOKS, STALE_AFTER
 
 CLIENT = "client"  # who ended an event, in the model's log
 RESTART_AT = 0.75  # of the delay: the latest normal time of a restart
+OURS = (DAEMON, INSTANCE, DATABASE)  # what may have kept the daemon, or a part of it, from its work
+UNHEARD = (WEBHOOKS, INSTANCE, DATABASE)  # … webhooks from being heard in time: one that an instance has got which stands still holds up its room's
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +128,7 @@ class Truth:
             return
         if event.end is End.RAN_OUT:
             # The true condition of the promise: from the latest normal time of a restart to the deadline, was there a chance?
-            targets: tuple[str, ...] = (DAEMON, HARNESS, membership.homeserver)
+            targets: tuple[str, ...] = (DAEMON, DATABASE, HARNESS, membership.homeserver)
             begin = event.since + RESTART_AT * event.delay
             excuse = "" if max(self._disturbances.calm(targets, begin, at), default=0.0) >= FAIR_CHANCE else "nobody could restart it in time"
         else:
@@ -135,7 +137,7 @@ class Truth:
             begin = goodbyes[0] if goodbyes else at - 60.0
             excuse = self._too_hasty(goodbyes, at)
         harm = Harm(membership, excuse or f"{event.end.value} while connected")
-        harm.story["disturbances"] = self._told((*targets, DAEMON, WEBHOOKS, SFU, SLOW_SFU), begin - 30.0, at)
+        harm.story["disturbances"] = self._told((*targets, *OURS, WEBHOOKS, SFU, SLOW_SFU), begin - 30.0, at)
         (self.excused if excuse else self.lost).append(harm)
         self.endings["excused" if excuse else "lost"] += 1
         self._on_harm(harm)
@@ -145,11 +147,11 @@ class Truth:
         if goodbyes and self._disturbances.during((SFU, HARNESS), goodbyes[-1], at):
             # A definite departure is believed when nobody can be asked whether the participant is back.
             return "it had said goodbye to reconnect, and the SFU could not be asked, or let nobody in"
-        if len(goodbyes) == 2 and goodbyes[1] - goodbyes[0] < HASTY and self._disturbances.during((WEBHOOKS,), *goodbyes):
+        if len(goodbyes) == 2 and goodbyes[1] - goodbyes[0] < HASTY and self._disturbances.during(UNHEARD, *goodbyes):
             # Nothing was heard between the first goodbye and the look, which came when the participant was away once more.
             return "it had said goodbye twice within the time of a look, and the webhooks in between went astray"
         since = at - MISSING_LOOKS
-        if goodbyes and at - goodbyes[-1] < GAP and all(self._disturbances.during((what,), since, at) for what in (SFU, WEBHOOKS)):
+        if goodbyes and at - goodbyes[-1] < GAP and all(self._disturbances.during(what, since, at) for what in ((SFU,), UNHEARD)):
             # It had not yet come back to a restarted SFU at the first look, the webhooks of its return went astray, and then it said goodbye.
             return "the SFU had thrown it out, its return was not heard of, and the second look came just when it reconnected"
         return ""
@@ -160,25 +162,25 @@ class Truth:
         replaced = membership.replaced_at
         if replaced is not None and event.end in (End.SENT, End.RAN_OUT) and at > replaced + STALE_AFTER:
             harm = Harm(membership, f"{event.end.value} {at - replaced:.1f} s after a newer delegation had replaced it")
-            harm.story["disturbances"] = self._told((DAEMON, HARNESS, SFU, WEBHOOKS, membership.homeserver), replaced, at)
+            harm.story["disturbances"] = self._told((*OURS, HARNESS, SFU, WEBHOOKS, membership.homeserver), replaced, at)
             self.stale.append(harm)
             self._on_harm(harm)
         departed = membership.departed_at if membership.departed_at is not None else membership.left_at
         if departed is None or event.end is End.CANCELLED:
             return
-        calm = not self._disturbances.during((DAEMON, SFU, SLOW_SFU, WEBHOOKS, HARNESS, membership.homeserver), departed - 1.0, at)
+        calm = not self._disturbances.during((*OURS, SFU, SLOW_SFU, WEBHOOKS, HARNESS, membership.homeserver), departed - 1.0, at)
         self.lateness.append((membership.homeserver, calm, max(0.0, at - departed)))
 
     def _late(self, membership: Membership, departed: float, now: float) -> None:
         if membership.called_ghost or membership.accepted_at is None:
             return
-        targets = (DAEMON, SFU, HARNESS, membership.homeserver)
+        targets = (DAEMON, DATABASE, SFU, HARNESS, membership.homeserver)
         calm = sum(self._disturbances.calm(targets, departed, now))
         if calm < GHOST_AFTER:
             return
         membership.called_ghost = True
         harm = Harm(membership, f"still pending {now - departed:.0f} s after the departure, {calm:.0f} s of them without any disturbance")
-        harm.story["disturbances"] = self._told((*targets, WEBHOOKS), departed - 30.0, now)
+        harm.story["disturbances"] = self._told((*targets, INSTANCE, WEBHOOKS), departed - 30.0, now)
         self.ghosts.append(harm)
         self._on_harm(harm)
 
