@@ -11,8 +11,8 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 MINUTES ?= 10
-# Most tests wait for something: two at a time take half as long. Those of one file share what they start.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+# Most tests wait for something: three at a time take a third as long. Those of one file share what they start.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
 .PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling soak soak-daemon soak-instances docs lock clean
 
 help: ## what there is

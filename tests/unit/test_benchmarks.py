@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import machine, report, scenarios, wire
+from benchmarks import machine, report, scaling, scaling_report, scaling_steps, scenarios, wire
 from benchmarks.__main__ import NAMES, arguments, chosen
 from benchmarks.figures import FIGURES, GOALS, Need, Run, difference, figure_of, percentile, remarks, scale, slope, spread, summaries, verdict
 from benchmarks.limits import Limits, Work
 from benchmarks.machine import Cores, Span
 from benchmarks.process import Metrics
 from benchmarks.rows import IN_A_ROOM, PRESENCE, Filling, scattered
+from benchmarks.scaling_instances import Idle, Lives, Load
+from benchmarks.scaling_rows import PostgresFilling
+from benchmarks.scaling_server import new_database
+from benchmarks.scaling_steps import Beside, Clockwork, Cost, StepSizes
+from benchmarks.scaling_storage import Dead, Life, Unvacuumed, Vacuum, Wear
 from benchmarks.scenarios import QUICK, Bench, Sizes
 from benchmarks.wire import Asked, Given
 from benchmarks.world import Failed, Ports, World, configuration
 from sfu_delegate.config import from_mapping
 
+from tests import postgresql
 from tests.integration.certificates import Certificates
 
 LIMITS = Limits(handler=80.0, handler_wide=60.0, request=30.0, commit=90.0, commit_wall=250.0, commit_wall_p99=900.0)
@@ -436,3 +442,103 @@ async def test_noise_through_the_real_daemon(tmp_path: Path) -> None:
     assert done.raw["webhooks"] == 20
     assert set(done.spans) == {"webhooks"}
     assert report.line("noise", done).startswith("noise: cpu ")
+
+
+# ── scaling ──
+
+COST = Cost(100, 2.0, 9.0, 80.0, 120.0, 3.0, 4200.0, 0.4, 0.03, 2.0, 0.5)
+DEAD = Dead(20_000, 3.0, 80.0, 210.0, 4200.0)
+LOAD = Load(
+    2,
+    100,
+    0.5,
+    200.0,
+    90.0,
+    2.0,
+    60.0,
+    3300.0,
+    0.1,
+    0.05,
+    16.0,
+    dict.fromkeys(("daemons", "PostgreSQL", "driver", "others"), 0.5),
+    (3, 9),
+    (5, 12),
+    "",
+)
+
+
+def a_scaling_report() -> dict[str, Any]:
+    """One part of each name."""
+    beside = asdict(Beside(0.5, 300.0, 250.0, 160.0, 1200.0, 900.0))
+    rows = {
+        "steps": {
+            f"{kind}.{how}": asdict(COST) for kind in scaling_report.KINDS for how in ("alone", "together") if (kind, how) != ("backlog", "alone")
+        },
+        "sizes": {"delayed_event": 640_000_000, "pk_delayed_event": 22_000_000, "history": 180_000_000, "meta": 8192},
+        "idle": asdict(Idle(1.5, 0.9, 0.7, 100 << 20, 101 << 20, 0.002, 0.001, 0.0, 300.0)),
+        "beside": beside,
+        "compressed": {"off": asdict(COST), "on": asdict(COST)},
+        "unvacuumed": asdict(Unvacuumed([DEAD], [Vacuum(20_000, 0.5, 2e6, 0.3)], [DEAD])),
+    }
+    wear, life = Wear(80, 0.02, 100_000, 640, 650, 520, 560, 0.98, 2300.0, 300.0, 120.0, 30.0, 12, 9.0), Life(80, 0.78, 640, 600, 5500.0, 270.0)
+    parts: dict[str, Any] = {
+        "rows.1000000": rows,
+        "homeservers.1000": {"rows": 50_000, "beside": beside},
+        "storage": {"rows": 20_000, "wear": [asdict(wear)], "lives": [asdict(life)], "others": 0.5},
+        "instances.2": {"loads": {kind: asdict(LOAD) for kind in scaling_report.LOADS}, "lives": asdict(Lives(6.0, {"history": 600.0}))},
+    }
+    about = {"cpu": "a processor", "packages": {"uvloop": "1"}}
+    return {"format": scaling_report.FORMAT, "machine": about, "options": {"quick": False}, "parts": parts, "failures": {"instances.3": "no"}}
+
+
+def test_scaling_tables() -> None:
+    """All of them are made of what is written as JSON, and in each all lines have as many cells."""
+    told = json.loads(json.dumps(a_scaling_report()))
+    tables = scaling_report.tables(told)
+    assert set(tables) == set(scaling_report.TABLES)
+    for text in tables.values():
+        assert len({line.count("|") for line in text.splitlines()}) == 1
+    assert "| `participant_left`, with its send | 2 | 200 | 5 / 12 |" in tables["instances"]
+    assert "| `delayed_event` | 640 | 0 |" in tables["sizes"]
+    assert "meta" not in tables["sizes"]
+    text = scaling_report.markdown(told)
+    assert "Others used 0.50 cores meanwhile: storage." in text
+    assert "**instances.3 failed**: no" in text
+
+
+def test_scaling_page_has_a_place_for_each_table() -> None:
+    """And what was not measured stays as it is there."""
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    assert set(scaling_report.names_in(page)) == set(scaling_report.TABLES)
+    told = a_scaling_report()
+    filled = scaling_report.filled(page, told)
+    assert scaling_report.tables(told)["wear"] in filled
+    assert scaling_report.filled(filled, told | {"parts": {}, "machine": {}}) == filled
+
+
+def test_all_parts_of_scaling_are_run_by_default() -> None:
+    """Each has a sentence that says what it does; PostgreSQL's own settings are among those that are compared."""
+    parts = scaling.all_of(scaling.Sizes())
+    assert {name.partition(".")[0] for name in parts} == set(scaling.NAMES)
+    assert all(part.__doc__ for part in parts.values())
+    assert scaling.Sizes().storage[0] == (100, 0.2)
+
+
+def test_steps_on_postgresql() -> None:
+    """A handful of people delegate, join and leave, and others are restarted; each kind costs something, and is in the table."""
+    sizes = StepSizes(alone=2, batch=2, together=4, restarts_alone=1, restarts=2, backlog=2, news=1, census=1)
+    alone, together = scaling_steps.scattered_people(40, sizes)
+    filling = PostgresFilling(40, "hs.test", 1_800_000_000.0, 600.0, 60.0, frozenset([*alone, *together]))
+    with new_database(postgresql.shared()) as database:
+        filling.fill_database(database)
+        clock = Clockwork(database, filling.at)
+        try:
+            found = scaling_steps.steps(clock, filling, sizes)
+            found["backlog.together"] = scaling_steps.backlog(clock, filling, sizes)
+        finally:
+            clock.close()
+        assert {name.partition(".")[0] for name in found} == set(scaling_report.KINDS)
+        assert found["joined.alone"].hot == 1.0
+        assert found["left.alone"].hot == 0.0
+        assert all(cost.wal > 0 for cost in found.values())
+        assert scaling_steps.beside(database, filling.at, sizes).news_ms > 0
