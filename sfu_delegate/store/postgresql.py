@@ -513,12 +513,9 @@ class PostgresTransaction:
         if self._notes:
             batch.append((_NOTE, _transposed(self._notes)))
         self._deleted, self._new, self._updates, self._rooms, self._rooms_deleted, self._notes = [], [], {}, [], [], []
-        if len(batch) == 1:
-            self._cursor.execute(*batch[0])
-        elif batch:
-            with self._connection.pipeline():
-                for sql, parameters in batch:
-                    self._cursor.execute(sql, parameters)
+        # Not as a pipeline: a process that is stopped in the middle of one counts as busy, and would keep its locks beyond IDLE_IN_TRANSACTION.
+        for sql, parameters in batch:
+            self._cursor.execute(sql, parameters)
 
     # ── what does not belong to the transaction ──
 
