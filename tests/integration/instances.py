@@ -17,7 +17,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from types import MappingProxyType
 from typing import Any, LiteralString, NamedTuple, Self
 
 import aiohttp
@@ -258,10 +257,10 @@ class Cluster:
 
     # ── their lives ──
 
-    def add(self, name: str, url: str = "") -> Instance:
-        """One more of them, which is not started; `url` is its own way to the database."""
+    def add(self, name: str) -> Instance:
+        """One more of them, which is not started."""
         own = {
-            "database": url or self.url,
+            "database": self.url,
             "postgresql": {"instance": name},
             "encryption": {"keys": [ENCRYPTION_KEY]},
             "sfus": {"main": {"url": self.sfu.url.replace("http", "ws"), "keys": {SFU_KEY: SFU_SECRET}, "request_timeout": "2s"}},
@@ -616,15 +615,11 @@ async def open_cluster(
     server: Server,
     *,
     url: str | None = None,
-    ways: Mapping[str, str] = MappingProxyType({}),
     count: int = 3,
     homeserver: HomeserverModel | None = None,
     **changes: Any,
 ) -> AsyncIterator[Cluster]:
-    """So many instances, all started, on the database at `url`, or an empty one of `server`; `changes` are laid over their configuration.
-
-    `ways`: by instance, the URL by which it alone gets there.
-    """
+    """So many instances, all started, on the database at `url`, or an empty one of `server`; `changes` are laid over their configuration."""
     url = url or server.create_database()
     balancer = Balancer(Random(1), lambda *what: cluster.deliver(*what))
     async with AsyncExitStack() as opened:
@@ -636,7 +631,7 @@ async def open_cluster(
         cluster.http = await opened.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=GENEROUS)))
         cluster.api = DelegateApi(balancer.url, cluster.http)
         for name in NAMES[:count]:
-            cluster.add(name, ways.get(name, ""))
+            cluster.add(name)
         try:
             await cluster.start()
             yield cluster

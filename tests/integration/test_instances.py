@@ -1,10 +1,9 @@
 """Several instances on one PostgreSQL: any of them dies, stands still, is restarted, and so does the database. Nobody is dropped or forgotten."""
 
 import asyncio
-import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Literal, LiteralString, Self
 
 import pytest
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End, HomeserverFaults, HomeserverModel, RateLimit
-from sfu_delegate.sandbox.server import HOST
 
 from tests.integration.daemon import SERVER, until
 from tests.integration.instances import LEASE, Cluster, Crowd, Delivered, Instance, Stay, harms_of, open_cluster
@@ -273,7 +271,10 @@ async def test_stopped_between_a_claim_and_its_request_and_the_person_is_back(tm
 
 
 async def test_stopped_in_the_middle_of_a_transaction(tmp_path: Path, server: Server) -> None:
-    """It has locked a room and its events. After some seconds the database lets the others have them; when it goes on, it begins anew."""
+    """It has locked a room and its events. After some seconds the database lets the others have them; when it goes on, it begins anew.
+
+    It has to be idle for the database: psycopg's pipelines are not, and after one PostgreSQL does not count the time (a Flush follows the Sync).
+    """
     async with open_cluster(tmp_path, server) as cluster:
         one, cluster.balancer.patience = cluster.instances[0], 1.0
         stay, other, elsewhere = [await cluster.in_call(*who) for who in (("anna",), ("bert",), ("carl", "another room"))]
@@ -309,96 +310,6 @@ async def others_have_the_room(cluster: Cluster, other: Stay, began: float) -> N
         await cluster.ended(other)
     assert other.event.ended_at
     print(f"the others waited for {other.event.ended_at - began:.1f} s")
-
-
-class Wire:
-    """What stands between one instance and PostgreSQL, and stops the instance when it has sent some of several statements: the rest never comes.
-
-    A stand-in for SIGSTOP, a frozen container or a machine that is gone at just this moment: all of them have sent something, and no Sync.
-    """
-
-    STARTUPS = (80877103, 80877104)  # requests for TLS and for GSS, which have no type
-
-    def __init__(self, port: int) -> None:
-        self.armed = False
-        self.stopped = asyncio.Event()
-        self.stop: Callable[[], None] = lambda: None
-        self._upstream = port
-        self._connections: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, HOST, 0)
-        self.port = int(self._server.sockets[0].getsockname()[1])
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-
-    async def _connected(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
-        database, there = await asyncio.open_connection(HOST, self._upstream)
-        copying = asyncio.create_task(_copied(database, back))
-        try:
-            await self._forward(client, there)
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            copying.cancel()
-            await asyncio.gather(copying, return_exceptions=True)
-            there.transport.abort()
-            back.transport.abort()
-            self._connections.discard(task)
-
-    async def _forward(self, client: asyncio.StreamReader, there: asyncio.StreamWriter) -> None:
-        code = 0
-        while code == 0 or code in self.STARTUPS:
-            head = await client.readexactly(8)
-            length, code = struct.unpack("!ii", head)
-            there.write(head + await client.readexactly(length - 8))
-        executes = 0
-        while True:
-            head = await client.readexactly(5)
-            kind, length = struct.unpack("!ci", head)
-            body = await client.readexactly(length - 4)
-            executes = executes + 1 if kind == b"E" else 0 if kind == b"S" else executes
-            if self.armed and executes > 1:  # a pipeline of several statements: the first has been sent
-                self.armed = False
-                self.stop()
-                self.stopped.set()
-                await asyncio.Event().wait()
-            there.write(head + body)
-
-
-async def _copied(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while part := await source.read(65536):
-        target.write(part)
-    target.transport.abort()
-
-
-@pytest.mark.slow
-async def test_stopped_in_the_middle_of_several_statements(tmp_path: Path, server: Server) -> None:
-    """As before, but it has sent some of the statements that it sends together, and PostgreSQL waits for more of them: that is not idle for it."""
-    url = server.create_database()
-    async with Wire(server.port) as wire:
-        way = url.replace(f":{server.port}/", f":{wire.port}/")
-        async with open_cluster(tmp_path, server, url=url, ways={"one": way}) as cluster:
-            one, cluster.balancer.patience = cluster.instances[0], 1.0
-            stay, other = await cluster.in_call("anna"), await cluster.in_call("bert")
-            cluster.balancer.only = one.name
-            wire.stop, wire.armed = one.pause, True
-            await removed(cluster, stay)
-            async with asyncio.timeout(10):
-                await wire.stopped.wait()
-            await given_up(cluster, stay, one)
-            await others_have_the_room(cluster, other, time.time())
-            cluster.balancer.only = None
-            one.go_on()
-            await cluster.ended(stay)
 
 
 @pytest.mark.slow

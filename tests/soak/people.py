@@ -157,6 +157,8 @@ class Person:
         async with self._changing:
             if not await self._sfu("vanish", self.room, self._identity):
                 return
+            if self.membership is not None:
+                self.membership.gaps.append(self._world.clock())
             await self._pause(self._random.uniform(2.0, 15.0))
             if not await self._sfu("resume", self.room, self._identity):
                 await self._join()

@@ -34,6 +34,7 @@ class Membership:
     confirmed_at: float | None = None  # acknowledged as verified: from here on the client leaves it to the daemon
     withdrawn_at: float | None = None
     goodbyes: list[float] = field(default_factory=list)  # to the SFU, each at the begin of a full reconnect, or of the reload that it came from
+    gaps: list[float] = field(default_factory=list)  # when its network was away for some seconds, which the SFU does not notice if it goes on
     left_at: float | None = None  # the person is not in the call any more
     departed_at: float | None = None  # … and the SFU has noticed
     replaced_at: float | None = None  # a newer delegation of the same participant was confirmed
@@ -58,6 +59,7 @@ class Membership:
             "last_restart_at": event.since,
             "restarts": len(event.restarted_at),
             "goodbyes": self.goodbyes[-3:],
+            "gaps": self.gaps[-3:],
             "left_at": self.left_at,
             "departed_at": self.departed_at,
             "replaced_at": self.replaced_at,
