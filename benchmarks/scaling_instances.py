@@ -503,7 +503,7 @@ async def _cover(database: Database) -> None:
     """Be an instance that is alive."""
     while True:
         database.ask(
-            "INSERT INTO instance (name, version, address, started_at, alive_at) VALUES ('another', '', '', %s, %s) "
+            "INSERT INTO instance (name, version, address, started_at, alive_at, word) VALUES ('another', '', '', %s, %s, '') "
             "ON CONFLICT (name) DO UPDATE SET alive_at = excluded.alive_at",
             *(time(), time()),
         )

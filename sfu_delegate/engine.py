@@ -15,7 +15,7 @@ from random import Random
 from typing import NamedTuple
 from zlib import crc32
 
-from sfu_delegate.delegation import lifecycle
+from sfu_delegate.delegation import lifecycle, others
 from sfu_delegate.delegation.doubts import Doubts, party
 from sfu_delegate.delegation.model import (
     Accept,
@@ -434,6 +434,9 @@ class Engine:
         self._doubted = 0  # of the rows in doubt, how many were asked for lately
         self._was_covered = False  # somebody has listened while this instance was not there
         self.instances: list[Instance] = []  # the others
+        self._words: dict[str, others.Word] = {}  # by instance: what these say of homeservers
+        self._left: dict[str, float] = {}  # by homeserver that fails for us: seconds for which what is due is left to the others
+        self._probe_at: dict[str, float] = {}  # … and when it is tried again
         self._busy_elsewhere: set[str] = set()  # homeservers and SFUs of which others have what is due
         self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
         self._doubts = Doubts()
@@ -507,7 +510,7 @@ class Engine:
 
     def _company(self, now: float) -> int:
         """See `Step.company`: by the homeserver with the fewest places of those where something is due."""
-        return min((self._pace(homeserver).half() for homeserver, due in self._due.items() if self._begins(due) <= now), default=0)
+        return min((self._pace(homeserver).half() for homeserver in self._due if self._begins(homeserver) <= now), default=0)
 
     def _hold(self, work: _Work, inputs: Sequence[Input], tasks: Sequence[Task]) -> None:
         """Keep the rows that an answer will ask for, as they are in the database now."""
@@ -652,6 +655,8 @@ class Engine:
                         reach.dropped()
                     elif reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None, reached=given.reached):
                         self._ask.add(given.sfu)  # what happened while it could not be asked is found out now
+                    if self._words:
+                        self._leave_looks_to_others(given.sfu, reach)
                     self._learned.add(given.sfu)
             elif isinstance(given, RoomChanged):
                 self.heard(given.sfu, now)
@@ -683,6 +688,8 @@ class Engine:
             answered = given.verdict not in (Verdict.FAILED, Verdict.UNCERTAIN)
             pace.ended(given.sent_at, now, ending=given.action is not Action.RESTART, answered=answered, alone=given.alone)
         self._learned.add(given.homeserver)
+        if self._words:
+            self._leave_to_others(given.homeserver)
         if given.action is Action.RESTART:
             self._kept_alive[given.event] = (given.sent_at, given.verdict is Verdict.DONE)
         return pace.shared() if self.store.shared else ""
@@ -1075,7 +1082,7 @@ class Engine:
         for id, row in work.rows.items():
             if row.due is not None and row.due <= now and row.lane is not Lane.TIMER and work.before[id] is not row and id not in work.deleted:
                 fresh.setdefault(row.homeserver, []).append(row)
-        late = [homeserver for homeserver, due in self._due.items() if self._begins(due) <= now]
+        late = [homeserver for homeserver in self._due if self._begins(homeserver) <= now]
         crowded = [homeserver for homeserver in sorted({*self._plans, *self._replan}) if self._plan_at(homeserver) <= now]
         crowded += [homeserver for homeserver, plan in self._plans.items() if plan.early <= now]
         tasks: list[Task] = []
@@ -1083,7 +1090,7 @@ class Engine:
         self._waiting.clear()
         self._departing &= {*fresh, *late}
         for homeserver in dict.fromkeys([*fresh, *late, *crowded]):
-            if self._begins(self._due.get(homeserver, inf)) <= now:
+            if self._begins(homeserver) <= now:
                 asked.append(homeserver)
             if self.store.shared and not self.stopping and self._pace(homeserver).limit is Limit.SOME:
                 # The others take from the same bucket: one instance at a time looks into it.
@@ -1106,23 +1113,24 @@ class Engine:
     def _claim_at(self, work: _Work, homeserver: str, fresh: Sequence[DelayedEvent]) -> list[Task]:
         """Claim actions at one homeserver; `fresh`: rows that this step has changed, and that are due."""
         now = work.now
-        candidates = {row.id: row for row in fresh}
         pace = self._pace(homeserver)
+        left = self._left.get(homeserver, 0.0)
+        candidates = {row.id: row for row in fresh if row.due is not None and row.due <= now - left}
         places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
-        if self._begins(self._due.get(homeserver, inf)) <= now:
+        if self._begins(homeserver) <= now:
             found = self._timers(work, homeserver)
             if places:
-                for row in self._found(work, homeserver, places):
+                for row in self._found(work, homeserver, places, now - left):
                     found = True
                     # What this step has changed may be due no more.
-                    if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
+                    if row.due is not None and row.due <= now - left and row.lane is not Lane.TIMER:
                         candidates[row.id] = row
                 if self.store.shared and not found:
                     self._busy_elsewhere.add(homeserver)
         if self.stopping:
             return []
         plan = self._plan(work, homeserver)
-        if places and plan.early <= now:
+        if places and plan.early <= now and not left:
             candidates.update((row.id, row) for row in self._not_due_yet(work, plan, places))
         ready = [row for row in candidates.values() if not self._let_run(work, row)]
         choice = choose(ready, pace, plan, now)
@@ -1136,17 +1144,38 @@ class Engine:
             claimed = lifecycle.claim(row, now, self.policy)
             work.put(claimed, None)
             tasks.append(_task(claimed))
+        if left and places and not tasks and now >= self._probe_at.get(homeserver, 0.0):
+            tasks += self._probe(work, homeserver, fresh, plan)
         return tasks
 
-    def _begins(self, due: float) -> float:
-        """When something is begun that is due at a time: with what else is due in the same part of a second; but what the last step left, at once."""
-        return due if due <= self._stepped_at or due == inf else ceil(due / TOGETHER) * TOGETHER
+    def _probe(self, work: _Work, homeserver: str, fresh: Sequence[DelayedEvent], plan: Plan) -> list[Task]:
+        """A restart by which is found out whether a homeserver can be reached again that others reach. It is not claimed, so that it is in nobody's
+        way if not; a restart too many harms nobody."""
+        now = work.now
+        self._probe_at[homeserver] = now + others.PROBE_EVERY
+        rows = [row for row in fresh if row.lane is Lane.RESTART] or work.taken(work.tx.todo(homeserver, Lane.RESTART, 1, now))
+        rows = [row for row in rows if row.state is State.LIVE and row.lane is Lane.RESTART and not row.claimed]
+        tasks = []
+        for row in choose(rows[:1], self._pace(homeserver), plan, now).rows:
+            self._unclaimed += 1
+            tasks.append(_task(row._replace(claim=-self._unclaimed, due=now + self.policy.lease)))
+        return tasks
 
-    def _found(self, work: _Work, homeserver: str, places: int) -> list[DelayedEvent]:
-        found = work.tx.todo(homeserver, Lane.END, places, work.now)
+    def _begins(self, homeserver: str) -> float:
+        """When something is begun that is due at a homeserver: with what else is due in the same part of a second; but what the last step left, at
+        once. What is left to others, later, but for a probe."""
+        due = self._due.get(homeserver, inf)
+        begins = due if due <= self._stepped_at or due == inf else ceil(due / TOGETHER) * TOGETHER
+        if homeserver in self._left:
+            return max(begins, min(begins + self._left[homeserver], self._probe_at.get(homeserver, inf)))
+        return begins
+
+    def _found(self, work: _Work, homeserver: str, places: int, due: float) -> list[DelayedEvent]:
+        """What was due then."""
+        found = work.tx.todo(homeserver, Lane.END, places, due)
         # Those whose deadline has passed must not hide those that can still make it.
-        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed=False)
-        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed=True)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, due, harmed=False)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, due, harmed=True)
         return work.taken(found)
 
     def _not_due_yet(self, work: _Work, plan: Plan, most: int) -> list[DelayedEvent]:
@@ -1302,8 +1331,8 @@ class Engine:
     def _wake(self, now: float) -> float | None:
         """When something can be done next that is not set off by an input."""
         times = []
-        for homeserver, due in self._due.items():
-            at = self._begins(due)
+        for homeserver in self._due:
+            at = self._begins(homeserver)
             if at > now:
                 times.append(at)
             elif not self._waiting.get(homeserver):
@@ -1440,7 +1469,7 @@ class Engine:
             self._told |= heard
             self._told_at = now
             self._resolve_doubts(now)
-        news = self.store.news(now)
+        news = self.store.news(now, self._word())
         self._now = now
         self._due = dict(news.schedule)
         self._rooms_due = dict(news.rooms)
@@ -1457,13 +1486,44 @@ class Engine:
         # Deadlines that others have added.
         self._replan |= {homeserver for homeserver in self._plans if self._pace(homeserver).limit is Limit.SOME}
         self.instances = news.instances
+        self._words = {other.name: others.understood(other.word) for other in news.instances}
+        for homeserver in {*self._left, *(homeserver for homeserver, pace in self._paces.items() if pace.fails)}:
+            self._leave_to_others(homeserver)
+        for name, reach in list(self._reaches.items()):
+            self._leave_looks_to_others(name, reach)
         self._cover(now)
         return now if self._ask else self._wake(now)
+
+    def _word(self) -> str:
+        """What the others are to know of homeservers and SFUs."""
+        failing = {homeserver for homeserver, pace in self._paces.items() if pace.fails}
+        asked = {homeserver for word in self._words.values() for homeserver in word.failing} & self._paces.keys() - failing
+        answered = {homeserver: at for homeserver in asked if (at := self._paces[homeserver].answered_at) > -inf}
+        return others.told(failing, answered, [sfu for sfu, reach in list(self._reaches.items()) if reach.failing_since is not None])
+
+    def _leave_to_others(self, homeserver: str) -> None:
+        """Has a homeserver begun to fail for us, or ceased to, and what do others say of it?"""
+        pace = self._paces.get(homeserver)
+        left = 0.0
+        if pace is not None and pace.fails and pace.failing_since is not None:
+            left = others.left_for(homeserver, pace.failing_since, self._words.values())
+        if left:
+            self._left[homeserver] = left
+            self._probe_at.setdefault(homeserver, self._now + others.PROBE_EVERY)
+        else:
+            self._left.pop(homeserver, None)
+            self._probe_at.pop(homeserver, None)
+
+    def _leave_looks_to_others(self, sfu: str, reach: Reach) -> None:
+        """The same for an SFU."""
+        reach.others_may = reach.failing_since is not None and any(sfu not in word.sfus for word in self._words.values())
 
     def clock_moved(self, by: float, now: float) -> None:
         """The clock that all follow was set: what is in memory was of another time. What is in the store, the store is told of by itself."""
         self._now, self._stepped_at, self._told_at = now, -inf, -inf
         self._told.clear()
+        self._left.clear()
+        self._probe_at.clear()
         self._replan |= self._plans.keys()
         self._plans.clear()
         self._waiting.clear()

@@ -43,6 +43,7 @@ class Reach:
     several_nodes_at: float | None = None  # when it last showed that it has several nodes, or a memory that outlives them
 
     vote_again_at: float = 0.0  # when it is tried again, though others can ask it
+    others_may: bool = False  # other instances of the daemon are there for which it does not fail, as far as they say
     others_at: float = -inf  # when the latest of the looks was sent that another instance of the daemon made, and that were answered
 
     def dropped(self) -> None:
@@ -66,8 +67,10 @@ class Reach:
             self.several_nodes_at = max(several_nodes_at, self.several_nodes_at or 0.0)
 
     def outvoted(self, now: float) -> bool:
-        """Can others ask it, though we cannot? Then they are to look at its rooms, and our failures say nothing of anybody."""
-        return self.failing_since is not None and self.others_at > self.failing_since and now < self.others_at + OTHERS_COUNT
+        """Can others ask it, or might they, though we cannot? Then they are to look at its rooms, and our failures say nothing of anybody."""
+        if self.failing_since is None:
+            return False
+        return self.others_may or (self.others_at > self.failing_since and now < self.others_at + OTHERS_COUNT)
 
     def open(self, policy: Policy) -> bool:
         """Has it failed so often that most looks are not even tried?"""
@@ -131,7 +134,7 @@ class Reach:
 
     def lost(self, sfu: str, now: float, policy: Policy) -> bool:
         """Has it neither answered nor sent a webhook for so long that it counts as lost? Not before it was asked a few times, also after a start."""
-        if not self.open(policy) or self.failing_since is None:
+        if not self.open(policy) or self.failing_since is None or self.others_may:
             return False
         return now >= max(self.failing_since, self.heard_at, self.others_at) + policy.lost(sfu)
 

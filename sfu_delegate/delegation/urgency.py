@@ -76,6 +76,8 @@ DOWN_AFTER = 4  # failures in a row until only one request at a time tries wheth
 DOWN_FIRST = 0.5  # seconds until then, at the least
 DOWN_PART = 8  # … and a part of the time that it has been failing: that it is back is noticed when it was away for an eighth more
 DOWN_MOST = 10.0  # … and at the most
+FAILS_AFTER = 2  # failures in a row, those on their way together counted as one, until a homeserver counts as out of reach …
+SLOW_FAILURE = 2.0  # … or one that took so many seconds
 
 
 class Limit(StrEnum):
@@ -131,6 +133,11 @@ class Pace:
     _last_try_at: float = 0.0
     _early: bool = False  # the next request goes before the time that the homeserver named, which was too far away to be waited for
     _down: dict[bool, _Down] = field(default_factory=lambda: {True: _Down(), False: _Down()})  # by: is it an ending?
+    failing_since: float | None = None  # when the first of the failures in a row was sent, of whatever kind
+    fails: bool = False  # it seems to be out of reach
+    answered_at: float = -inf  # when the latest of the requests was sent that were answered, be it with a refusal
+    _failures: int = 0
+    _failed_at: float = -inf
 
     # ── how much, and when ──
 
@@ -253,6 +260,7 @@ class Pace:
         down = self._down[ending]
         if not answered:
             self._probing = False
+            self._failed(sent_at, now)
             if not down.failures:
                 down.since = sent_at
             if sent_at >= down.failed_at:
@@ -264,9 +272,22 @@ class Pace:
         if down.keeps_failing:
             self.width, self._widening = 1, 0  # what has gathered meanwhile must not come at once
         down.failures, down.until = 0, 0.0
+        if self.failing_since is not None:
+            self._reached()
+        self.answered_at = max(self.answered_at, sent_at)
         if not alone:
             self._granted(sent_at, now)
         self._widen()
+
+    def _failed(self, sent_at: float, now: float) -> None:
+        if self.failing_since is None:
+            self.failing_since = sent_at
+        if sent_at >= self._failed_at:
+            self._failures, self._failed_at = self._failures + 1, now
+        self.fails = self.fails or self._failures >= FAILS_AFTER or now - sent_at >= SLOW_FAILURE
+
+    def _reached(self) -> None:
+        self.failing_since, self.fails, self._failures = None, False, 0
 
     def _granted(self, sent_at: float, now: float) -> None:
         self._successes += 1
@@ -294,6 +315,8 @@ class Pace:
     def refused(self, sent_at: float, retry_after: float | None, now: float) -> None:
         """The homeserver refused a request that was sent at `sent_at`, because there were too many; `retry_after` in seconds, from then on."""
         self.in_flight = max(0, self.in_flight - 1)
+        self._reached()
+        self.answered_at = max(self.answered_at, sent_at)
         wait = retry_after if retry_after is not None and retry_after > 0 else None
         news = sent_at >= self._refused_at  # not one of several that were on their way together
         if news:
@@ -399,6 +422,8 @@ class Pace:
         self.blocked_until = min(self.blocked_until, now)
         self._last_try_at = min(self._last_try_at, now)
         self._down = {True: _Down(), False: _Down()}
+        self._reached()
+        self.answered_at = self._failed_at = -inf
 
     def reset(self, limit: Limit) -> None:
         """The configuration says something else now: what was learned is of the past."""

@@ -58,6 +58,7 @@ class Instance(NamedTuple):
     version: str
     started_at: float  # Unix seconds
     alive_at: float
+    word: str = ""  # what it says of homeservers, see `delegation.others`
 
 
 class News(NamedTuple):
@@ -225,8 +226,8 @@ class Store(Protocol):
 
     # What instances that share the database tell each other.
 
-    def news(self, now: float) -> News:
-        """What others have changed; and tells them that this instance is alive. Raises StoreUnavailable."""
+    def news(self, now: float, word: str = "") -> News:
+        """What others have changed; and tells them that this instance is alive, and its `word`. Raises StoreUnavailable."""
 
     def exchange_pace(self, homeserver: str, change: Callable[[str | None], str | None]) -> None:
         """Give `change` what all instances behind the same address know of a homeserver's limit, and keep what it returns; None: nothing changed.

@@ -219,12 +219,12 @@ SELECT n.sfu, least((SELECT min(due) FROM room r WHERE r.sfu = n.sfu AND r.routi
 FROM n WHERE n.sfu IS NOT NULL
 """
 _ALIVE = (
-    "INSERT INTO instance (name, version, address, started_at, alive_at) VALUES (%s, %s, %s, %s, %s) "
+    "INSERT INTO instance (name, version, address, started_at, alive_at, word) VALUES (%s, %s, %s, %s, %s, %s) "
     "ON CONFLICT (name) DO UPDATE SET version = excluded.version, address = excluded.address, started_at = excluded.started_at, "
-    "alive_at = excluded.alive_at"
+    "alive_at = excluded.alive_at, word = excluded.word"
 )
 _FORGET_INSTANCES = "DELETE FROM instance WHERE alive_at < %s"
-_OTHERS = "SELECT name, version, started_at, alive_at FROM instance WHERE name <> %s AND alive_at > %s ORDER BY name"
+_OTHERS = "SELECT name, version, started_at, alive_at, word FROM instance WHERE name <> %s AND alive_at > %s ORDER BY name"
 _HEARD = (
     "INSERT INTO sfu AS s (name, heard_at, answered_at) VALUES (%s, %s, %s) ON CONFLICT (name) DO UPDATE SET "
     "heard_at = greatest(s.heard_at, excluded.heard_at), answered_at = greatest(s.answered_at, excluded.answered_at)"
@@ -968,10 +968,10 @@ class PostgresStore:
         except _Passed as passed:
             raise passed.error from None
 
-    def news(self, now: float) -> News:
+    def news(self, now: float, word: str = "") -> News:
         self._started_at = self._started_at or now
         asked: tuple[tuple[str, Sequence[Any]], ...] = (
-            (_ALIVE, (self._instance, __version__, self._address, self._started_at, now)),
+            (_ALIVE, (self._instance, __version__, self._address, self._started_at, now, word)),
             (_FORGET_INSTANCES, (now - FORGOTTEN_AFTER,)),
             (_FORGET_PACES, (now - PACES_KEPT,)),
             (_SCHEDULE, ()),

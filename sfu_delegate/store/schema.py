@@ -142,6 +142,7 @@ instance = Table(
     Column("address", String, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("alive_at", Float, nullable=False),
+    Column("word", Text, nullable=False),
     sqlite_with_rowid=False,
 )
 

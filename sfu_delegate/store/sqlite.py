@@ -580,8 +580,8 @@ class SqliteStore:
 
     # ── what instances tell each other ──
 
-    def news(self, now: float) -> News:
-        del now
+    def news(self, now: float, word: str = "") -> News:
+        del now, word
         census = self.census()
         paces = {str(name): str(state) for name, state in self.execute(select(*schema.pace.columns["homeserver", "state"]))}
         heard = [

@@ -44,6 +44,10 @@ class Cut(StrEnum):
     DEAF = "deaf"  # everything gets there, and nothing comes back
 
 
+HANGING = (Cut.SILENT, Cut.DEAF)
+"""Requests are not answered, which takes the time that they have."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     """An input, and who waits for its reply; nobody, for the result of an action."""
@@ -255,11 +259,15 @@ class Daemon:
 
     def cut_homeserver(self, how: Cut | None) -> None:
         """Homeservers are out of its reach, and of nobody else's; or are not any more."""
+        if self.homeserver_cut in HANGING:
+            self.world.note_upset()  # what is on its way still will not be answered
         self.homeserver_cut = how
         self.note_up()
 
     def cut_sfu(self, how: Cut | None) -> None:
         """The same for the SFU's API; its webhooks arrive."""
+        if self.sfu_cut in HANGING:
+            self.world.note_upset()
         self.sfu_cut = how
         self.note_up()
 
@@ -275,7 +283,8 @@ class Daemon:
         if isinstance(self.store, SharedStore):
             self.store.cut, self.store.untold = False, 0
         self.store.refuses = False
-        self.homeserver_cut = self.sfu_cut = None
+        self.cut_homeserver(None)
+        self.cut_sfu(None)
         self.note_up()
         self.crash_after_commit(None)
         self.pause_after_commit(None)

@@ -5,7 +5,7 @@ from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING
 
-from sfu_delegate.delegation.model import Accept, Input
+from sfu_delegate.delegation.model import Accept, Input, Seen
 from sfu_delegate.delegation.replies import Reply
 
 from tests.simulation.daemon import Daemon
@@ -75,6 +75,8 @@ class Front:
             if not told:
                 told.append(True)
                 then(reply)
+            elif isinstance(given, Seen) and not isinstance(reply, Exception):
+                self._world.knows(given)  # its sender has given up, and is not told
 
         daemon.put(given, tell)
         if not told:

@@ -152,6 +152,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "crowd": Profile(MOVES, {"limit": 1.0, "crash": 1.0, "homeserver error": 1.0}, limited=1.0, most_people=24, together=0.8),
         "everything": Profile(MOVES, {**WEBHOOKS, **SFU_FAULTS, **SFU_LIES, **SFU_GOES, **MATRIX, **PROCESS, **LIMITS}, limited=0.3),
         "instances": Profile(MOVES, INSTANCES, instances=(2, 2, 3)),
+        "instances_sfu": Profile(MOVES, {"no sfu": 4.0, "sfu silent": 3.0, "pause": 1.0, **WEBHOOKS}, instances=(2, 2, 3)),
         "instances_limited": Profile(MOVES, {**INSTANCES, **LIMITS}, limited=1.0, most_people=12, together=0.4, instances=(2, 2, 3)),
         "instances_everything": Profile(
             MOVES,

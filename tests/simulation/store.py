@@ -175,11 +175,11 @@ class SharedStore(Store):
 
     # ── what instances tell each other ──
 
-    def news(self, now: float) -> News:
+    def news(self, now: float, word: str = "") -> News:
         self._reach(to_write=True)
         board = self.board
         self._started_at = now if self._started_at is None else self._started_at
-        board.alive[self.name] = Instance(self.name, "simulated", self._started_at, now)
+        board.alive[self.name] = Instance(self.name, "simulated", self._started_at, now, word)
         if board.counted is None or board.counted[0] != self.changes:
             board.counted = (self.changes, self._found())
         found = board.counted[1]

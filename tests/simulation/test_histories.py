@@ -7,12 +7,10 @@ from tests.simulation.shrinking import shrink
 
 SEEDS = 200
 CHUNK = 50
-# Histories of several instances in which the promises are not kept yet: one that cannot reach a homeserver goes on claiming what others could do.
-UNSETTLED = ("instances", "instances_everything")
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-@pytest.mark.parametrize("profile", [pytest.param(name, marks=pytest.mark.slow) if name in UNSETTLED else name for name in PROFILES])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_every_history_keeps_the_promises(profile: str, first: int) -> None:
     """No promise is broken; where one is, the smallest history that breaks it is shown as code for a regression test."""
     for seed in range(first, first + CHUNK):

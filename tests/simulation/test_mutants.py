@@ -6,15 +6,17 @@ from math import inf
 from typing import Any
 
 import pytest
-from sfu_delegate.delegation import lifecycle, presence, urgency
+from sfu_delegate.delegation import lifecycle, others, presence, urgency
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Looked, Outcome, Presence, Seen, Sighting, State, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.presence import Finding, Sign
+from sfu_delegate.delegation.reach import Reach
 from sfu_delegate.delegation.replies import Touched
 from sfu_delegate.engine import Engine
 from sfu_delegate.store.sqlite import SqliteStore, SqliteTransaction
 
-from tests.simulation.histories import make
+from tests.simulation.daemon import Daemon
+from tests.simulation.histories import History, Op, Someone, make
 from tests.simulation.shrinking import failure
 
 Patch = pytest.MonkeyPatch
@@ -166,18 +168,73 @@ def dropped_webhooks(patch: Patch) -> None:
     patch.setattr(Engine, "_seen", seen)
 
 
+# ── several instances ──
+
+
+def nothing_left_to_others(patch: Patch) -> None:
+    """An instance that alone cannot reach a homeserver goes on trying what others could do."""
+    patch.setattr(others, "left_for", lambda *_: 0.0)
+
+
+def everything_left_to_others(patch: Patch) -> None:
+    """What fails for one instance is left to the others, whether or not they are able to do it."""
+    patch.setattr(others, "left_for", lambda *_: 1e6)
+
+
+def never_outvoted(patch: Patch) -> None:
+    """An instance that alone cannot ask the SFU judges who is there."""
+    patch.setattr(Reach, "outvoted", lambda *_: False)
+
+
+def nothing_taken_over(patch: Patch) -> None:
+    """Nobody asks for what others have left."""
+    patch.setattr(Engine, "refresh", lambda engine, now: engine._wake(now))
+
+
+def believed_to_be_covered(patch: Patch) -> None:
+    """An instance that starts takes it for granted that another one has listened."""
+    patch.setattr(Engine, "_cover", lambda *_: None)
+
+
+def acts_on_old_claims(patch: Patch) -> None:
+    """An instance that was stopped does what it had claimed, however long ago."""
+    patch.setattr(Daemon, "_is_over", lambda *_: False)
+
+
+def believes_any_answer(patch: Patch) -> None:
+    """An answer counts, whoever has claimed its action since."""
+    real = lifecycle.advance
+
+    def advance(row: DelayedEvent, given: lifecycle.Given, now: float, policy: Policy, random: float) -> DelayedEvent:
+        return real(row, given._replace(claim=row.claim) if isinstance(given, Answered) else given, now, policy, random)
+
+    patch.setattr(lifecycle, "advance", advance)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A broken rule, the kind of trouble that shows it, and the promises that may be found broken."""
 
     mutate: Callable[[Patch], None]
-    profile: str
+    profile: str | Callable[[int], History]
     found: frozenset[str]
-    seeds: int
+    seeds: range
+
+    def history(self, seed: int) -> History:
+        """The one of that seed."""
+        return make(seed, self.profile) if isinstance(self.profile, str) else self.profile(seed)
 
 
-def _mutant(mutate: Callable[[Patch], None], profile: str, *found: str, seeds: int = 40) -> Mutant:
-    return Mutant(mutate, profile, frozenset(found), seeds)
+def _mutant(mutate: Callable[[Patch], None], profile: str | Callable[[int], History], *found: str, seeds: int = 40, first: int = 0) -> Mutant:
+    return Mutant(mutate, profile, frozenset(found), range(first, first + seeds))
+
+
+def coming_back_unheard(seed: int) -> History:
+    """One of two instances cannot ask the SFU, and people leave and come back, of which most webhooks are lost."""
+    people = (Someone("alice", "red", 300.0), Someone("bob", "red", 300.0))
+    back = [Op(100.0 + 20.0 * number, "rejoin", who.name, 0.5) for number in range(8) for who in people]
+    ops = (Op(5.0, "come", "alice"), Op(6.0, "come", "bob"), Op(50.0, "no sfu", f"i{seed % 2}", 300.0), Op(98.0, "lose webhooks", "red", 190.0))
+    return History(seed, people, (*ops, *back), 400.0, instances=2)
 
 
 DROPPED = ("dropped by us", "dropped by time")
@@ -197,6 +254,13 @@ MUTANTS = [
     _mutant(clock_is_right, "process", "dropped by time", "forgotten", "busy loop"),
     _mutant(leases_for_ever, "process", "dropped by time", "forgotten"),
     _mutant(dropped_webhooks, "calm", "lost", "forgotten"),
+    _mutant(nothing_left_to_others, "instances", "dropped by time", seeds=200),
+    _mutant(everything_left_to_others, "instances", "dropped by time", "forgotten", seeds=200),
+    _mutant(never_outvoted, coming_back_unheard, *DROPPED),
+    _mutant(nothing_taken_over, "instances", "dropped by time", "forgotten"),
+    _mutant(believed_to_be_covered, "instances", "forgotten", seeds=100),
+    _mutant(acts_on_old_claims, "instances", *DROPPED, first=400),
+    _mutant(believes_any_answer, "instances", "fence", *DROPPED, seeds=200),
 ]
 
 
@@ -206,8 +270,8 @@ def test_a_broken_rule_is_found(mutant: Mutant, monkeypatch: Patch) -> None:
     history = how = None
     with monkeypatch.context() as patch:
         mutant.mutate(patch)
-        for seed in range(mutant.seeds):
-            history = make(seed, mutant.profile)
+        for seed in mutant.seeds:
+            history = mutant.history(seed)
             how = failure(history)
             if how is not None:
                 break

@@ -150,6 +150,32 @@ HISTORIES: Mapping[str, History] = MappingProxyType(
             (Op(5.0, "come", "alice"), Op(6.0, "come", "bob"), Op(7.0, "come", "carol"), Op(100.0, "kill sfu", "red", 20.0)),
             400.0,
         ),
+        # An instance that alone cannot reach a homeserver leaves to the other one what is due there: refused at once, it would be the first to try
+        # again and again; where nothing is answered, each of its tries takes a lease.
+        "one_instance_cannot_reach_the_homeserver": History(
+            36, (Someone("p1", "red", 60.0),), (Op(154.0, "come late", "p1"), Op(295.0, "no homeserver", "i0", 47.0)), 527.581, instances=2
+        ),
+        "one_instance_hears_nothing_of_the_homeserver": History(
+            123,
+            (Someone("p4", "red", 60.0),),
+            (Op(55.0, "restart", "blue", 39.0), Op(122.0, "homeserver silent", "i0", 248.0), Op(123.0, "come", "p4", 1.0)),
+            277.445,
+            instances=2,
+        ),
+        # The look of an instance that alone cannot ask the SFU says nothing of who left and came back, though the other one has not looked yet.
+        "one_instance_cannot_ask_the_sfu": History(
+            1,
+            (ALICE, BOB),
+            (
+                Op(5.0, "come", "alice"),
+                Op(6.0, "come", "bob"),
+                Op(50.0, "no sfu", "i1", 300.0),
+                Op(98.0, "lose webhooks", "red", 190.0),
+                Op(100.0, "rejoin", "alice"),
+            ),
+            400.0,
+            instances=2,
+        ),
         "two_nodes_one_freezes": History(
             7, (ALICE, BOB), (Op(5.0, "come", "alice"), Op(6.0, "come", "bob"), Op(100.0, "freeze node", "red", 50.0)), 400.0
         ),

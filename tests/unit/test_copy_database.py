@@ -414,7 +414,7 @@ def test_times_of_another_clock_are_not_believed_on_sqlite(make: Callable[[str],
     if source == "sqlite":
         run(ours, "INSERT INTO meta (key, value) VALUES ('clock', 'elsewhere')")
     else:
-        put(ours, "instance", [("one", "0.1", "", 0.0, NOW * 10_000)])  # alive in the future, so the clock was set back
+        put(ours, "instance", [("one", "0.1", "", 0.0, NOW * 10_000, "")])  # alive in the future, so the clock was set back
     assert "all countdowns count as unknown" in copy(ours, theirs).notes[0]
     ((mark,),) = query(theirs, "SELECT value FROM meta WHERE key = 'clock'")
     assert not RealClock().agrees_with(mark)
@@ -438,7 +438,7 @@ def test_a_database_whose_instances_are_alive_is_refused(make: Callable[[str], s
     ours, theirs = filled(make, "postgresql"), make("postgresql")
     migrate(theirs)
     place = ours if alive == "source" else theirs
-    age = "INSERT INTO instance SELECT 'one', '0.1', '', 0, extract(epoch FROM clock_timestamp()) - %s"
+    age = "INSERT INTO instance SELECT 'one', '0.1', '', 0, extract(epoch FROM clock_timestamp()) - %s, ''"
     run(place, age, 3)
     said = refused(ours, theirs)
     assert "is in use" in said
@@ -482,7 +482,7 @@ def test_what_happens_between_the_look_and_the_locks_is_seen(make: Callable[[str
                 fill(theirs, events(1))
             else:
                 place = ours if what.endswith("source") else theirs
-                run(place, "INSERT INTO instance SELECT 'one', '0.1', '', 0, extract(epoch FROM clock_timestamp())")
+                run(place, "INSERT INTO instance SELECT 'one', '0.1', '', 0, extract(epoch FROM clock_timestamp()), ''")
 
     monkeypatch.setattr(copying._PostgresSide, "open", meanwhile)
     said = refused(ours, theirs)

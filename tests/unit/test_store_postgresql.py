@@ -713,7 +713,7 @@ def test_what_is_shared_of_a_pace_is_all_that_it_plans_with() -> None:
         copy.adopt(pace.shared(), now + 100)
         copy.width, copy.in_flight, copy._probing = pace.width, pace.in_flight, pace._probing
         copy._down, copy._last_try_at, copy._early = pace._down, pace._last_try_at, pace._early
-        copy._widening = pace._widening
+        copy._widening, copy.answered_at = pace._widening, pace.answered_at
         assert copy == pace
 
 

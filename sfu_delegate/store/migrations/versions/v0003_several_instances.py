@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("address", sa.String, nullable=False),
         sa.Column("started_at", sa.Float, nullable=False),
         sa.Column("alive_at", sa.Float, nullable=False),
+        sa.Column("word", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_instance"),
         sqlite_with_rowid=False,
     )
@@ -135,6 +136,7 @@ def _postgresql() -> None:
         sa.Column("address", text, nullable=False),
         sa.Column("started_at", sa.Float, nullable=False),
         sa.Column("alive_at", sa.Float, nullable=False),
+        sa.Column("word", long_text, nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_instance"),
     )
     op.create_table(
