@@ -19,7 +19,7 @@ from cryptography.fernet import Fernet
 from sfu_delegate.demo.processes import free_ports
 from sfu_delegate.sandbox.homeserver import End
 from tests.integration.certificates import Certificates
-from tests.postgresql import Server, _free_port
+from tests.postgresql import Server
 
 from benchmarks import machine, wire
 from benchmarks.figures import percentile
@@ -378,7 +378,7 @@ async def fleet(site: Site, count: int, filling: PostgresFilling, world: World, 
         for number in range(count):
             directory = site.directory / f"instance{number}"
             directory.mkdir(exist_ok=True)
-            public, admin = _free_port(), _free_port()
+            public, admin = free_ports(2)
             daemon = await Daemon.start(configured(world, site, database, directory.name, (public, admin), more), directory, None)
             running.push_async_callback(daemon.stop)
             on.daemons.append(daemon)

@@ -11,11 +11,9 @@ import functools
 import importlib.util
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
-import socket
 import ssl
 import struct
 import subprocess
@@ -29,6 +27,7 @@ from typing import Any, Literal, LiteralString, Self
 
 import psycopg
 from psycopg import sql
+from sfu_delegate.demo.processes import free_ports
 
 HOST = "127.0.0.1"
 USER = "delegate"  # who owns the databases, and is no superuser
@@ -38,9 +37,6 @@ Filler = Callable[[str], object]
 """What makes tables in the empty database of a URL."""
 
 _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
-
-# Not from the range of the system, from which an outgoing connection might take the port of a server that is stopped for a moment.
-_PORTS = range(15_000, 32_000)
 
 _PREFIX = "sfu-delegate-postgresql-"
 _MEMORY = "/dev/shm"
@@ -77,7 +73,7 @@ class Server:
     def __init__(self, *, durable: bool = False, password: str | None = None, settings: Mapping[str, str] | None = None) -> None:
         self.directory = _new_folder(durable)
         self.password = password
-        self.port = _free_port()
+        [self.port] = free_ports(1)
         self._durable = durable
         self._settings = dict(settings or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -414,14 +410,6 @@ def _until(condition: Callable[[], object], what: str) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {WITHIN:g} seconds")
         time.sleep(0.02)
-
-
-def _free_port() -> int:
-    while True:
-        port = random.choice(_PORTS)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((HOST, port))
-            return port
 
 
 # ── its folder, and its programs ──

@@ -5,9 +5,11 @@ Each runs in a session of its own, so that Ctrl-C in a terminal reaches only us,
 
 import asyncio
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,13 +54,20 @@ async def until(look: Callable[[], Awaitable[T | None]], within: float, what: st
         await asyncio.sleep(LOOK_EVERY)
 
 
+# Not from the range of the system, from which an outgoing connection might take the port of a process that is stopped for a moment.
+_PORTS = range(15_000, 32_000)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports on loopback that nobody listens on now. Bound first, all at the same time, so that no two of them are the same."""
-    sockets = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [int(held.getsockname()[1]) for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
+    with ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = secrets.choice(_PORTS)
+            with suppress(OSError):
+                held.enter_context(socket.create_server((HOST, port)))
+                ports.append(port)
+        return ports
 
 
 class Child:

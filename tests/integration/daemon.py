@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sfu_delegate.config import Config, from_mapping
 from sfu_delegate.daemon.serve import Daemon
 from sfu_delegate.delegation.model import Input
+from sfu_delegate.demo.processes import free_ports
 from sfu_delegate.engine import Step
 from sfu_delegate.observe import logs
 from sfu_delegate.sandbox import tokens
@@ -148,7 +149,7 @@ class Site:
     changes: Mapping[str, Any]
     secrets: set[str] = field(default_factory=lambda: {SFU_SECRET})
     said: list[str] = field(default_factory=list)  # every error answer and every exposition of the metrics
-    port: int = 0
+    port: int = field(default_factory=lambda: free_ports(1)[0])
     running: bool = False
     daemon: Daemon = field(init=False)
     database: Database = field(init=False)

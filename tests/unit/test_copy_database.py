@@ -158,7 +158,8 @@ def events(count: int, **changes: Any) -> list[DelayedEvent]:
 def fill(url: str, rows: list[DelayedEvent]) -> None:
     """Rows with two lines of history each, one of them twice, and their rooms; and something learned."""
     store = opened(url)
-    insert(store, rows)
+    for first in range(0, len(rows), 1000):  # a transaction in which nothing happens for some seconds is ended, and machines are slow
+        insert(store, rows[first : first + 1000])
     store.close()
     notes = [(there.id, NOW + at, what, "") for there in rows for at, what in ((0.1, "delegated"), (0.2, "verified"), (0.2, "verified"))]
     put(url, "history", notes)
