@@ -30,7 +30,7 @@ Text = AnyText().with_variant(AnyText(collation="C"), "postgresql")
 Id = BigInteger().with_variant(Integer(), "sqlite")
 
 # Most updates of these rows move them in an index, so that PostgreSQL writes a new version of the row each time: see docs/scaling.md.
-_HOT = {"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.05, "autovacuum_vacuum_cost_delay": 1}
+_HOT = {"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02}
 STORAGE: dict[str, dict[str, float]] = {"delayed_event": _HOT, "room": _HOT}
 """PostgreSQL's storage parameters, by table."""
 

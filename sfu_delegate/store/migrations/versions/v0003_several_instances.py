@@ -155,7 +155,4 @@ def _postgresql() -> None:
     )
     # Most updates of these rows move them in an index, so that each leaves a dead version behind: see docs/scaling.md.
     for table in ("delayed_event", "room"):
-        op.execute(
-            f"ALTER TABLE {table} SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.05, "
-            "autovacuum_vacuum_cost_delay = 1)"
-        )
+        op.execute(f"ALTER TABLE {table} SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02)")
