@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any, LiteralString, NamedTuple, Self
 
 import aiohttp
@@ -241,6 +242,7 @@ class Cluster:
         homeserver: SandboxHomeserver,
         balancer: Balancer,
         changes: Mapping[str, Any],
+        apart: Mapping[str, Mapping[str, Any]],
     ):
         self.server = server
         self.url = url  # of the database
@@ -254,6 +256,7 @@ class Cluster:
         self.secrets = {SFU_SECRET, ENCRYPTION_KEY}
         self._directory = directory
         self._changes = changes
+        self._apart = apart
 
     # ── their lives ──
 
@@ -266,7 +269,7 @@ class Cluster:
             "sfus": {"main": {"url": self.sfu.url.replace("http", "ws"), "keys": {SFU_KEY: SFU_SECRET}, "request_timeout": "2s"}},
             "homeservers": [{"name": SERVER, "url": self.homeserver.url}],
         }
-        instance = Instance(name, merged(QUICK, SHORT, own, self._changes), self._directory / name)
+        instance = Instance(name, merged(QUICK, SHORT, own, self._changes, self._apart.get(name, {})), self._directory / name)
         self.instances.append(instance)
         self.balancer.ports[name] = instance.port
         return instance
@@ -617,15 +620,19 @@ async def open_cluster(
     url: str | None = None,
     count: int = 3,
     homeserver: HomeserverModel | None = None,
+    apart: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     **changes: Any,
 ) -> AsyncIterator[Cluster]:
-    """So many instances, all started, on the database at `url`, or an empty one of `server`; `changes` are laid over their configuration."""
+    """So many instances, all started, on the database at `url`, or an empty one of `server`; `changes` are laid over their configuration.
+
+    `apart`: by instance, what is changed for it alone.
+    """
     url = url or server.create_database()
     balancer = Balancer(Random(1), lambda *what: cluster.deliver(*what))
     async with AsyncExitStack() as opened:
         sfu = await opened.enter_async_context(SandboxSfu(SfuModel({SFU_KEY: SFU_SECRET}, seed=1)))
         model = homeserver or HomeserverModel(SERVER, seed=1, limit=None)
-        cluster = Cluster(directory, server, url, sfu, await opened.enter_async_context(SandboxHomeserver(model)), balancer, changes)
+        cluster = Cluster(directory, server, url, sfu, await opened.enter_async_context(SandboxHomeserver(model)), balancer, changes, apart)
         await opened.enter_async_context(balancer)
         sfu.model.urls = [f"{balancer.url}/webhooks/livekit"]
         cluster.http = await opened.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=GENEROUS)))

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, LiteralString, Self
 
 import pytest
+from sfu_delegate.demo.processes import HOST, free_ports
 from sfu_delegate.sandbox.homeserver import DelayedEvent, End, HomeserverFaults, HomeserverModel, RateLimit
+from sfu_delegate.sandbox.sfu import DeliveryFaults
 
 from tests.integration.daemon import SERVER, until
 from tests.integration.instances import LEASE, Cluster, Crowd, Delivered, Instance, Stay, harms_of, open_cluster
@@ -69,6 +71,60 @@ async def knows_all(cluster: Cluster, instance: Instance) -> bool:
 def told(what: str, cluster: Cluster) -> dict[str, str]:
     """By delegation: which instance said so."""
     return {line["delegation"]: instance.name for instance in cluster.instances for line in instance.told(what)}
+
+
+# ── an instance is cut off ──
+
+
+async def test_one_that_cannot_reach_the_homeserver_leaves_it_to_the_others(tmp_path: Path, server: Server) -> None:
+    """What is delegated to it is confirmed, whoever it hears of is ended, and nobody drops out: the others do it."""
+    nowhere = {"homeservers": [{"name": SERVER, "url": f"http://{HOST}:{free_ports(1)[0]}"}]}
+    async with open_cluster(tmp_path, server, apart={"one": nowhere}) as cluster:
+        one = cluster.instances[0]
+        for instance in cluster.instances:
+            await until(partial(knows_all, cluster, instance), f"{instance.name} knows the others")
+        cluster.balancer.only = one.name
+        people = [await cluster.in_call(f"guest{n}", f"room{n % 3}") for n in range(9)]
+        for stay in people[:6]:
+            await removed(cluster, stay)
+        for stay in people[:6]:
+            await cluster.ended(stay)
+        assert cluster.asked("send", 200) == 6
+        assert {one.name} == {delivered.instance for delivered in cluster.delivered}
+        assert await cluster.count(one, "sfu_delegate_actions_total", outcome="done") == 0
+        late = [stay.event.ended_at - stay.left_at for stay in people[:6] if stay.event.ended_at and stay.left_at]
+        print(f"seconds from departure to end: {max(late):.1f} at the most")
+
+
+async def test_one_that_cannot_ask_the_sfu_leaves_it_to_the_others(tmp_path: Path, server: Server) -> None:
+    """That it gets no answer says nothing of somebody who came back, and whose webhooks are lost: they stay, and whoever has left is ended."""
+    nowhere = {"sfus": {"main": {"url": f"ws://{HOST}:{free_ports(1)[0]}"}}}
+    async with open_cluster(tmp_path, server, apart={"one": nowhere}) as cluster:
+        one = cluster.instances[0]
+        for instance in cluster.instances:
+            await until(partial(knows_all, cluster, instance), f"{instance.name} knows the others")
+        cluster.balancer.only = one.name
+        leaving, staying = [[await cluster.in_call(f"{who} {n}") for n in range(3)] for who in ("leaving", "staying")]
+        for stay in leaving:
+            await cluster.leave(stay)
+        for stay in staying:
+            await cluster.leave(stay)
+            await until(partial(heard_of, "participant_left", stay.identity, cluster), "its departure is told")
+            cluster.sfu.model.delivery_faults = DeliveryFaults(drop=1.0)
+            await back(cluster, stay)
+            cluster.sfu.model.delivery_faults = DeliveryFaults()
+        for stay in leaving:
+            await cluster.ended(stay)
+        for stay in staying:
+            await cluster.present(stay, "connected")
+            assert stay.event.end is End.PENDING
+        for stay in staying:
+            assert not [one for one in cluster.delivered if (one.event, one.identity) == ("participant_joined", stay.identity)][1:]
+
+
+def heard_of(event: str, identity: str, cluster: Cluster) -> bool:
+    """Has an instance got this webhook?"""
+    return any((one.event, one.identity, one.status) == (event, identity, 200) for one in cluster.delivered)
 
 
 # ── an instance dies ──
