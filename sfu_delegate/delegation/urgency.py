@@ -67,6 +67,7 @@ FREE_PROVED = 200  # so many actions granted since the last refusal, and as many
 LIMITED_WIDTH = 4  # a refusal is held back for half a second
 FREE_BEYOND = 32.0  # so many actions more than the assumed limit allows, and none refused: there is no such limit
 PROBE_AFTER = 8  # successes without a refusal, with work waiting, until it is tried whether more is allowed
+PROBED_FOR = 5.0  # seconds for which one whose answer has not come keeps other instances from making another one
 PROBE_WITHIN = 10.0  # … or more than half of them in so many seconds, where they come slowly
 FREE_SURPRISES = 24  # so many actions in a row that the estimate would not have allowed, and none refused: the limit is gone
 TRUSTED_REFUSALS = 2  # in a row, until what the homeserver says of the time to wait is not believed any more
@@ -129,6 +130,7 @@ class Pace:
     _marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=8))
     _begun: deque[float] = field(default_factory=lambda: deque(maxlen=8))  # when the last requests were sent that the estimate allowed
     _probing: bool = False  # a request is on its way that the estimate would not have allowed
+    _probed_at: float = 0.0  # when the last of those was sent by any instance of the daemon, if nothing came back
     _surprises: int = 0  # of those, in a row, how many were granted
     _last_try_at: float = 0.0
     _early: bool = False  # the next request goes before the time that the homeserver named, which was too far away to be waited for
@@ -225,7 +227,7 @@ class Pace:
         return now + (actions - self.tokens(now)) / self.rate
 
     def _may_probe(self, now: float) -> bool:
-        if self._probing or self.in_flight:
+        if self._probing or self.in_flight or now < self._probed_at + PROBED_FOR:
             return False
         slow = self._successes > PROBE_AFTER / 2 and now >= self._refused_at + PROBE_WITHIN
         return self._surprises > 0 or self._successes >= PROBE_AFTER or slow
@@ -248,7 +250,7 @@ class Pace:
         if tokens >= self.burst:
             self._marks.clear()
         if self.limit is Limit.SOME and (tokens < 1.0 or self._early):
-            self._probing = True
+            self._probing, self._probed_at = True, now
             self._early = False
         else:
             self._tokens, self._tokens_at = tokens - 1.0, now
@@ -259,7 +261,8 @@ class Pace:
         self.in_flight = max(0, self.in_flight - 1)
         down = self._down[ending]
         if not answered:
-            self._probing = False
+            if self._probing:
+                self._probing, self._probed_at = False, 0.0
             self._failed(sent_at, now)
             if not down.failures:
                 down.since = sent_at
@@ -297,7 +300,7 @@ class Pace:
                 self._surprises += 1  # it did not keep to its word, but something has changed now
             self._streak = 0
         if self._probing:
-            self._probing = False
+            self._probing, self._probed_at = False, 0.0
             self._surprises += 1
             self._tokens, self._tokens_at = max(0.0, self.tokens(now) - 1.0), now
             self.burst = max(self.burst, min(self.burst + 1.0, ASSUMED_BURST))
@@ -339,7 +342,9 @@ class Pace:
         self._last_try_at = now + LAST_TRY_AFTER
         if news:
             self._successes = 0
-        self._refused_at, self._probing, self._surprises = now, False, 0
+        if self._probing:
+            self._probing, self._probed_at = False, 0.0
+        self._refused_at, self._surprises = now, 0
 
     def _learn(self, wait: float | None, now: float) -> None:
         """A first refusal: a limit there is, and Synapse's default is assumed until more is known."""
@@ -380,6 +385,7 @@ class Pace:
                 **{"limit": self.limit.value, "rate": self.rate, "burst": self.burst, "tokens": self._tokens, "tokens_at": self._tokens_at},
                 **{"blocked_until": self.blocked_until, "refused_at": self._refused_at, "streak": self._streak, "surprises": self._surprises},
                 **{"successes": self._successes, "total": self._total, "marks": list(self._marks), "begun": list(self._begun)},
+                "probed_at": self._probed_at,
             }
         )
 
@@ -397,12 +403,14 @@ class Pace:
             counts = int(known["successes"]), int(known["total"])
             marks = [(float(at), int(total)) for at, total in known["marks"]]
             begun = [float(at) for at in known["begun"]]
+            probed_at = float(known["probed_at"])
         except (ValueError, TypeError, KeyError):
             return
         self.limit, self.rate, self.burst = limit, max(rate, 1 / LONGEST_BLOCK), max(1.0, burst)
         self._tokens, self._tokens_at, self.blocked_until = bucket
         self._refused_at, self._streak, self._surprises = refusals
         self._successes, self._total = counts
+        self._probed_at = probed_at
         self._marks, self._begun = deque(marks, maxlen=self._marks.maxlen), deque(begun, maxlen=self._begun.maxlen)
         self._not_later_than(now)
         if self.limit is Limit.SOME and was is not Limit.SOME:
@@ -413,6 +421,7 @@ class Pace:
         if self._tokens_at > now or self._refused_at > now or self.blocked_until > now + LONGEST_BLOCK:
             self._tokens_at, self._refused_at = min(self._tokens_at, now), min(self._refused_at, now)
             self.blocked_until = min(self.blocked_until, now + LONGEST_BLOCK)
+            self._probed_at = 0.0
             self._marks.clear()
             self._begun.clear()
 

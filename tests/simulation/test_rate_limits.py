@@ -100,6 +100,33 @@ def test_five_hundred_leave_and_five_hundred_stay(within: float, leave_at: float
     assert result.forecast == 0.0, over(case, result)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("within", JOINED)
+@pytest.mark.parametrize("instances", [2, 3])
+def test_several_instances_are_one_to_the_homeserver(instances: int, within: float, known: bool) -> None:
+    """Behind one address they are as quick as one, nobody is dropped, and together they are refused no more often."""
+    for seed, leave_at in enumerate(moments(3, 131.0, (instances + known) / 5)):
+        case = Case(30, 60.0, 30, HOUR, within, leave_at, known, instances=instances)
+        result = play(case, seed)
+        assert result.dropped == 0, over(case, result)
+        assert result.sent == 30, over(case, result)
+        assert result.last <= 65.0, over(case, result)
+        assert result.refusals <= result.successes / 4, over(case, result)
+        # While the limit is not known, each may have some requests under way that are refused.
+        assert result.refusals_in_all <= max(8 * (1 if known else instances), result.successes_in_all / 4), over(case, result)
+        assert result.forecast == 0.0, over(case, result)
+
+
+@pytest.mark.slow
+def test_several_instances_leave_no_permitted_action_unused() -> None:
+    """However long the backlog is."""
+    case = Case(500, HOUR, 500, HOUR, 1.0, 0.0, False, watch=520.0, instances=3)
+    result = play(case, 1)
+    assert (result.dropped, result.sent, result.fired) == (0, 500, 0), over(case, result)
+    assert result.used >= 0.99, over(case, result)
+    assert result.refusals <= result.successes / 4, over(case, result)
+
+
 @pytest.mark.parametrize("leave_at", [5.0, 10.0, 20.0, 30.0, 40.0, 50.0])
 def test_a_limit_that_comes_into_force_when_everybody_has_joined(leave_at: float) -> None:
     """Of 60 who joined at once, and whose checks nobody refused, 30 leave: nobody who stays is dropped, and few requests are refused.
