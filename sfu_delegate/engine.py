@@ -110,6 +110,43 @@ class Step:
     company: int = 0  # something else does: so many answers free half of the places; 0: nothing waits
 
 
+# ── a homeserver that fails for one of several instances ──
+
+
+@dataclass(slots=True)
+class _CutOff:
+    """What this instance does at a homeserver that fails for it, while others are there. Times in Unix seconds."""
+
+    homeserver: str
+    probe_at: float  # something is restarted that is not due
+    left: float = 0.0  # seconds for which endings are left to the others
+    tried_at: float = -inf  # when it was last looked at what is due
+    tried: dict[int, float] = field(default_factory=dict)  # by event: when it was lately restarted without a claim
+
+    def claims(self, row: DelayedEvent, now: float) -> bool:
+        """Is this row, which is due, ours to claim?"""
+        return row.lane is Lane.END and row.due is not None and row.due <= now - self.left
+
+    def begins(self, due: float) -> float:
+        """When it is looked at what is due."""
+        return max(min(due, self.probe_at), self.tried_at + others.TRIED_EVERY)
+
+    def was_tried(self, now: float) -> None:
+        """It was looked for something to be tried; the next probe is some time from now, whether or not there was anything."""
+        self.tried_at = now
+        if now >= self.probe_at:
+            self.probe_at = now + others.PROBE_EVERY
+
+    def tries(self, event: int, now: float) -> None:
+        """A restart without a claim is on its way."""
+        self.tried[event] = now
+        self.probe_at = now + others.PROBE_EVERY
+
+    def forget(self, now: float) -> None:
+        """What was tried long enough ago may be tried again."""
+        self.tried = {event: at for event, at in self.tried.items() if 0 <= now - at < others.RESTARTED_EVERY}
+
+
 # ── the working set of one step ──
 
 
@@ -131,6 +168,7 @@ class _Work:
     rooms: dict[RoomKey, Room | None] = field(default_factory=dict)
     rooms_before: dict[RoomKey, Room | None] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
+    tried: list["_CutOff"] = field(default_factory=list)  # homeservers at which was looked for what may be tried
     learned: dict[str, KnownHomeserver] = field(default_factory=dict)
     learned_sfus: dict[str, KnownSfu] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
@@ -434,9 +472,11 @@ class Engine:
         self._doubted = 0  # of the rows in doubt, how many were asked for lately
         self._was_covered = False  # somebody has listened while this instance was not there
         self.instances: list[Instance] = []  # the others
-        self._words: dict[str, others.Word] = {}  # by instance: what these say of homeservers
-        self._left: dict[str, float] = {}  # by homeserver that fails for us: seconds for which what is due is left to the others
-        self._probe_at: dict[str, float] = {}  # … and when it is tried again
+        self.has_namesake = False  # one of them has the name of this one
+        self._words: dict[str, others.Word] = {}  # by instance: what these say of homeservers and SFUs
+        self._heard_at = -inf  # when they were last heard
+        self._cut_off: dict[str, _CutOff] = {}  # homeservers that fail for us, while others are there
+        self._failed = False  # the last step could not be kept
         self._busy_elsewhere: set[str] = set()  # homeservers and SFUs of which others have what is due
         self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
         self._doubts = Doubts()
@@ -463,6 +503,9 @@ class Engine:
         back, and will be an input later; its places are free from now on. `about_to_wait`: see `Store.atomically`.
         """
         self._now = now
+        if self._words and not 0 <= now - self._heard_at < others.WORDS_COUNT:
+            self._words.clear()
+            self._weigh_words()
         self._came_back(answered, now)
         self._came_back(inputs, now)
         try:
@@ -471,6 +514,7 @@ class Engine:
             step, work, due, rooms_due = self.store.atomically(lambda tx: self._step(tx, inputs, now), about_to_wait=about_to_wait)
         except StoreUnavailable:
             self._held.clear()  # what was kept of a commit that failed is not known everywhere
+            self._failed = True
             raise
         except Exception as error:
             # Something that only came out when it was written. Whoever it belongs to is answered alone.
@@ -485,6 +529,9 @@ class Engine:
             else:
                 self._due[homeserver] = at
         self._rooms_due.update(rooms_due)
+        self._failed = False
+        for cut_off in work.tried:
+            cut_off.was_tried(now)
         self._count(work)
         self._hold(work, inputs, step.tasks)
         for task in step.tasks:
@@ -493,6 +540,8 @@ class Engine:
                 self._reach(task.sfu).began(self.policy)
             else:
                 pace = self._pace(task.homeserver)
+                if task.claim < 0 and task.homeserver in self._cut_off:
+                    self._cut_off[task.homeserver].tries(task.event, now)
                 # From a bucket that others take from as well, it was taken in the transaction.
                 pace.began(now, alone=task.token is not None or (self.store.shared and pace.limit is Limit.SOME))
         step = replace(step, wake=self._wake(now), hurry=bool(self._departing), company=self._company(now))
@@ -523,7 +572,7 @@ class Engine:
             for id in work.deleted:
                 self._held.pop(id, None)
         for task in tasks:
-            if task.event:
+            if task.event and task.claim > 0:
                 self._held[task.event] = work.rows[task.event]
 
     def keep_alive(self, now: float) -> list[Task]:
@@ -539,8 +588,7 @@ class Engine:
             pace = self._pace(homeserver)
             candidates = [row for row in rows if row.homeserver == homeserver]
             for row in choose(candidates, pace, self._plans.get(homeserver, NOTHING_PLANNED), now).rows:
-                self._unclaimed += 1
-                task = _task(row._replace(claim=-self._unclaimed, due=now + self.policy.lease))
+                task = self._without_claim(row, now)
                 self._under_way.add((homeserver, row.id, task.claim))
                 pace.began(now, alone=row.token is not None)
                 tasks.append(task)
@@ -656,7 +704,7 @@ class Engine:
                     elif reach.ended(given.sent_at, now, self.policy, answered=given.participants is not None, reached=given.reached):
                         self._ask.add(given.sfu)  # what happened while it could not be asked is found out now
                     if self._words:
-                        self._leave_looks_to_others(given.sfu, reach)
+                        self._weigh_words_of_sfu(given.sfu, reach)
                     self._learned.add(given.sfu)
             elif isinstance(given, RoomChanged):
                 self.heard(given.sfu, now)
@@ -689,7 +737,7 @@ class Engine:
             pace.ended(given.sent_at, now, ending=given.action is not Action.RESTART, answered=answered, alone=given.alone)
         self._learned.add(given.homeserver)
         if self._words:
-            self._leave_to_others(given.homeserver)
+            self._weigh_words_of(given.homeserver)
         if given.action is Action.RESTART:
             self._kept_alive[given.event] = (given.sent_at, given.verdict is Verdict.DONE)
         return pace.shared() if self.store.shared else ""
@@ -841,7 +889,10 @@ class Engine:
         room = work.room(look.sfu, look.room)
         if room is None or not room.claimed or room.claim != look.claim:
             return Touched(0)
-        if not look.made or (look.participants is None and self.store.shared and self._reach(look.sfu).outvoted(work.now)):
+        given_back = look.participants is None and self.store.shared and self._reach(look.sfu).outvoted(work.now)
+        if given_back and look.made:
+            self._reach(look.sfu).gave_back(work.now)
+        if given_back or not look.made:
             work.put_room(look.sfu, look.room, room._replace(claimed=False, due=work.now))
             return Touched(0)
         if look.participants is None and not room.failures and self._reach(look.sfu).outdated(look.sent_at):
@@ -1114,26 +1165,30 @@ class Engine:
         """Claim actions at one homeserver; `fresh`: rows that this step has changed, and that are due."""
         now = work.now
         pace = self._pace(homeserver)
-        left = self._left.get(homeserver, 0.0)
-        candidates = {row.id: row for row in fresh if row.due is not None and row.due <= now - left}
+        cut_off = self._cut_off.get(homeserver)
+        candidates = {row.id: row for row in fresh if cut_off is None or cut_off.claims(row, now)}
         places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
         if self._begins(homeserver) <= now:
             found = self._timers(work, homeserver)
             if places:
-                for row in self._found(work, homeserver, places, now - left):
+                for row in self._found(work, homeserver, places) if cut_off is None else self._left_over(work, cut_off, places):
                     found = True
                     # What this step has changed may be due no more.
-                    if row.due is not None and row.due <= now - left and row.lane is not Lane.TIMER:
+                    if row.due is not None and row.due <= now and row.lane is not Lane.TIMER:
                         candidates[row.id] = row
                 if self.store.shared and not found:
                     self._busy_elsewhere.add(homeserver)
         if self.stopping:
             return []
         plan = self._plan(work, homeserver)
-        if places and plan.early <= now and not left:
+        unclaimed: dict[int, DelayedEvent] = {}
+        if cut_off is not None:
+            unclaimed = {row.id: row for row in self._to_be_tried(work, cut_off, fresh, places)}
+            work.tried.append(cut_off)
+        elif places and plan.early <= now:
             candidates.update((row.id, row) for row in self._not_due_yet(work, plan, places))
         ready = [row for row in candidates.values() if not self._let_run(work, row)]
-        choice = choose(ready, pace, plan, now)
+        choice = choose([*ready, *unclaimed.values()], pace, plan, now)
         self._waiting[homeserver] = choice.waiting
         if any(wait.ending for wait in choice.waiting):
             self._departing.add(homeserver)
@@ -1141,41 +1196,58 @@ class Engine:
             self._departing.discard(homeserver)
         tasks: list[Task] = []
         for row in choice.rows:
+            if row.id in unclaimed:
+                tasks.append(self._without_claim(row, now))
+                continue
             claimed = lifecycle.claim(row, now, self.policy)
             work.put(claimed, None)
             tasks.append(_task(claimed))
-        if left and places and not tasks and now >= self._probe_at.get(homeserver, 0.0):
-            tasks += self._probe(work, homeserver, fresh, plan)
         return tasks
 
-    def _probe(self, work: _Work, homeserver: str, fresh: Sequence[DelayedEvent], plan: Plan) -> list[Task]:
-        """A restart by which is found out whether a homeserver can be reached again that others reach. It is not claimed, so that it is in nobody's
-        way if not; a restart too many harms nobody."""
+    def _without_claim(self, row: DelayedEvent, now: float) -> Task:
+        """A restart that is in nobody's way; a restart too many harms nobody."""
+        self._unclaimed += 1
+        return _task(row._replace(claim=-self._unclaimed, due=now + self.policy.lease))
+
+    def _left_over(self, work: _Work, cut_off: "_CutOff", places: int) -> list[DelayedEvent]:
+        """Endings at a homeserver that fails for us, which others could have made by now."""
+        return work.taken(work.tx.todo(cut_off.homeserver, Lane.END, places, work.now - cut_off.left))
+
+    def _to_be_tried(self, work: _Work, cut_off: "_CutOff", fresh: Sequence[DelayedEvent], places: int) -> list[DelayedEvent]:
+        """Restarts at a homeserver that fails for us, to be made without a claim: those that are due, and now and then one that is not."""
         now = work.now
-        self._probe_at[homeserver] = now + others.PROBE_EVERY
-        rows = [row for row in fresh if row.lane is Lane.RESTART] or work.taken(work.tx.todo(homeserver, Lane.RESTART, 1, now))
-        rows = [row for row in rows if row.state is State.LIVE and row.lane is Lane.RESTART and not row.claimed]
-        tasks = []
-        for row in choose(rows[:1], self._pace(homeserver), plan, now).rows:
-            self._unclaimed += 1
-            tasks.append(_task(row._replace(claim=-self._unclaimed, due=now + self.policy.lease)))
-        return tasks
+        cut_off.forget(now)
+        if not places:
+            return []
+        under_way = {event for name, event, _ in self._under_way if name == cut_off.homeserver}
+        rows = [row for row in fresh if row.lane is Lane.RESTART]
+        if self._begins(cut_off.homeserver) <= now:
+            rows += [work.rows.get(row.id, row) for row in work.tx.soon(cut_off.homeserver, 2 * places + len(under_way) + len(cut_off.tried))]
+        free = [
+            row
+            for row in rows
+            if row.state is State.LIVE and row.lane is Lane.RESTART and not row.claimed and row.id not in work.deleted
+            if row.id not in cut_off.tried and row.id not in under_way and not self._reach(row.sfu).lost(row.sfu, now, self.policy)
+        ]
+        due = [row for row in free if row.due is not None and row.due <= now]
+        if due or now < cut_off.probe_at:
+            return due
+        return free[:1]
 
     def _begins(self, homeserver: str) -> float:
         """When something is begun that is due at a homeserver: with what else is due in the same part of a second; but what the last step left, at
-        once. What is left to others, later, but for a probe."""
+        once. Where it fails for us, and others are there, not all the time."""
         due = self._due.get(homeserver, inf)
         begins = due if due <= self._stepped_at or due == inf else ceil(due / TOGETHER) * TOGETHER
-        if homeserver in self._left:
-            return max(begins, min(begins + self._left[homeserver], self._probe_at.get(homeserver, inf)))
+        if homeserver in self._cut_off:
+            return self._cut_off[homeserver].begins(begins)
         return begins
 
-    def _found(self, work: _Work, homeserver: str, places: int, due: float) -> list[DelayedEvent]:
-        """What was due then."""
-        found = work.tx.todo(homeserver, Lane.END, places, due)
+    def _found(self, work: _Work, homeserver: str, places: int) -> list[DelayedEvent]:
+        found = work.tx.todo(homeserver, Lane.END, places, work.now)
         # Those whose deadline has passed must not hide those that can still make it.
-        found += work.tx.todo(homeserver, Lane.RESTART, places, due, harmed=False)
-        found += work.tx.todo(homeserver, Lane.RESTART, places, due, harmed=True)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed=False)
+        found += work.tx.todo(homeserver, Lane.RESTART, places, work.now, harmed=True)
         return work.taken(found)
 
     def _not_due_yet(self, work: _Work, plan: Plan, most: int) -> list[DelayedEvent]:
@@ -1485,12 +1557,10 @@ class Engine:
                 self._paces[homeserver].adopt(known, now)
         # Deadlines that others have added.
         self._replan |= {homeserver for homeserver in self._plans if self._pace(homeserver).limit is Limit.SOME}
-        self.instances = news.instances
+        self.instances, self.has_namesake = news.instances, news.namesake
         self._words = {other.name: others.understood(other.word) for other in news.instances}
-        for homeserver in {*self._left, *(homeserver for homeserver, pace in self._paces.items() if pace.fails)}:
-            self._leave_to_others(homeserver)
-        for name, reach in list(self._reaches.items()):
-            self._leave_looks_to_others(name, reach)
+        self._heard_at = now
+        self._weigh_words()
         self._cover(now)
         return now if self._ask else self._wake(now)
 
@@ -1499,31 +1569,35 @@ class Engine:
         failing = {homeserver for homeserver, pace in self._paces.items() if pace.fails}
         asked = {homeserver for word in self._words.values() for homeserver in word.failing} & self._paces.keys() - failing
         answered = {homeserver: at for homeserver in asked if (at := self._paces[homeserver].answered_at) > -inf}
-        return others.told(failing, answered, [sfu for sfu, reach in list(self._reaches.items()) if reach.failing_since is not None])
+        sfus = [sfu for sfu, reach in list(self._reaches.items()) if reach.failing_since is not None]
+        return others.told(failing, answered, sfus, busy=self.stopping or self._failed)
 
-    def _leave_to_others(self, homeserver: str) -> None:
+    def _weigh_words(self) -> None:
+        """What do others say of homeservers and SFUs that fail for us?"""
+        for homeserver in {*self._cut_off, *(homeserver for homeserver, pace in self._paces.items() if pace.fails)}:
+            self._weigh_words_of(homeserver)
+        for sfu, reach in list(self._reaches.items()):
+            self._weigh_words_of_sfu(sfu, reach)
+
+    def _weigh_words_of(self, homeserver: str) -> None:
         """Has a homeserver begun to fail for us, or ceased to, and what do others say of it?"""
         pace = self._paces.get(homeserver)
-        left = 0.0
-        if pace is not None and pace.fails and pace.failing_since is not None:
-            left = others.left_for(homeserver, pace.failing_since, self._words.values())
-        if left:
-            self._left[homeserver] = left
-            self._probe_at.setdefault(homeserver, self._now + others.PROBE_EVERY)
-        else:
-            self._left.pop(homeserver, None)
-            self._probe_at.pop(homeserver, None)
+        if pace is None or not pace.fails or pace.failing_since is None or not self._words:
+            self._cut_off.pop(homeserver, None)
+            return
+        cut_off = self._cut_off.setdefault(homeserver, _CutOff(homeserver, self._now + others.PROBE_EVERY))
+        cut_off.left = others.left_for(homeserver, pace.failing_since, self._words.values())
 
-    def _leave_looks_to_others(self, sfu: str, reach: Reach) -> None:
+    def _weigh_words_of_sfu(self, sfu: str, reach: Reach) -> None:
         """The same for an SFU."""
-        reach.others_may = reach.failing_since is not None and any(sfu not in word.sfus for word in self._words.values())
+        reach.others_may = reach.failing_since is not None and any(word.asks(sfu) for word in self._words.values())
 
     def clock_moved(self, by: float, now: float) -> None:
         """The clock that all follow was set: what is in memory was of another time. What is in the store, the store is told of by itself."""
         self._now, self._stepped_at, self._told_at = now, -inf, -inf
         self._told.clear()
-        self._left.clear()
-        self._probe_at.clear()
+        self._words.clear()
+        self._cut_off.clear()
         self._replan |= self._plans.keys()
         self._plans.clear()
         self._waiting.clear()

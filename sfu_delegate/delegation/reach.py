@@ -11,6 +11,9 @@ NONSENSE = 86400.0
 LAG_OVER = 300.0
 """Seconds over which the least lag of webhooks is looked for, and as long again in which it is remembered."""
 
+GIVEN_BACK_FOR = 30.0
+"""Seconds in which another instance shows that it can ask an SFU, if there is one that can: a room that is given back is looked at at once."""
+
 OTHERS_COUNT = 240.0
 """Seconds for which another instance's answered look shows that the SFU can be asked: longer than the pauses between two looks at a quiet room."""
 
@@ -44,6 +47,7 @@ class Reach:
 
     vote_again_at: float = 0.0  # when it is tried again, though others can ask it
     others_may: bool = False  # other instances of the daemon are there for which it does not fail, as far as they say
+    given_back_at: float | None = None  # since when rooms are given back to them, and none has been answered
     others_at: float = -inf  # when the latest of the looks was sent that another instance of the daemon made, and that were answered
 
     def dropped(self) -> None:
@@ -57,12 +61,15 @@ class Reach:
             setattr(self, name, getattr(self, name) + by)
         if self.failing_since is not None:
             self.failing_since += by
+        self.given_back_at = None
         self.lag = self._lag_before = None  # of webhooks: that is learned again
 
     def overheard(self, heard_at: float, answered_at: float, several_nodes_at: float | None) -> None:
         """What any of the instances has heard of it."""
         self.heard_at = max(self.heard_at, heard_at)
         self.others_at = max(self.others_at, answered_at)
+        if self.given_back_at is not None and answered_at > self.given_back_at:
+            self.given_back_at = None
         if several_nodes_at is not None:
             self.several_nodes_at = max(several_nodes_at, self.several_nodes_at or 0.0)
 
@@ -70,7 +77,14 @@ class Reach:
         """Can others ask it, or might they, though we cannot? Then they are to look at its rooms, and our failures say nothing of anybody."""
         if self.failing_since is None:
             return False
-        return self.others_may or (self.others_at > self.failing_since and now < self.others_at + OTHERS_COUNT)
+        if self.others_at > self.failing_since and now < self.others_at + OTHERS_COUNT:
+            return True
+        return self.others_may and (self.given_back_at is None or now < self.given_back_at + GIVEN_BACK_FOR)
+
+    def gave_back(self, now: float) -> None:
+        """A look of ours has failed, and concludes nothing: others are to make it."""
+        if self.given_back_at is None:
+            self.given_back_at = now
 
     def open(self, policy: Policy) -> bool:
         """Has it failed so often that most looks are not even tried?"""
@@ -105,13 +119,14 @@ class Reach:
         once in an interval, unless it had failed again and again: where only some rooms fail, it would never end. `reached`: it refused to answer.
         """
         self.in_flight = max(0, self.in_flight - 1)
+        sent_at = min(sent_at, now)  # the clock may have been set back since
         was_open = self.open(policy)
         probe = was_open and sent_at >= self.opened_at
         if probe:
             self.probing = False
         if answered:
             failing_since = self.failing_since
-            self.failures, self.failing_since, self.probing, self.shut = 0, None, False, False
+            self.failures, self.failing_since, self.probing, self.shut, self.given_back_at = 0, None, False, False, None
             self.answered_at = max(self.answered_at, sent_at)
             if failing_since is None or not (was_open or now >= self.recovered_at + policy.interval):
                 return False
@@ -134,7 +149,7 @@ class Reach:
 
     def lost(self, sfu: str, now: float, policy: Policy) -> bool:
         """Has it neither answered nor sent a webhook for so long that it counts as lost? Not before it was asked a few times, also after a start."""
-        if not self.open(policy) or self.failing_since is None or self.others_may:
+        if not self.open(policy) or self.failing_since is None or self.outvoted(now):
             return False
         return now >= max(self.failing_since, self.heard_at, self.others_at) + policy.lost(sfu)
 

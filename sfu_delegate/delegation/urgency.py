@@ -259,6 +259,8 @@ class Pace:
     def ended(self, sent_at: float, now: float, *, ending: bool, answered: bool, alone: bool = False) -> None:
         """A request came back; `answered`: with a definite answer, and not with a refusal because of the rate. All times in seconds."""
         self.in_flight = max(0, self.in_flight - 1)
+        if sent_at > now:  # noqa: PLR1730 — this is called for each action
+            sent_at = now  # the clock was set back since
         down = self._down[ending]
         if not answered:
             if self._probing:
@@ -277,7 +279,8 @@ class Pace:
         down.failures, down.until = 0, 0.0
         if self.failing_since is not None:
             self._reached()
-        self.answered_at = max(self.answered_at, sent_at)
+        if sent_at > self.answered_at:  # noqa: PLR1730 — as above
+            self.answered_at = sent_at
         if not alone:
             self._granted(sent_at, now)
         self._widen()
@@ -318,6 +321,7 @@ class Pace:
     def refused(self, sent_at: float, retry_after: float | None, now: float) -> None:
         """The homeserver refused a request that was sent at `sent_at`, because there were too many; `retry_after` in seconds, from then on."""
         self.in_flight = max(0, self.in_flight - 1)
+        sent_at = min(sent_at, now)
         self._reached()
         self.answered_at = max(self.answered_at, sent_at)
         wait = retry_after if retry_after is not None and retry_after > 0 else None

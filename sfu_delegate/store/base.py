@@ -14,6 +14,10 @@ class StoreUnavailable(Exception):
     """The database cannot do it now: full, locked, read-only, broken. Nothing of the transaction was kept. The text is for the operator."""
 
 
+GOES_ON = "It goes on by itself when the database is back."
+"""A StoreUnavailable may end with this. A process that has not begun has nothing to go on with."""
+
+
 class ValueRefused(Exception):
     """The database does not take a value, and nothing of the transaction was kept. It belongs to one input; the others can be kept without it."""
 
@@ -70,6 +74,7 @@ class News(NamedTuple):
     sfus: list[KnownSfu]
     heard: list[Heard]
     instances: list[Instance]  # the others that are alive
+    namesake: bool = False  # another process is at work under the name of this one
 
 
 Participant = tuple[str, str, str]
@@ -119,6 +124,9 @@ class Transaction(Protocol):
 
     def todo(self, homeserver: str, lane: Lane, limit: int, now: float, *, harmed: bool | None = None) -> list[DelayedEvent]:
         """The most urgent of the rows that are due, in any order; of those only that have come to harm, or have not, if that is given."""
+
+    def soon(self, homeserver: str, limit: int) -> list[DelayedEvent]:
+        """Restarts that are due first, or will be, and that nobody has claimed. Only to be looked at: nothing is locked."""
 
     def next_due(self, homeserver: str) -> float | None:
         """When the next row of this homeserver is due."""
@@ -217,6 +225,12 @@ class Store(Protocol):
 
     def overdue(self, homeserver: str, now: float) -> float | None:
         """The earliest deadline of the restarts that are due at a homeserver and not made, of events that it has confirmed; None: there is none."""
+
+    def keys_mark(self) -> str | None:
+        """What `save_keys_mark` was given last."""
+
+    def save_keys_mark(self, mark: str) -> None:
+        """Keep a mark by which the next start finds out whether it has the encryption keys of this database."""
 
     def clock_mark(self) -> str | None:
         """What `save_clock_mark` was given last."""

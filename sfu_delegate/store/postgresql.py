@@ -45,6 +45,7 @@ from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
 from sfu_delegate.store import migrate, schema, statements
 from sfu_delegate.store.base import (
+    GOES_ON,
     Heard,
     Instance,
     KnownHomeserver,
@@ -71,6 +72,7 @@ HINTS_HOLD = 1.0  # seconds, or five times as long as it took to find them
 BACKLOG_TAKES = 0.01  # seconds to look through a backlog, from which on it is worth it
 CHUNK = 1000  # rows that are changed in one transaction by what changes all of them
 DEAD_AFTER = 10.0  # seconds without a sign of life
+NEWS_LATE = 4.0  # seconds between two times of asking, after which it may be that nobody could show one
 COUNTING_HANGS_AFTER = 120.0
 PACES_KEPT = 30 * 86_400.0  # seconds that what was learned of a homeserver's limit is kept without being used
 FORGOTTEN_AFTER = 86_400.0  # … and an instance is not listed any more
@@ -168,6 +170,7 @@ _DUE_IDS, _DUE_IDS_IN_TIME, _DUE_IDS_HARMED = (
 )
 _OF_HINTS = f"{_EVENT} WHERE e.id = ANY(%s::bigint[]) AND e.homeserver = %s AND e.lane = %s AND e.due <= %s"
 _OF_HINTS_END = " ORDER BY e.harm LIMIT %s FOR NO KEY UPDATE OF e SKIP LOCKED"
+_SOON = _sql(statements.SOON, "a", "b")
 _NEXT_DUE = _sql(statements.NEXT_DUE, *("a" for _ in Lane))
 _ROOMS_DUE = f"{_ROOM} WHERE r.sfu = %s AND r.routine = %s AND r.due <= %s ORDER BY r.due LIMIT %s FOR NO KEY UPDATE OF r SKIP LOCKED"
 _NEXT_ROOM_DUE = _sql(statements.NEXT_ROOM_DUE, "a", "b")
@@ -223,8 +226,9 @@ _ALIVE = (
     "ON CONFLICT (name) DO UPDATE SET version = excluded.version, address = excluded.address, started_at = excluded.started_at, "
     "alive_at = excluded.alive_at, word = excluded.word"
 )
+_OUR_NAME = "SELECT started_at FROM instance WHERE name = %s"
 _FORGET_INSTANCES = "DELETE FROM instance WHERE alive_at < %s"
-_OTHERS = "SELECT name, version, started_at, alive_at, word FROM instance WHERE name <> %s AND alive_at > %s ORDER BY name"
+_OTHERS = "SELECT name, version, started_at, alive_at, word FROM instance WHERE name <> %s AND alive_at > %s AND alive_at < %s ORDER BY name"
 _HEARD = (
     "INSERT INTO sfu AS s (name, heard_at, answered_at) VALUES (%s, %s, %s) ON CONFLICT (name) DO UPDATE SET "
     "heard_at = greatest(s.heard_at, excluded.heard_at), answered_at = greatest(s.answered_at, excluded.answered_at)"
@@ -271,6 +275,7 @@ _FORGET_ROOM_TIMES = (
 )
 _FORGET_SFU_TIMES = "UPDATE sfu SET heard_at = least(heard_at, %(now)s), answered_at = least(answered_at, %(now)s)"
 _WRITTEN = "INSERT INTO meta (key, value) VALUES ('written', '') ON CONFLICT (key) DO UPDATE SET value = '' RETURNING 1"
+_SAVE_MARK = "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING 1"
 _FORGET_PACES = "DELETE FROM pace WHERE changed_at < %s"
 
 
@@ -414,6 +419,9 @@ class PostgresTransaction:
         taken = {row.id for row in rows}
         ids.extend(id for id in reversed(some) if id not in taken and len(rows) >= limit)
         return rows
+
+    def soon(self, homeserver: str, limit: int) -> list[DelayedEvent]:
+        return self._events(_SOON, (homeserver, limit))
 
     def next_due(self, homeserver: str) -> float | None:
         self.flush()
@@ -661,6 +669,8 @@ class PostgresStore:
         self._lost: tuple[str, str] | None = None  # the host and port of the connection that was lost last
         self._away_until = 0.0  # … and until when no other is tried
         self._started_at = 0.0
+        self._news_at: float | None = None  # when they were last asked for
+        self._grace = (-math.inf, math.inf)  # until when signs of life count that are older, and how old they may be
         self._paces_at = 0.0  # up to then it is known what was learned of homeservers
         self._upgrade()
 
@@ -969,8 +979,9 @@ class PostgresStore:
             raise passed.error from None
 
     def news(self, now: float, word: str = "") -> News:
-        self._started_at = self._started_at or now
+        begun, self._started_at = self._news_at is not None, self._started_at or now
         asked: tuple[tuple[str, Sequence[Any]], ...] = (
+            (_OUR_NAME, (self._instance,)),
             (_ALIVE, (self._instance, __version__, self._address, self._started_at, now, word)),
             (_FORGET_INSTANCES, (now - FORGOTTEN_AFTER,)),
             (_FORGET_PACES, (now - PACES_KEPT,)),
@@ -978,7 +989,7 @@ class PostgresStore:
             (_ROOM_SCHEDULE, ()),
             (_PACES, (self._address, self._paces_at - UNSEEN)),
             (_SFUS, ()),
-            (_OTHERS, (self._instance, now - DEAD_AFTER)),
+            (_OTHERS, (self._instance, self._alive_since(now), now + DEAD_AFTER)),  # or else the clock was set back since
         )
         with self._telling() as cursor:
             connection = cursor.connection
@@ -986,7 +997,8 @@ class PostgresStore:
             with connection.pipeline():  # one way there and back, however far away the server is
                 for one, (sql, parameters) in zip(cursors, asked, strict=True):
                     one.execute(sql, parameters)
-            schedule, rooms, paces, sfus, others = (one.fetchall() for one in cursors[3:])
+            ours, schedule, rooms, paces, sfus, others = (one.fetchall() for one in (cursors[0], *cursors[4:]))
+        self._news_at = now
         self._paces_at = max([self._paces_at, *(changed_at for _, _, changed_at in paces)])
         return News(
             schedule={name: due for name, due in schedule if due is not None},
@@ -995,7 +1007,15 @@ class PostgresStore:
             sfus=[KnownSfu(*values[:3]) for values in sfus],
             heard=[Heard(values[0], *values[3:]) for values in sfus],
             instances=[Instance(*values) for values in others],
+            namesake=begun and bool(ours) and ours[0][0] != self._started_at,
         )
+
+    def _alive_since(self, now: float) -> float:
+        """Whoever has shown a sign of life since then is alive: in the last seconds, or before a time in which the database was not to be reached."""
+        if self._news_at is not None and now > self._news_at + NEWS_LATE:
+            self._grace = (now + DEAD_AFTER, self._news_at - DEAD_AFTER)
+        until, since = self._grace
+        return min(since, now - DEAD_AFTER) if now < until else now - DEAD_AFTER
 
     def exchange_pace(self, homeserver: str, change: Callable[[str | None], str | None]) -> None:
         with self._telling() as cursor:
@@ -1060,6 +1080,7 @@ class PostgresStore:
                 break
         with self._telling() as cursor:
             cursor.execute(_FORGET_SFU_TIMES, {"now": now})
+            cursor.execute("DELETE FROM instance WHERE alive_at > %s", (now + DEAD_AFTER,))  # who is alive says so again
 
     def time(self) -> float:
         """Unix seconds by the clock of the database, now. Raises StoreUnavailable."""
@@ -1076,7 +1097,12 @@ class PostgresStore:
     def farewell(self) -> None:
         """This instance is no more."""
         with self._telling() as cursor:
-            cursor.execute("DELETE FROM instance WHERE name = %s", (self._instance,))
+            cursor.execute("DELETE FROM instance WHERE name = %s AND started_at = %s", (self._instance, self._started_at))
+
+    def listed(self, names: Collection[str]) -> set[str]:
+        """Those of the instances that have not said farewell. Raises StoreUnavailable."""
+        with self._telling() as cursor:
+            return {name for (name,) in cursor.execute("SELECT name FROM instance WHERE name = ANY(%s::text[])", (list(names),)).fetchall()}
 
     # ── the rest ──
 
@@ -1098,6 +1124,16 @@ class PostgresStore:
         """Only see whether the database takes a write: `mark` says nothing to other machines."""
         del mark
         self.atomically(partial(_run, _WRITTEN, ()))
+
+    def keys_mark(self) -> str | None:
+        """See `base.Store`."""
+        with self._telling() as cursor:
+            found = cursor.execute("SELECT value FROM meta WHERE key = %s", (schema.KEYS_MARK,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def save_keys_mark(self, mark: str) -> None:
+        """See `base.Store`."""
+        self.atomically(partial(_run, _SAVE_MARK, (schema.KEYS_MARK, mark)))
 
     def checkpoint(self) -> None:
         """PostgreSQL does its own housekeeping."""
@@ -1121,15 +1157,14 @@ class PostgresStore:
 def _shown(url: str) -> str:
     """Which database it is, for people."""
     parts = conninfo_to_dict(url)
-    return f"{parts.get('dbname', '')} at {parts.get('host') or parts.get('hostaddr') or 'the local socket'}"
+    port = f" (port {parts['port']})" if parts.get("port") else ""
+    return f"{parts.get('dbname', '')} at {parts.get('host') or parts.get('hostaddr') or 'the local socket'}{port}"
 
 
 def _sentence(name: str, error: psycopg.Error) -> str:
     """The problem and its remedy, in one line and without values."""
     problem = (error.diag.message_primary or " ".join(str(error).split())).rstrip(".?! ")
-    remedy = next(
-        (remedy for words, remedy in _REMEDIES if any(word in problem for word in words)), "It goes on by itself when the database is back."
-    )
+    remedy = next((remedy for words, remedy in _REMEDIES if any(word in problem for word in words)), GOES_ON)
     if isinstance(error, errors.InsufficientPrivilege):
         remedy = "Make the user the owner of the database, or grant it CREATE on the schema public and all on its tables."
     elif isinstance(error, errors.DiskFull):

@@ -157,3 +157,6 @@ pace = Table(
 )
 
 meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", String, nullable=False), sqlite_with_rowid=False)
+
+KEYS_MARK = "encryption_keys"
+"""The key in `meta` under which is told which encryption key was last in use."""

@@ -122,6 +122,7 @@ _OF_PARTICIPANTS, _PARTICIPANT_KEY = _of_participants(), "(?, ?, ?)"
 _ROOMS, _ROOM_KEY = _rooms(), "(?, ?)"
 _GET_ALL, _EVENT_KEY = _sql(all_events().where(_event.c.id.in_([p("a")])), "a"), "?"
 _OF_ROOM = _sql(statements.OF_ROOM, "a", "b", "c")
+_SOON = _sql(statements.SOON, "a", "b", "param_1")
 _OF_DELEGATION = _sql(statements.OF_DELEGATION, "a")
 _GET = _sql(all_events().where(_event.c.id == p("a")), "a")
 
@@ -232,6 +233,9 @@ class SqliteTransaction:
         if harmed is None:
             return self._rows(_TODO, (homeserver, lane.value, now, limit, 0))
         return self._rows(_TODO_HARMED if harmed else _TODO_IN_TIME, (homeserver, lane.value, now, now, limit, 0))
+
+    def soon(self, homeserver: str, limit: int) -> list[DelayedEvent]:
+        return self._rows(_SOON, (homeserver, limit, 0))
 
     def next_due(self, homeserver: str) -> float | None:
         found = self._fetch(_NEXT_DUE, (homeserver,) * len(Lane))
@@ -565,17 +569,29 @@ class SqliteStore:
         return self._connection.execute(sql, [values[name] for name in names])
 
     def clock_mark(self) -> str | None:
+        return self._mark("clock")
+
+    def save_clock_mark(self, mark: str) -> None:
+        if self._file is not None:
+            self._still_there()
+        self._save_mark("clock", mark)
+
+    def keys_mark(self) -> str | None:
+        return self._mark(schema.KEYS_MARK)
+
+    def save_keys_mark(self, mark: str) -> None:
+        self._save_mark(schema.KEYS_MARK, mark)
+
+    def _mark(self, key: str) -> str | None:
         try:
-            found = self.execute(select(_meta.c.value).where(_meta.c.key == "clock")).fetchone()
+            found = self.execute(select(_meta.c.value).where(_meta.c.key == key)).fetchone()
         except sqlite3.Error as error:
             raise self.failed(error) from error
         return None if found is None else str(found[0])
 
-    def save_clock_mark(self, mark: str) -> None:
-        new = upsert(_meta).values(key="clock", value=mark)
+    def _save_mark(self, key: str, mark: str) -> None:
+        new = upsert(_meta).values(key=key, value=mark)
         statement = new.on_conflict_do_update(index_elements=["key"], set_={"value": new.excluded.value})
-        if self._file is not None:
-            self._still_there()
         self.atomically(lambda _: self.execute(statement))
 
     # ── what instances tell each other ──

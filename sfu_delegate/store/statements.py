@@ -53,6 +53,15 @@ def due_ids(*more: ColumnElement[bool]) -> Select[Any]:
 IN_TIME = event.c.harm > p("c")
 HARMED = or_(event.c.harm <= p("c"), event.c.harm.is_(None))
 
+SOON = (
+    all_events()
+    .where(
+        *(event.c.homeserver == p("a"), event.c.lane == literal_column(str(Lane.RESTART.value))),
+        *(event.c.due.is_not(None), event.c.claimed == literal_column("0")),
+    )
+    .order_by(asc(event.c.due))
+    .limit(p("b"))
+)
 OF_DELEGATION = all_events().where(event.c.delegation == p("a")).order_by(event.c.id)
 OF_ROOM = all_events().where(event.c.sfu == p("a"), event.c.room == p("b"), event.c.state != p("c"))
 ROOM = select(*room.columns).where(room.c.sfu == p("a"), room.c.name == p("b"))

@@ -184,7 +184,7 @@ class SharedStore(Store):
             board.counted = (self.changes, self._found())
         found = board.counted[1]
         paces = {homeserver: state for (homeserver, address), state in board.paces.items() if address == self.address}
-        others = [one for name, one in sorted(board.alive.items()) if name != self.name and one.alive_at > now - DEAD_AFTER]
+        others = [one for name, one in sorted(board.alive.items()) if name != self.name and abs(now - one.alive_at) < DEAD_AFTER]
         return found._replace(paces=paces, heard=list(board.heard.values()), instances=others)
 
     def _found(self) -> News:

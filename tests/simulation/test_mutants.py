@@ -6,7 +6,7 @@ from math import inf
 from typing import Any
 
 import pytest
-from sfu_delegate.delegation import lifecycle, others, presence, urgency
+from sfu_delegate.delegation import lifecycle, presence, urgency
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Looked, Outcome, Presence, Seen, Sighting, State, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.presence import Finding, Sign
@@ -171,14 +171,9 @@ def dropped_webhooks(patch: Patch) -> None:
 # ── several instances ──
 
 
-def nothing_left_to_others(patch: Patch) -> None:
-    """An instance that alone cannot reach a homeserver goes on trying what others could do."""
-    patch.setattr(others, "left_for", lambda *_: 0.0)
-
-
-def everything_left_to_others(patch: Patch) -> None:
-    """What fails for one instance is left to the others, whether or not they are able to do it."""
-    patch.setattr(others, "left_for", lambda *_: 1e6)
+def cut_off_unaware(patch: Patch) -> None:
+    """An instance that alone cannot reach a homeserver goes on claiming what others could do."""
+    patch.setattr(Engine, "_weigh_words_of", lambda *_: None)
 
 
 def never_outvoted(patch: Patch) -> None:
@@ -254,8 +249,7 @@ MUTANTS = [
     _mutant(clock_is_right, "process", "dropped by time", "forgotten", "busy loop"),
     _mutant(leases_for_ever, "process", "dropped by time", "forgotten"),
     _mutant(dropped_webhooks, "calm", "lost", "forgotten"),
-    _mutant(nothing_left_to_others, "instances", "dropped by time", seeds=200),
-    _mutant(everything_left_to_others, "instances", "dropped by time", "forgotten", seeds=200),
+    _mutant(cut_off_unaware, "instances", "dropped by time", seeds=200),
     _mutant(never_outvoted, coming_back_unheard, *DROPPED),
     _mutant(nothing_taken_over, "instances", "dropped by time", "forgotten"),
     _mutant(believed_to_be_covered, "instances", "forgotten", seeds=100),

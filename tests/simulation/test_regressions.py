@@ -162,6 +162,14 @@ HISTORIES: Mapping[str, History] = MappingProxyType(
             277.445,
             instances=2,
         ),
+        # When the homeserver fails for the other one as well, for a moment, the first one must not take a lease that it cannot make use of.
+        "a_moments_trouble_while_one_instance_is_cut_off": History(
+            2,
+            (ALICE,),
+            (Op(5.0, "come", "alice"), Op(50.0, "homeserver silent", "i0", 400.0), Op(224.0, "homeserver error", "red", 5.0)),
+            500.0,
+            instances=2,
+        ),
         # The look of an instance that alone cannot ask the SFU says nothing of who left and came back, though the other one has not looked yet.
         "one_instance_cannot_ask_the_sfu": History(
             1,

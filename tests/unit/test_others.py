@@ -7,9 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sfu_delegate.delegation.model import Action, Answered, DelayedEvent, Input, Looked, Presence, State, Task, Verdict
-from sfu_delegate.delegation.others import LEFT, LEFT_TO_THE_ABLE, NAMED_MOST, NOTHING_SAID, PROBE_EVERY, Word, left_for, told, understood
+from sfu_delegate.delegation.others import (
+    LEFT,
+    LEFT_TO_THE_ABLE,
+    NAMED_MOST,
+    NOTHING_SAID,
+    PROBE_EVERY,
+    RESTARTED_EVERY,
+    WORDS_COUNT,
+    Word,
+    left_for,
+    told,
+    understood,
+)
+from sfu_delegate.delegation.reach import GIVEN_BACK_FOR, OTHERS_COUNT, Reach
 from sfu_delegate.delegation.urgency import SLOW_FAILURE, Pace
 from sfu_delegate.engine import TOGETHER, Engine, Limits
+from sfu_delegate.store.base import StoreUnavailable
 
 from tests.rows import HOMESERVER, NOW, POLICY, ROOM, SFU, accept, joined, left
 from tests.simulation.store import Board, SharedStore, Store
@@ -17,22 +31,38 @@ from tests.simulation.store import Board, SharedStore, Store
 # ── what is said ──
 
 
-@given(st.sets(st.text(max_size=20), max_size=5), st.dictionaries(st.text(max_size=20), st.floats(0, 1e10), max_size=5), st.sets(st.text()))
-def test_what_is_said_is_understood(failing: set[str], answered: dict[str, float], sfus: set[str]) -> None:
+@given(
+    st.sets(st.text(max_size=20), max_size=5),
+    st.dictionaries(st.text(max_size=20), st.floats(0, 1e10), max_size=5),
+    st.sets(st.text()),
+    st.booleans(),
+)
+def test_what_is_said_is_understood(failing: set[str], answered: dict[str, float], sfus: set[str], busy: bool) -> None:
     """Whatever homeservers are called."""
-    assert understood(told(failing, answered, sfus)) == Word(frozenset(failing), answered, frozenset(sfus))
+    assert understood(told(failing, answered, sfus, busy=busy)) == Word(frozenset(failing), answered, frozenset(sfus), busy)
 
 
 def test_nothing_to_say_takes_no_room() -> None:
-    """And if there is too much, something is said."""
+    """And whoever has too much to say is no help at all."""
     assert told((), {}, ()) == ""
     many = [f"hs{n}.test" for n in range(2 * NAMED_MOST)]
-    assert len(understood(told(many, dict.fromkeys(many, 1.0), ())).failing) == NAMED_MOST
+    word = understood(told(many, dict.fromkeys(many, 1.0), ()))
+    assert len(word.failing) == NAMED_MOST
+    assert not word.able("hs.test")
+    assert not word.asks("main")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"failing": []}', '{"failing": 1, "answered": {}, "sfus": []}', '{"failing": [], "answered": {"a": "b"}, "sfus": []}'],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"failing": []}',
+        '{"failing": 1, "answered": {}, "sfus": [], "busy": false}',
+        '{"failing": [], "answered": {"a": "b"}, "sfus": [], "busy": false}',
+    ],
 )
 def test_another_versions_words_are_nothing(text: str) -> None:
     """They must not keep anything from being done."""
@@ -48,6 +78,7 @@ def test_for_how_long_something_is_left() -> None:
     assert left_for("hs", NOW, [silent, able]) == LEFT_TO_THE_ABLE
     assert left_for("hs", NOW + 2, [able]) == LEFT  # that was before
     assert left_for("hs", NOW, [Word(frozenset({"hs"}), {"hs": NOW + 1})]) == 0.0
+    assert left_for("hs", NOW, [able._replace(busy=True)]) == 0.0
 
 
 # ── what fails ──
@@ -134,6 +165,12 @@ class Two:
         self.now = due + TOGETHER
         self.refresh()
 
+    def wait(self, seconds: float) -> None:
+        """Time passes, and the instances hear of each other."""
+        for _ in range(4):
+            self.now += seconds / 4
+            self.refresh()
+
     def fail(self, engine: Engine) -> None:
         """The homeserver fails for an instance, which tells the others."""
         for _ in range(2):
@@ -160,12 +197,33 @@ def two() -> Iterator[Two]:
     made.database.put_back()
 
 
-def test_what_fails_for_one_is_done_by_the_other(two: Two) -> None:
-    """It does not try itself while the other one may; and if that does not, it does."""
+def test_what_fails_for_one_is_claimed_by_the_other(two: Two) -> None:
+    """It tries itself, in nobody's way; what it hears is a fact, whoever has claimed what."""
     two.cut_off()
     two.until_due()
-    assert two.step(two.one) == []
-    assert [task.action for task in two.step(two.other)] == [Action.RESTART]
+    before = two.row()
+    (tried,) = two.step(two.one, fails=True)
+    assert (tried.action, tried.claim < 0) == (Action.RESTART, True)
+    assert two.row() == before
+    assert two.step(two.one) == []  # not again at once
+    (claimed,) = two.step(two.other)
+    assert claimed.claim == before.claim + 1
+    assert two.row().running_since == two.now
+
+
+def test_what_is_tried_without_a_claim_may_get_through(two: Two) -> None:
+    """Then it is as if it had been claimed, and the homeserver fails no more."""
+    two.cut_off()
+    two.until_due()
+    assert two.step(two.one, fails=True)
+    assert two.one._cut_off.keys() == {HOMESERVER}
+    two.now += RESTARTED_EVERY
+    two.refresh()
+    assert two.step(two.one)
+    assert two.one._cut_off == {}
+    assert (two.row().running_since, two.row().claimed) == (two.now, False)
+    assert not two.one._held
+    assert two.step(two.other) == []
 
 
 def test_a_departure_is_left_to_the_other_and_not_for_ever(two: Two) -> None:
@@ -175,93 +233,121 @@ def test_a_departure_is_left_to_the_other_and_not_for_ever(two: Two) -> None:
     assert two.step(two.one, left(reason="PARTICIPANT_REMOVED")) == []
     row = two.row()
     assert (row.presence, row.state, row.due) == (Presence.GONE, State.ENDING, two.now)
-    end = two.now + LEFT
-    steps = 0
-    while two.now < end:
+    since, tasks = two.now, list[Task]()
+    for _ in range(20):
         two.refresh()
         wake = two.one._wake(two.now)
         assert wake is not None
-        two.now = max(two.now, min(wake, end))
-        tasks = two.step(two.one)
-        assert bool(tasks) is (two.now >= end)
-        steps += 1
-        assert steps < 10
+        two.now = max(two.now, wake)
+        if tasks := two.step(two.one):
+            break
     assert [task.action for task in tasks] == [Action.SEND]
+    assert LEFT <= two.now - since <= LEFT + 1.5
 
 
 def test_one_that_has_been_answered_since_gets_more_time(two: Two) -> None:
     """It is known to be able."""
     two.cut_off()
+    assert two.one._cut_off[HOMESERVER].left == LEFT
     two.until_due()
     assert two.step(two.other)
     two.refresh()
-    assert two.one._left == {HOMESERVER: LEFT_TO_THE_ABLE}
+    assert two.one._cut_off[HOMESERVER].left == LEFT_TO_THE_ABLE
 
 
-def test_where_it_fails_for_all_nobody_waits(two: Two) -> None:
-    """Each goes on trying."""
+def test_where_it_fails_for_all_endings_are_left_to_nobody(two: Two) -> None:
+    """And restarts are tried by each."""
     two.cut_off()
     two.fail(two.other)
-    assert two.one._left == two.other._left == {}
+    assert {cut_off.left for engine in (two.one, two.other) for cut_off in engine._cut_off.values()} == {0.0}
+    two.until_due()
+    two.now += RESTARTED_EVERY
+    assert [[task.claim < 0 for task in two.step(engine, fails=True)] for engine in (two.one, two.other)] == [[True], [True]]
+    (send,) = two.step(two.one, left(reason="PARTICIPANT_REMOVED"))
+    assert (send.action, send.claim > 0) == (Action.SEND, True)
 
 
-def test_one_that_is_alone_leaves_nothing(two: Two) -> None:
+def test_one_that_is_alone_claims_everything(two: Two) -> None:
     """Nobody else is alive."""
     two.cut_off()
     two.now += 20.0
     two.one.refresh(two.now)
     assert two.one.instances == []
-    assert two.one._left == {}
-    assert [task.action for task in two.step(two.one)] == [Action.RESTART]
+    (restart,) = two.step(two.one)
+    assert (restart.action, restart.claim > 0) == (Action.RESTART, True)
 
 
-def test_it_is_tried_again_by_a_restart_that_is_not_claimed(two: Two) -> None:
-    """So that it is in nobody's way if it fails; if it does not, everything is as before."""
+def test_words_count_only_while_others_are_heard(two: Two) -> None:
+    """One that cannot ask what others say is alone."""
     two.cut_off()
-    two.one._probe_at[HOMESERVER] = two.now
     two.until_due()
-    before = two.database.rows()
-    (probe,) = [task for task in two.one.step([], two.now).tasks if task.event]
-    assert (probe.action, probe.claim < 0) == (Action.RESTART, True)
-    assert two.database.rows() == before
-    two.one.step([answer(probe, two.now, Verdict.FAILED)], two.now)
-    assert two.database.rows() == before
-    assert HOMESERVER in two.one._left
-    assert not two.step(two.one)  # not again at once
-    two.now += PROBE_EVERY
-    two.one._left[HOMESERVER] = LEFT_TO_THE_ABLE
-    (probe,) = [task for task in two.one.step([], two.now).tasks if task.event]
-    two.one.step([answer(probe, two.now, Verdict.DONE)], two.now)
-    assert HOMESERVER not in two.one._left
-    assert two.row().running_since == two.now
-    assert not two.one._held
+    two.now += WORDS_COUNT
+    (restart,) = two.step(two.one)
+    assert restart.claim > 0
+    assert two.one._cut_off == {}
 
 
-def test_a_probe_with_what_has_just_been_delegated(two: Two) -> None:
-    """It need not be asked of the database, which does not know of it yet."""
+@pytest.mark.parametrize("busy", ["it stops", "its steps fail"])
+def test_nothing_is_left_to_one_that_does_nothing(two: Two, busy: str) -> None:
+    """It says so."""
+    two.cut_off()
+    if busy == "it stops":
+        two.other.stopping = True
+    else:
+        two.stores[1].cut = True
+        with pytest.raises(StoreUnavailable):
+            two.other.step([], two.now)
+        two.stores[1].cut = False
+    two.refresh()
+    assert two.one._cut_off[HOMESERVER].left == 0.0
+    if busy == "its steps fail":
+        two.other.step([], two.now)
+        two.refresh()
+        assert two.one._cut_off[HOMESERVER].left == LEFT
+
+
+def test_it_is_tried_now_and_then_though_nothing_is_due(two: Two) -> None:
+    """Or an instance that is well again would not know it for long; an event is restarted that is not due yet."""
     two.cut_off()
     two.until_due()
     assert two.step(two.other)
-    two.one._probe_at[HOMESERVER] = two.now
-    step = two.one.step([accept("D2", identity="bob")], two.now)
-    (probe,) = [task for task in step.tasks if task.event]
+    two.wait(PROBE_EVERY)
+    due = two.row().due
+    assert due is not None
+    assert due > two.now + 60.0
+    (probe,) = two.step(two.one, fails=True)
     assert probe.claim < 0
-    two.one.step([answer(probe, two.now, Verdict.DONE)], two.now)
+    assert two.step(two.one) == []
+    two.wait(PROBE_EVERY)
+    assert two.step(two.one)
+    assert two.one._cut_off == {}
+    assert two.row().running_since == two.now
+
+
+def test_what_has_just_been_delegated_is_tried_at_once(two: Two) -> None:
+    """Whoever waits for the homeserver's word has it as soon as it can be had."""
+    two.cut_off()
+    two.until_due()
+    assert two.step(two.other)
+    (tried,) = two.step(two.one, accept("D2", identity="bob"))
+    assert tried.claim < 0
     (row,) = [row for row in two.database.rows() if row.identity == "bob"]
     assert (row.verified_at, row.restarts) == (two.now, 1)
 
 
-def test_what_is_left_to_others_keeps_nobody_busy(two: Two) -> None:
-    """Who waits for the others, or for the next probe, is not woken again and again."""
+def test_a_homeserver_that_fails_keeps_nobody_busy(two: Two) -> None:
+    """With something due all the time, and with nothing."""
     two.cut_off()
     two.until_due()
-    end = two.now + 2.0
-    steps = 0
-    while (wake := two.one._wake(two.now)) is not None and wake < end and steps < 100:
-        two.now = max(two.now, wake)
-        two.one.step([], two.now)
-        steps += 1
-    assert steps < 10
+    for _ in range(2):
+        end, steps = two.now + 8.0, 0
+        while (wake := two.one._wake(two.now)) is not None and wake < end and steps < 100:
+            two.now = max(two.now, wake)
+            two.step(two.one, fails=True)
+            steps += 1
+        assert steps < 20
+        two.step(two.other)
+        two.refresh()
 
 
 def look_fails(two: Two, engine: Engine) -> bool:
@@ -285,6 +371,48 @@ def test_a_look_that_fails_for_one_concludes_nothing(two: Two) -> None:
     assert not look_fails(two, two.one)  # not again at once
     assert look_fails(two, two.other)
     assert (two.row().presence, two.row().state) == (Presence.GONE, State.ENDING)
+
+
+def test_a_room_is_not_given_back_for_ever(two: Two) -> None:
+    """To one that is alive, and does nothing."""
+    two.step(two.one, accept())
+    two.step(two.other, joined())
+    two.now += 0.5
+    two.step(two.one, left(reason="CLIENT_INITIATED"))
+    since = two.now
+    while two.row().state is State.LIVE:
+        two.now += 1.0
+        two.refresh()
+        look_fails(two, two.one)
+        assert two.now < since + 100.0
+    assert GIVEN_BACK_FOR <= two.now - since <= GIVEN_BACK_FOR + 10.0
+
+
+def test_while_another_one_is_answered_rooms_are_given_back_again_and_again() -> None:
+    """The time begins anew."""
+    reach = Reach(4)
+    reach.began(POLICY)
+    reach.ended(NOW, NOW, POLICY, answered=False)
+    reach.others_may = True
+    assert reach.outvoted(NOW)
+    reach.gave_back(NOW)
+    assert not reach.outvoted(NOW + GIVEN_BACK_FOR)
+    reach.overheard(0.0, NOW - 1, None)  # that was before
+    assert not reach.outvoted(NOW + GIVEN_BACK_FOR)
+    reach.overheard(0.0, NOW + 1, None)
+    assert reach.outvoted(NOW + GIVEN_BACK_FOR)
+    assert reach.outvoted(NOW + OTHERS_COUNT)
+    assert reach.outvoted(NOW + 10 * OTHERS_COUNT)
+
+
+def test_an_answer_from_before_the_clock_was_set_back_is_no_news_of_the_future() -> None:
+    """Or nothing that fails after it would count."""
+    reach, pace = Reach(4), Pace(16)
+    reach.ended(NOW + 7200, NOW, POLICY, answered=True)
+    pace.ended(NOW + 7200, NOW, ending=False, answered=True)
+    assert (reach.answered_at, pace.answered_at) == (NOW, NOW)
+    reach.ended(NOW + 1, NOW + 1, POLICY, answered=False)
+    assert reach.failing_since == NOW + 1
 
 
 def test_an_sfu_is_not_lost_that_others_might_reach(two: Two) -> None:

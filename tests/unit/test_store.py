@@ -532,6 +532,14 @@ def test_when_the_clock_went_back_rooms_are_looked_at_as_ever(store: Store, back
     assert 2 <= looked_at <= 7
 
 
+def test_which_keys_were_used_is_kept(store: Store) -> None:
+    """The last word counts."""
+    assert store.keys_mark() is None
+    store.save_keys_mark("ab")
+    store.save_keys_mark("cd")
+    assert store.keys_mark() == "cd"
+
+
 def test_what_was_learned_is_kept(store: Store) -> None:
     """Of homeservers and SFUs; the last word counts."""
     homeservers = [KnownHomeserver("a.test", Limit.SOME, 2.5, 7.0), KnownHomeserver("b.test", Limit.NONE, 1.0, 5.0)]

@@ -592,10 +592,45 @@ def test_instances_see_each_other_while_they_live(url: str) -> None:
         assert a.news(NOW).instances == []
         assert [other.name for other in b.news(NOW + 1).instances] == ["a"]
         assert [other.name for other in a.news(NOW + 2).instances] == ["b"]
-        assert a.news(NOW + 1 + DEAD_AFTER + 1).instances == []
+        for second in range(3, 12):
+            seen = [other.name for other in a.news(NOW + second).instances]
+            assert seen == (["b"] if second < 1 + DEAD_AFTER else [])
         b.news(NOW + 20)
+        assert a.listed(["b", "c"]) == {"b"}
         b.close()
         assert a.news(NOW + 20).instances == []
+        assert a.listed(["b", "c"]) == set()
+
+
+def test_an_outage_of_the_database_is_nobodys_death(url: str) -> None:
+    """While it was away nobody could show a sign of life; then all have some seconds to do so."""
+    with instances(url, "a", "b") as (a, b):
+        a.news(NOW)
+        b.news(NOW + 0.5)
+        for second in range(60, 72):
+            seen = [other.name for other in a.news(NOW + second).instances]
+            assert seen == (["b"] if second < 60 + DEAD_AFTER else [])
+
+
+def test_a_name_that_two_processes_have_is_noticed(url: str) -> None:
+    """By both; one that has taken the place of another one is all right, and takes nothing with it that is the new one's."""
+    with instances(url, "a", "a") as (one, other):
+        assert not one.news(NOW).namesake
+        assert not other.news(NOW + 1).namesake
+        assert one.news(NOW + 2).namesake
+        assert other.news(NOW + 2).namesake
+        assert not other.news(NOW + 3).namesake
+        one.farewell()
+        assert one.listed(["a"]) == {"a"}
+
+
+def test_what_is_said_of_homeservers_is_heard_by_the_others(url: str) -> None:
+    """As it was said last."""
+    with instances(url, "a", "b") as (a, b):
+        a.news(NOW, "something")
+        assert [other.word for other in b.news(NOW + 1).instances] == ["something"]
+        a.news(NOW + 2)
+        assert [other.word for other in b.news(NOW + 2).instances] == [""]
 
 
 def test_the_schedule_is_what_is_due(url: str) -> None:
