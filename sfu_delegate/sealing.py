@@ -24,6 +24,7 @@ _KEY_FILE_HEADER = """\
 # its time is over.
 """
 _MANAGEMENT = b"sfu-delegate: management token, version 1"
+_FINGERPRINT = b"sfu-delegate: fingerprint, version 1"
 
 
 class CannotUnseal(Exception):
@@ -40,21 +41,24 @@ class Sealer:
     Raises ValueError when there is no key, or one is not 32 bytes in base64url; the text names its position, never the key.
     """
 
-    __slots__ = ("_fernet", "_management_keys")
+    __slots__ = ("_fernet", "_management_keys", "fingerprints")
 
     def __init__(self, keys: Sequence[str]) -> None:
         if not keys:
             raise ValueError("at least one encryption key is needed")
         fernets: list[Fernet] = []
         management: list[bytes] = []
+        fingerprints: list[str] = []
         for number, key in enumerate(keys, 1):
             raw = key_bytes(key)
             if raw is None:
                 raise ValueError(f"encryption key {number} is not a Fernet key (32 bytes in base64url)")
             fernets.append(Fernet(base64.urlsafe_b64encode(raw)))
             management.append(HKDF(algorithm=SHA256(), length=32, salt=None, info=_MANAGEMENT).derive(raw))
+            fingerprints.append(HKDF(algorithm=SHA256(), length=8, salt=None, info=_FINGERPRINT).derive(raw).hex())
         self._fernet = MultiFernet(fernets)
         self._management_keys = tuple(management)
+        self.fingerprints = tuple(fingerprints)  # by which keys can be told apart, and nothing else can be done
 
     def __repr__(self) -> str:
         return f"Sealer({len(self._management_keys)} keys)"

@@ -88,7 +88,7 @@ def of_exception(error: Exception) -> MatrixError | None:
             return MatrixError(503, "M_UNKNOWN", str(error), retry_after=error.retry_after)
         case Unavailable():
             # Its own text is for the operator: it names files.
-            sentence = "Nothing can be stored at the moment, so nothing was done. Try again later."
+            sentence = "Nothing can be stored at the moment. Try again later: if it was stored after all, nothing is done twice."
             return MatrixError(503, "M_UNKNOWN", sentence, retry_after=error.retry_after)
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))

@@ -17,7 +17,10 @@ class Overloaded(Exception):
 
 
 class Unavailable(Exception):
-    """Nothing can be kept now: the database does not work. The text is for operators, not for clients. `retry_after` in seconds."""
+    """The database does not work. What was handed in is not kept, or perhaps it is: where the database hung, or was lost in a commit.
+
+    The text is for operators, not for clients. `retry_after` in seconds.
+    """
 
     def __init__(self, sentence: str, retry_after: float):
         super().__init__(sentence)
@@ -46,7 +49,7 @@ class Port(Protocol):
     async def put(self, given: Input) -> Reply:
         """Hand an input in, and get its reply once it is durable.
 
-        Raises Overloaded or Unavailable (nothing happened), or what the rules raise for this input (`replies.TooMany`).
+        Raises Overloaded (nothing happened) or Unavailable, or what the rules raise for this input (`replies.TooMany`).
         """
 
     def watch(self, delegation: str) -> AbstractContextManager[Watch]:

@@ -106,8 +106,8 @@ class Postgresql(Section):
     )
     instance: Label = Field(
         "",
-        description="Name of this instance in logs and in the table of instances; no two may have the same. '': the host name, and something that "
-        "only this process has.",
+        description="Name of this instance in logs and in the table of instances; no two may have the same. '': the host name and `listen.port`, "
+        "which containers can have in common.",
     )
     address: Label = Field(
         "",

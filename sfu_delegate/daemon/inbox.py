@@ -129,6 +129,7 @@ class Inbox:
         self._progress = 0  # steps that have come to an end
         self._hung: str | None = None  # what is told to whoever comes while the present step does not end
         self._ran_at: float | None = None  # when the loop was last seen running
+        self._stood_still = False  # … and it has not for long
         self._sharing = sharing  # where other instances work with the database
 
     # ── for those who hand in ──
@@ -236,11 +237,13 @@ class Inbox:
         ticks, before = 0, self._progress
         while True:
             await asyncio.sleep(PATIENCE / TICKS)
+            self._run_on()  # also while a step, or a refresh, waits for the database
             ticks = ticks + 1 if self._progress == before and (self._begun or self._waiting or self._answers) else 0
             before = self._progress
             if ticks < TICKS:
                 continue
-            self._hung = f"The database does not answer within {PATIENCE:g} seconds. Does its disk, or its file system, hang?"
+            what = "disk, or its file system, hang" if self._sharing is None else "server hang, or wait for a standby"
+            self._hung = f"The database does not answer within {PATIENCE:g} seconds. Does its {what}?"
             self._broken(StoreUnavailable(self._hung))
             for batch in (self._begun, self._waiting):
                 for at, (given, told) in enumerate(batch):
@@ -262,7 +265,8 @@ class Inbox:
             wake = await self._step(self._begun)
             self._begun = []
             self._progress += 1
-            self._hung = None
+            if self.trouble is None:
+                self._hung = None
 
     def _take(self) -> list[Waiting]:
         """The next batch; answers in the order of their rows, which are neighbours then."""
@@ -283,13 +287,18 @@ class Inbox:
         self._pressing = bool(self._waiting)
         return batch
 
+    def _run_on(self) -> None:
+        """This thread runs; has it not, for long?"""
+        now = self._clock()
+        if self._ran_at is not None and now - self._ran_at > LONGEST_SLEEP + STOOD_STILL:
+            log.warning("stood_still", consequence="webhooks may be lost: all rooms are looked at")
+            self._stood_still = True
+        self._ran_at = now
+
     def _notice_gaps(self) -> None:
         """What came while nobody could take it may be lost: the SFUs are asked."""
-        now = self._clock()
-        stood_still = self._ran_at is not None and now - self._ran_at > LONGEST_SLEEP + STOOD_STILL
-        self._ran_at = now
-        if stood_still:
-            log.warning("stood_still", consequence="webhooks may be lost: all rooms are looked at")
+        self._run_on()
+        stood_still, self._stood_still = self._stood_still, False
         if stood_still or (self._missed and self.trouble is None and len(self._waiting) < self.most):
             self._missed = False
             self._waiting.append((Missed(), None))

@@ -41,7 +41,7 @@ from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
 from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
-from sfu_delegate.store.base import DatabaseInUse, DatabaseTooNew, Store, StoreUnavailable
+from sfu_delegate.store.base import GOES_ON, DatabaseInUse, DatabaseTooNew, Store, StoreUnavailable
 from sfu_delegate.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -207,13 +207,13 @@ class Daemon:
             self._sealer = Sealer(keys)
             self._store = await asyncio.to_thread(_opened, config)
         except (DatabaseInUse, DatabaseTooNew, StoreUnavailable, KeyFileRefused) as error:
-            raise CannotStart(str(error)) from error
+            raise CannotStart(_of_start(error)) from error
         self._egress = Egress.open(connect_timeout=config.timeouts.connect)
         try:
             await self._wire(config)
         except (StoreUnavailable, ValueError) as error:  # ValueError: a file that changed after it was checked, say
             await self._unwire()
-            raise CannotStart(str(error)) from error
+            raise CannotStart(_of_start(error)) from error
         except BaseException:
             await self._unwire()
             raise
@@ -238,6 +238,7 @@ class Daemon:
             log.warning("clock_was_set", consequence="all delayed events are restarted soon, since their countdowns are not known")
         recovered = await asyncio.to_thread(self._store.recover, clock(), config.policy(), clock_unsure=not agrees)
         await asyncio.to_thread(self._store.save_clock_mark, clock.mark)
+        await self._compare_keys()
 
         self.homeservers = Homeservers(_rules(config), self._egress, clock)
         self.client = ManagementClient(self._egress, clock)
@@ -268,6 +269,19 @@ class Daemon:
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
         self.loop_task = asyncio.create_task(self.inbox.run())
         log.info("started", version=__version__, database=self._store.name, delegated=sum(self.engine.states.values()), taken_up=recovered)
+
+    async def _compare_keys(self) -> None:
+        """Can this process open what was last sealed in the database?"""
+        known = await asyncio.to_thread(self._store.keys_mark)
+        ours = self._sealer.fingerprints
+        if known is not None and known not in ours:
+            log.error(
+                "encryption_keys_differ",
+                consequence="management tokens, and clients' tokens, that were made with the key that was last in use are good for nothing here",
+                remedy="give `encryption` the keys that this database was written with; of several instances all need the same",
+            )
+        if known != ours[0]:
+            await asyncio.to_thread(self._store.save_keys_mark, ours[0])
 
     async def _listen(self, config: Config) -> None:
         services = Services(
@@ -483,6 +497,15 @@ def _tls(config: Config) -> ssl.SSLContext | None:
     return context
 
 
+def _of_start(error: Exception) -> str:
+    """What went wrong, for somebody whose daemon does not start."""
+    return str(error).removesuffix(GOES_ON).rstrip()
+
+
+def _name(config: Config) -> str:
+    return instance_name(config.postgresql.instance, config.listen.port)
+
+
 def _opened(config: Config) -> Store:
     if not config.is_postgresql:
         return SqliteStore(config.database_path)
@@ -492,7 +515,7 @@ def _opened(config: Config) -> Store:
     return PostgresStore(
         config.database,
         password=given.password.get_secret_value() if given.password else None,
-        instance=instance_name(given.instance, config.listen.port),
+        instance=_name(config),
         address=given.address,
         connect_timeout=given.connect_timeout,
     )
@@ -594,7 +617,7 @@ def _end_by_force(after: float) -> None:
 
 def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit code."""
-    logs.configure(level=config.log.level, format=config.log.format)
+    logs.configure(level=config.log.level, format=config.log.format, instance=_name(config) if config.is_postgresql else "")
     for risk in warnings(config):
         log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
     # The engine's thread gives the interpreter away with every statement, and would wait 5 ms to get it back while there are requests.

@@ -58,6 +58,7 @@ class Sharing:
         self._count_at = 0.0
         self._counted: Census | None = None
         self._others: set[str] = set()
+        self._had_namesake = False
         self._unsure = False  # the clock was set, and what is stored is not yet brought into line
 
     @property
@@ -88,11 +89,22 @@ class Sharing:
 
     def _tell_of_others(self) -> None:
         others = {other.name for other in self._engine.instances}
+        gone = self._others - others
+        vanished = self._store.listed(gone) if gone else set()
         for name in sorted(others - self._others):
-            log.info("instance_appeared", instance=name, instances=len(others) + 1)
-        for name in sorted(self._others - others):
-            log.warning("instance_disappeared", instance=name, instances=len(others) + 1)
+            log.info("instance_appeared", other=name, instances=len(others) + 1)
+        for name in sorted(gone - vanished):
+            log.info("instance_stopped", other=name, instances=len(others) + 1)
+        for name in sorted(vanished):
+            log.warning("instance_disappeared", other=name, instances=len(others) + 1)
         self._others = others
+        if self._engine.has_namesake and not self._had_namesake:
+            log.error(
+                "instance_name_taken",
+                consequence="another process has the name of this one: they are counted as one, and neither hears of the other",
+                remedy="give each its own `postgresql.instance`",
+            )
+        self._had_namesake = self._engine.has_namesake
 
     def rows(self, delegations: list[str]) -> list[DelayedEvent]:
         """The rows of some delegations as they are now."""

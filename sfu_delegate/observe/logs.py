@@ -83,7 +83,7 @@ def lines(logger: str, event: str, facts: Iterable[Mapping[str, str | int]], *, 
     plain = _is_plain(facts, ours)  # nearly always, and one look at all of them takes a fraction of one at each
     written = []
     for fact in facts:
-        line: dict[str, Any] = first.copy()
+        line: dict[str, Any] = {**first, **handler.always}
         if plain or _is_plain([fact], ours):
             line.update(fact)
         else:
@@ -103,11 +103,17 @@ def _is_plain(facts: Iterable[Mapping[str, str | int]], ours: Container[str]) ->
     return _is_harmless("\n".join([str(value) for _, value in theirs]))
 
 
-def configure(*, level: str = "info", format: str = "auto", stream: TextIO | None = None) -> None:
+def configure(*, level: str = "info", format: str = "auto", stream: TextIO | None = None, instance: str = "") -> None:
     """Send every log line, our own and other libraries', to `stream` (standard error by default).
 
-    `format` is "json", "console", or "auto": console on a terminal, JSON elsewhere. May be called again. ValueError for unknown words.
+    `format` is "json", "console", or "auto": console on a terminal, JSON elsewhere. `instance`, if not empty, is in every line. May be called
+    again. ValueError for unknown words.
     """
+
+    def named(_: Any, __: str, line: EventDict) -> EventDict:
+        line["instance"] = instance
+        return line
+
     output = sys.stderr if stream is None else stream
     if format not in ("auto", "json", "console"):
         raise ValueError(f"the log format is auto, json or console, not {format!r}")
@@ -122,6 +128,7 @@ def configure(*, level: str = "info", format: str = "auto", stream: TextIO | Non
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        *([named] if instance else []),
     ]
     last: list[Any] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -130,7 +137,7 @@ def configure(*, level: str = "info", format: str = "auto", stream: TextIO | Non
         *([_one_line] if console else [_order]),
         renderer,
     ]
-    handler = _Handler(output, json=not console)
+    handler = _Handler(output, json=not console, instance=instance)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=last,
@@ -254,9 +261,10 @@ def _order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 class _Handler(logging.StreamHandler[TextIO]):
     """Writes lines, and never says what it could not write: logging's own complaint would print the arguments as they are."""
 
-    def __init__(self, stream: TextIO, *, json: bool) -> None:
+    def __init__(self, stream: TextIO, *, json: bool, instance: str) -> None:
         super().__init__(stream)
         self.json = json
+        self.always = {"instance": instance} if instance else {}  # what is in every line
 
     def write_lines(self, lines: list[bytes]) -> None:
         """Write lines that are ready."""

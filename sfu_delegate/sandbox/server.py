@@ -225,7 +225,7 @@ class _Sandbox:
             set_fields(self._model.faults, arguments)
             return None
         if name not in self.operations:
-            raise KeyError(f"no operation {name!r}")
+            raise ValueError(f"there is no operation {name!r}; there are: {', '.join(sorted([*self.operations, 'faults']))}")
         operation = getattr(self._model, name)
         if "now" in inspect.signature(operation).parameters:
             arguments = arguments | {"now": self._clock()}

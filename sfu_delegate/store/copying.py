@@ -168,11 +168,13 @@ _PACE_OF_ONE = _Copied(schema.pace, "homeserver", "address", only=schema.pace.c.
 
 
 def _copied(*, one_address: bool) -> list[_Copied]:
-    """All tables, but those that say something about the database itself: `instance`, and `meta` with its clock and the versions of its schema."""
+    """All tables, but those that say something about the database itself: `instance`, and `meta` with its clock; but which keys it was
+    written with goes along."""
     learned = [_Copied(schema.room, "sfu", "name"), _Copied(schema.homeserver, "name"), _Copied(schema.sfu, "name")]
     return [_EVENTS, *learned, _HISTORY, _PACE_OF_ONE if one_address else _PACE]
 
 
+_KEYS_MARK: Final = f"SELECT value FROM meta WHERE key = '{schema.KEYS_MARK}'"  # noqa: S608
 _TABLES: Final = [table.name for table in schema.metadata.sorted_tables]
 _STATE, _TOKEN, _ID = (_EVENTS.names.index(name) for name in ("state", "token", "id"))
 
@@ -213,7 +215,10 @@ class _Side(Protocol):
 
     def write(self, copied: _Copied, batches: Iterable[list[Row]]) -> None: ...
 
-    def finish(self, last_id: int, *, sure: bool) -> None:
+    def keys_mark(self) -> str | None:
+        """Which encryption keys it was written with, see `Store.keys_mark`."""
+
+    def finish(self, last_id: int, keys_mark: str | None, *, sure: bool) -> None:
         """What is written beside the rows. `sure`: their times can be compared with those of the target's clock."""
 
     def commit(self) -> None: ...
@@ -315,12 +320,18 @@ class _SqliteSide:
                 assert self._connection is not None  # noqa: S101
                 self._connection.executemany(statement, batch)
 
-    def finish(self, last_id: int, *, sure: bool) -> None:
+    def keys_mark(self) -> str | None:
+        found = self._run(_KEYS_MARK).fetchone()
+        return None if found is None else str(found[0])
+
+    def finish(self, last_id: int, keys_mark: str | None, *, sure: bool) -> None:
         del last_id  # the next id follows the largest one that is there
         assert self._store is not None  # noqa: S101
-        new = upsert(schema.meta).values(key="clock", value=self._clock.mark if sure else UNSURE)
-        with self._explained():
-            self._store.execute(new.on_conflict_do_update(index_elements=["key"], set_={"value": new.excluded.value}))
+        marks = {"clock": self._clock.mark if sure else UNSURE} | ({} if keys_mark is None else {schema.KEYS_MARK: keys_mark})
+        for key, value in marks.items():
+            new = upsert(schema.meta).values(key=key, value=value)
+            with self._explained():
+                self._store.execute(new.on_conflict_do_update(index_elements=["key"], set_={"value": new.excluded.value}))
 
     def commit(self) -> None:
         self._run("COMMIT")
@@ -495,8 +506,15 @@ class _PostgresSide:
                 for row in batch:
                     copy.write_row(row)
 
-    def finish(self, last_id: int, *, sure: bool) -> None:
+    def keys_mark(self) -> str | None:
+        found = self._run(_KEYS_MARK).fetchone()
+        return None if found is None else str(found[0])
+
+    def finish(self, last_id: int, keys_mark: str | None, *, sure: bool) -> None:
         del sure  # see `settle`
+        if keys_mark is not None:
+            new = "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+            self._run(new, (schema.KEYS_MARK, keys_mark))
         last, called = self._one(f"SELECT last_value, is_called FROM {schema.event_ids.name}")  # noqa: S608
         begin = max(last_id + 1, last + schema.ID_BLOCK if called else last)
         # Not setval, of which nothing is taken back when the transaction is.
@@ -665,7 +683,7 @@ def _copy(ours: _Side, theirs: _Side, tables: Sequence[_Copied], check: "_Checke
         theirs.write(copied, seen.passing(copied, batches))
     if check is not None:
         check.conclude()
-    theirs.finish(seen.last_id, sure=sure)
+    theirs.finish(seen.last_id, ours.keys_mark(), sure=sure)
     for copied in tables:
         ours_again = _told(ours.rows(copied), f"comparing {copied.name}", counts[copied.name], tell)
         if difference := _difference(copied, ours_again, theirs.rows(copied)):

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from sfu_delegate.daemon.serve import CannotStart, Daemon
 from sfu_delegate.sandbox.homeserver import End, HomeserverModel
+from sfu_delegate.sealing import new_key
 from sfu_delegate.store.sqlite import SqliteStore
 
 from tests import stores
@@ -181,6 +182,21 @@ async def test_the_management_token_outlives_a_restart(tmp_path: Path) -> None:
         await site.stop()
         await site.start()
         assert (await site.show(given))["id"] == given["id"]
+
+
+async def test_other_keys_than_before_are_told(tmp_path: Path) -> None:
+    """Without them tokens of before are good for nothing. A new one in front of the old one is all right."""
+    first, second, third = (new_key() for _ in range(3))
+    async with open_site(tmp_path) as site:
+        told = []
+        for keys in ([first], [second, first], [second], [third], [third]):
+            await site.stop()
+            begin = len(site.log.getvalue())
+            site.changes = {"encryption": {"keys": keys}}
+            site.secrets |= set(keys)
+            await site.start()
+            told.append('"encryption_keys_differ"' in site.log.getvalue()[begin:])
+        assert told == [True, False, False, True, False]  # the first one, too: it began with one of its own
 
 
 @stores.only_sqlite

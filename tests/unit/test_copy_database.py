@@ -250,6 +250,18 @@ def test_many_rows_are_copied_in_parts(make: Callable[[str], str], source: str, 
     assert len(told["copying delayed_event"]) == 1 + count // copying.BATCH
 
 
+@pytest.mark.parametrize("source", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("target", ["sqlite", "postgresql"])
+def test_which_keys_it_was_written_with_goes_along(make: Callable[[str], str], source: str, target: str) -> None:
+    """A daemon that starts with others says so; where it is not known, it is not known there either."""
+    ours, theirs, empty = filled(make, source), make(target), make(target)
+    copy(ours, empty)
+    run(ours, "INSERT INTO meta (key, value) VALUES ('encryption_keys', 'ab01')")
+    copy(ours, theirs)
+    marks = [query(url, "SELECT value FROM meta WHERE key = 'encryption_keys'") for url in (empty, theirs)]
+    assert marks == [[], [("ab01",)]]
+
+
 def test_there_and_back_again(make: Callable[[str], str]) -> None:
     """From SQLite to PostgreSQL, to another one, and back: the same."""
     first = filled(make, "sqlite")
@@ -478,7 +490,7 @@ def test_what_happens_between_the_look_and_the_locks_is_seen(make: Callable[[str
 
     def meanwhile(side: Any) -> None:
         opened_both(side)
-        if side.name.endswith(f"{postgresql.name_in(theirs)} at {postgresql.HOST}"):
+        if f" {postgresql.name_in(theirs)} at {postgresql.HOST}" in side.name:
             if what.startswith("a delegation"):
                 fill(theirs, events(1))
             else:
@@ -768,8 +780,8 @@ def test_a_commit_that_is_lost_may_have_been_made(make: Callable[[str], str], mo
     ours, theirs = filled(make, "sqlite"), make("postgresql")
     finish = copying._PostgresSide.finish
 
-    def lost(side: Any, last_id: int, *, sure: bool) -> None:
-        finish(side, last_id, sure=sure)
+    def lost(side: Any, *of_rows: Any, sure: bool) -> None:
+        finish(side, *of_rows, sure=sure)
         monkeypatch.setattr(
             side._connection, "commit", lambda: postgresql.shared().terminate_backends(theirs) and side._connection.execute("SELECT 1")
         )
@@ -930,7 +942,7 @@ def test_a_server_that_is_not_there_is_told() -> None:
     """With its host, and what to do."""
     result = command_line("postgresql://delegate@127.0.0.1:1/none", "sqlite:///nowhere.db")
     assert result.exit_code == 1
-    assert "The PostgreSQL database none at 127.0.0.1 failed: " in result.stderr
+    assert "The PostgreSQL database none at 127.0.0.1 (port 1) failed: " in result.stderr
     assert "Copy again when that is mended" in result.stderr
 
 

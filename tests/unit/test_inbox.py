@@ -598,6 +598,41 @@ async def test_a_machine_that_slept_looks_at_the_rooms() -> None:
         assert missed(it) == 1
 
 
+async def test_a_database_that_hangs_is_no_machine_that_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This thread goes on meanwhile, and time with it."""
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    with captured_log() as log:
+        async with bench() as it:
+            first = await it.busy(Find("first"))
+            for _ in range(10):
+                it.now += module.LONGEST_SLEEP
+                await asyncio.sleep(0.05)
+            it.engine.gate.set()
+            with pytest.raises(Unavailable):
+                await first
+            await until(lambda: it.inbox.trouble is None)
+            assert missed(it) == 0
+    assert "stood_still" not in log.getvalue()
+
+
+async def test_while_a_database_hangs_whoever_comes_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a step that failed: until one has been kept."""
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    async with bench() as it:
+        first = await it.busy(Find("first"))
+        with pytest.raises(Unavailable):
+            await first
+        it.engine.errors = [StoreUnavailable("cut")] * 1000
+        it.engine.gate.set()
+        await until(lambda: len(it.engine.errors) < 999)
+        with pytest.raises(Unavailable):
+            await it.inbox.put(Find("second"))
+        assert not any(Find("second") in step for step in it.engine.steps)
+        it.engine.errors.clear()
+        await until(lambda: it.inbox.trouble is None)
+        assert await it.inbox.put(Find("third")) == Touched(1)
+
+
 # ── defects ──
 
 

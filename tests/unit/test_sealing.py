@@ -37,6 +37,16 @@ def test_after_a_key_change_old_data_opens() -> None:
     assert Sealer([NEW]).unseal(both.seal("token")) == "token"
 
 
+def test_keys_are_told_apart_by_their_fingerprints() -> None:
+    """In the order of the keys, and however the same key is written; of a key nothing can be seen in them."""
+    old, new = Sealer([OLD]).fingerprints, Sealer([NEW]).fingerprints
+    assert Sealer([NEW, OLD]).fingerprints == new + old
+    assert old != new
+    assert Sealer([OLD.rstrip() + "\n"]).fingerprints == old
+    assert len(old[0]) == 16
+    assert old[0] not in (key_bytes(OLD) or b"").hex()
+
+
 @pytest.mark.parametrize(
     "sealed",
     [b"", b"nonsense", b"\xff\x00", Sealer([NEW]).seal("token"), Sealer([OLD]).seal("token")[:-1]],

@@ -1,6 +1,7 @@
 """One of several instances: it follows the database's clock, takes over what others have changed, and does nothing whose lease has ended."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
@@ -51,6 +52,10 @@ class FakeStore:
         self.broken = False
         self.fails = False
         self.census_taken = 0
+        self.there: set[str] = set()
+
+    def listed(self, names: set[str]) -> set[str]:
+        return self.there & names
 
     def time(self) -> float:
         if self.broken:
@@ -83,6 +88,7 @@ class FakeEngine:
         self.counted: list[Any] = []
         self.moved: list[float] = []
         self.instances: list[Instance] = []
+        self.has_namesake = False
 
     def clock_moved(self, by: float, now: float) -> None:
         self.moved.append(by)
@@ -150,16 +156,32 @@ def test_refreshing_takes_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPat
 
 
 def test_that_instances_come_and_go_is_told() -> None:
-    """By their names, once."""
+    """By their names, once; who has said farewell is no reason to worry."""
+    store, engine = FakeStore(0.0), FakeEngine()
+    store.there = {"b"}
+    ours = Sharing(engine.engine, store.postgres, Clock())
+    with captured_log() as log:
+        for names in (["b"], ["b", "c"], ["c"], ["c"], []):
+            engine.instances = [Instance(name, "1", NOW, NOW) for name in names]
+            ours.refresh()
+    told = [(line["level"], line["event"], line["other"], line["instances"]) for line in map(json.loads, log.getvalue().splitlines())]
+    assert told == [
+        ("info", "instance_appeared", "b", 2),
+        ("info", "instance_appeared", "c", 3),
+        ("warning", "instance_disappeared", "b", 2),
+        ("info", "instance_stopped", "c", 1),
+    ]
+
+
+def test_a_name_that_two_have_is_told() -> None:
+    """Once, and again when it has been well in between."""
     store, engine = FakeStore(0.0), FakeEngine()
     ours = Sharing(engine.engine, store.postgres, Clock())
     with captured_log() as log:
-        for names in (["b"], ["b", "c"], ["c"], ["c"]):
-            engine.instances = [Instance(name, "1", NOW, NOW) for name in names]
+        for taken in (False, True, True, False, True):
+            engine.has_namesake = taken
             ours.refresh()
-    text = log.getvalue()
-    assert text.count('"instance_appeared"') == 2
-    assert text.count('"instance_disappeared"') == 1
+    assert log.getvalue().count('"instance_name_taken"') == 2
 
 
 async def test_everything_is_counted_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
