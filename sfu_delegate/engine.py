@@ -1168,7 +1168,8 @@ class Engine:
         cut_off = self._cut_off.get(homeserver)
         candidates = {row.id: row for row in fresh if cut_off is None or cut_off.claims(row, now)}
         places = 0 if self.stopping else max(pace.places(now), int(pace.last_try(now)))
-        if self._begins(homeserver) <= now:
+        its_time = self._begins(homeserver) <= now
+        if its_time:
             found = self._timers(work, homeserver)
             if places:
                 for row in self._found(work, homeserver, places) if cut_off is None else self._left_over(work, cut_off, places):
@@ -1183,8 +1184,9 @@ class Engine:
         plan = self._plan(work, homeserver)
         unclaimed: dict[int, DelayedEvent] = {}
         if cut_off is not None:
-            unclaimed = {row.id: row for row in self._to_be_tried(work, cut_off, fresh, places)}
-            work.tried.append(cut_off)
+            unclaimed = {row.id: row for row in self._to_be_tried(work, cut_off, fresh, places, its_time=its_time)}
+            if its_time:
+                work.tried.append(cut_off)
         elif places and plan.early <= now:
             candidates.update((row.id, row) for row in self._not_due_yet(work, plan, places))
         ready = [row for row in candidates.values() if not self._let_run(work, row)]
@@ -1213,7 +1215,7 @@ class Engine:
         """Endings at a homeserver that fails for us, which others could have made by now."""
         return work.taken(work.tx.todo(cut_off.homeserver, Lane.END, places, work.now - cut_off.left))
 
-    def _to_be_tried(self, work: _Work, cut_off: "_CutOff", fresh: Sequence[DelayedEvent], places: int) -> list[DelayedEvent]:
+    def _to_be_tried(self, work: _Work, cut_off: "_CutOff", fresh: Sequence[DelayedEvent], places: int, *, its_time: bool) -> list[DelayedEvent]:
         """Restarts at a homeserver that fails for us, to be made without a claim: those that are due, and now and then one that is not."""
         now = work.now
         cut_off.forget(now)
@@ -1221,7 +1223,7 @@ class Engine:
             return []
         under_way = {event for name, event, _ in self._under_way if name == cut_off.homeserver}
         rows = [row for row in fresh if row.lane is Lane.RESTART]
-        if self._begins(cut_off.homeserver) <= now:
+        if its_time:
             rows += [work.rows.get(row.id, row) for row in work.tx.soon(cut_off.homeserver, 2 * places + len(under_way) + len(cut_off.tried))]
         free = [
             row
