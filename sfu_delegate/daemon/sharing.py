@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # its driver takes memory that nobody needs who has the embed
 REFRESH_EVERY = 1.0  # seconds; so much later is what a dead instance had claimed taken over
 REFRESH_PART = 0.1  # of all time at the most, where homeservers are many, or the database is far away
 COUNT_EVERY = 15.0
-COUNT_PART = 0.005  # of all time: a million rows take a second or so
+COUNT_PART = 0.005  # of all time: a million rows take half a second or so …
+COUNT_SELDOM = 300.0  # … but as often as that, however long it takes
 WATCH_EVERY = 0.25  # … where a client waits for what another instance may do
 
 log = get_logger(__name__)
@@ -55,7 +56,7 @@ class Sharing:
         self._store = store
         self._clock = clock
         self._next = 0.0  # by `perf_counter`
-        self._count_at = 0.0
+        self._took = (0.0, 0.0)  # seconds, by the last two counts
         self._counted: Census | None = None
         self._others: set[str] = set()
         self._had_namesake = False
@@ -110,10 +111,17 @@ class Sharing:
         """The rows of some delegations as they are now."""
         return self._store.peek(delegations)
 
+    def took(self, seconds: float) -> float:
+        """Everything was counted in so many seconds; returns the pause until the next time. The lesser of two counts, since one of them may have
+        waited for a database that hung."""
+        self._took = (self._took[1], seconds)
+        return max(COUNT_EVERY, min(COUNT_SELDOM, min(self._took) / COUNT_PART))
+
     async def counting(self) -> None:
         """Have everything counted again and again, in a thread of its own, until this is cancelled."""
+        pause = COUNT_EVERY
         while True:
-            await asyncio.sleep(max(COUNT_EVERY, self._count_at))
+            await asyncio.sleep(pause)
             begun = perf_counter()
             try:
                 self._counted = await asyncio.to_thread(self._store.census)
@@ -122,4 +130,4 @@ class Sharing:
             except Exception as error:
                 log.error("counting_failed", error=type(error).__name__, at=frames(error))
                 continue
-            self._count_at = (perf_counter() - begun) / COUNT_PART
+            pause = self.took(perf_counter() - begun)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sfu_delegate.daemon import sharing
 from sfu_delegate.daemon.clock import SET_IF_BEYOND, Clock
-from sfu_delegate.daemon.sharing import Sharing, instance_name, keep_to, meet
+from sfu_delegate.daemon.sharing import COUNT_EVERY, COUNT_PART, COUNT_SELDOM, Sharing, instance_name, keep_to, meet
 from sfu_delegate.delegation.model import Answered, Looked, Presence, Room, Task, Verdict
 from sfu_delegate.delegation.reach import OTHERS_COUNT, Reach
 from sfu_delegate.delegation.replies import Touched
@@ -199,6 +199,16 @@ async def test_everything_is_counted_in_another_thread(monkeypatch: pytest.Monke
             await asyncio.sleep(0)
     counting.cancel()
     assert engine.counted[0].states
+
+
+def test_counts_take_a_small_part_of_the_time() -> None:
+    """However many rows there are; and one that waited for a database does not keep the numbers wrong for long."""
+    ours = Sharing(FakeEngine().engine, FakeStore(0.0).postgres, Clock())
+    assert ours.took(0.5) == COUNT_EVERY
+    assert ours.took(0.4) == 0.4 / COUNT_PART
+    assert ours.took(6.0) == 0.4 / COUNT_PART
+    assert ours.took(0.5) == 0.5 / COUNT_PART
+    assert (ours.took(60.0), ours.took(60.0)) == (0.5 / COUNT_PART, COUNT_SELDOM)
 
 
 def test_an_instance_that_takes_the_place_of_another_has_its_name() -> None:
