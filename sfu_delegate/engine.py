@@ -1201,15 +1201,15 @@ class Engine:
             if row.id in unclaimed:
                 tasks.append(self._without_claim(row, now))
                 continue
-            claimed = lifecycle.claim(row, now, self.policy)
+            claimed = lifecycle.claim(row, now, self.policy, shared=self.store.shared)
             work.put(claimed, None)
-            tasks.append(_task(claimed))
+            tasks.append(_task(claimed, now + self.policy.lease))
         return tasks
 
     def _without_claim(self, row: DelayedEvent, now: float) -> Task:
         """A restart that is in nobody's way; a restart too many harms nobody."""
         self._unclaimed += 1
-        return _task(row._replace(claim=-self._unclaimed, due=now + self.policy.lease))
+        return _task(row._replace(claim=-self._unclaimed), now + self.policy.lease)
 
     def _left_over(self, work: _Work, cut_off: "_CutOff", places: int) -> list[DelayedEvent]:
         """Endings at a homeserver that fails for us, which others could have made by now."""
@@ -1711,7 +1711,7 @@ def _load(row: DelayedEvent | None) -> float:
     return 0.0 if row is None or row.token is not None else 1 / row.delay
 
 
-def _task(row: DelayedEvent) -> Task:
+def _task(row: DelayedEvent, lease_ends: float) -> Task:
     return Task(
         action=lifecycle.action(row),
         event=row.id,
@@ -1724,5 +1724,5 @@ def _task(row: DelayedEvent) -> Task:
         token=row.token,
         user=row.user,
         urgent_since=row.ended_at if row.state is State.ENDING else None,
-        lease_ends=row.due or 0.0,
+        lease_ends=lease_ends,
     )

@@ -167,6 +167,9 @@ EVENTS: dict[tuple[State, Happening], State] = {
 # ── the rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+LEAST_LEASE = 1.0
+"""Seconds for which a restart is left to whoever has claimed it, however little time is left."""
+
 Given = Seen | RoomChanged | SfuLost | SfuFound | Looked | Answered | Withdraw | Due | Accept
 """What one row is told of."""
 
@@ -305,10 +308,17 @@ def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: fl
     return row if same or row.claimed else row._replace(due=now)
 
 
-def claim(row: DelayedEvent, now: float, policy: Policy) -> DelayedEvent:
-    """The row while its action is being carried out. A lease that ran out means that nobody knows what became of the action."""
+def claim(row: DelayedEvent, now: float, policy: Policy, *, shared: bool = False) -> DelayedEvent:
+    """The row while its action is being carried out. A lease that ran out means that nobody knows what became of the action.
+
+    Where instances share the database (`shared`), a restart is somebody else's early enough for another try: if the one that has claimed it dies, a
+    lease may be longer than the time that is left. A restart too many harms nobody.
+    """
     lane = Lane.RESTART if row.state is State.LIVE else row.lane
-    return row._replace(claim=row.claim + 1, claimed=True, lane=lane, due=now + policy.lease, end_tried=_tried(row))
+    lease = policy.lease
+    if shared and lane is Lane.RESTART and row.harm is not None and row.harm > now:
+        lease = min(lease, max(LEAST_LEASE, (row.harm - now) / 2))
+    return row._replace(claim=row.claim + 1, claimed=True, lane=lane, due=now + lease, end_tried=_tried(row))
 
 
 def _ending_under_way(row: DelayedEvent) -> bool:

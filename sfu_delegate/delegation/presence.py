@@ -110,6 +110,8 @@ def _ended(row: DelayedEvent, seen: Seen, known: Session | None, policy: Policy)
     if began < row.accepted_at and seen.made_at and seen.made_at + ROUNDED < row.accepted_at:
         return Finding(Sign.BETWEEN, kept)
     if was_live and look_after <= 0:
+        if seen.made_at and seen.made_at + ROUNDED < row.accepted_at:  # both it and their `joined` were held up, and they have delegated anew since
+            return Finding(Sign.DEPARTED, kept, seen.reason, policy.unseen_departure)
         if seen.late:  # they may be back already, with a session that nobody has told of yet
             return Finding(Sign.DEPARTED, kept, seen.reason, policy.look_gap)
         return Finding(Sign.REMOVED, kept, seen.reason)

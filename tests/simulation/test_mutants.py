@@ -150,7 +150,7 @@ def clock_is_right(patch: Patch) -> None:
 def leases_for_ever(patch: Patch) -> None:
     """What a process that is dead had claimed stays claimed."""
     real = lifecycle.claim
-    patch.setattr(lifecycle, "claim", lambda row, now, policy: real(row, now, replace(policy, lease=1e6)))
+    patch.setattr(lifecycle, "claim", lambda row, now, policy, **how: real(row, now, replace(policy, lease=1e6), **how))
     patch.setattr(SqliteStore, "recover", lambda *_, **__: 0)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfu_delegate.delegation import lifecycle
-from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK, EVENTS, Happening, action, advance, claim, delegate, story, supersede
+from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK, EVENTS, LEAST_LEASE, Happening, action, advance, claim, delegate, story, supersede
 from sfu_delegate.delegation.model import (
     Accept,
     Action,
@@ -937,6 +937,30 @@ def test_a_session_that_began_after_its_participant_delegated_is_left() -> None:
     """Whatever the SFU's clock says."""
     before = row(accepted_at=NOW - 10.0, sessions=(live(heard_at=NOW - 5.0),))
     assert advance(before, left("S1")._replace(made_at=NOW - 20.0), NOW, POLICY, 0.5).presence is Presence.AWAY
+
+
+def test_a_removal_from_before_the_delegation_is_not_believed_at_once() -> None:
+    """It and the `joined` before it were held up, and whoever was removed may be back with another session, and has delegated anew."""
+    before = row(accepted_at=NOW - 3.0, sessions=(live(heard_at=NOW - 1.0),))
+    held_up = left("S1", "PARTICIPANT_REMOVED")._replace(made_at=NOW - 4.5)
+    after = advance(before, held_up, NOW, POLICY, 0.5)
+    assert (after.presence, after.state, after.look_at) == (Presence.AWAY, State.LIVE, NOW + POLICY.unseen_departure)
+    assert advance(before, held_up._replace(made_at=NOW - 3.5), NOW, POLICY, 0.5).state is State.ENDING  # times are in whole seconds
+    assert advance(before, held_up._replace(made_at=0.0), NOW, POLICY, 0.5).state is State.ENDING
+
+
+@pytest.mark.parametrize(("left_over", "lease"), [(1000.0, POLICY.lease), (8.0, 4.0), (1.0, LEAST_LEASE), (-5.0, POLICY.lease)])
+def test_a_restart_is_somebody_elses_while_there_is_time(left_over: float, lease: float) -> None:
+    """Among several instances: whoever has claimed it may have died. One alone takes up what it had claimed when it starts."""
+    before = row(lane=Lane.RESTART, due=NOW, harm=NOW + left_over)
+    assert claim(before, NOW, POLICY, shared=True).due == NOW + lease
+    assert claim(before, NOW, POLICY).due == NOW + POLICY.lease
+
+
+def test_an_ending_is_leased_for_as_long_as_a_request_may_take() -> None:
+    """Two of them would be one too many."""
+    before = row(Presence.GONE, state=State.ENDING, lane=Lane.END, due=NOW, harm=NOW + 1.0)
+    assert claim(before, NOW, POLICY, shared=True).due == NOW + POLICY.lease
 
 
 def test_an_event_that_nobody_could_tell_of_has_run_out() -> None:
