@@ -44,6 +44,7 @@ from sfu_delegate.delegation.model import (
     Verdict,
     Withdraw,
 )
+from sfu_delegate.delegation.others import CutOff
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.reach import Reach
 from sfu_delegate.delegation.replies import Accepted, Found, Reply, TooMany, Touched, Withdrawn
@@ -110,43 +111,6 @@ class Step:
     company: int = 0  # something else does: so many answers free half of the places; 0: nothing waits
 
 
-# ── a homeserver that fails for one of several instances ──
-
-
-@dataclass(slots=True)
-class _CutOff:
-    """What this instance does at a homeserver that fails for it, while others are there. Times in Unix seconds."""
-
-    homeserver: str
-    probe_at: float  # something is restarted that is not due
-    left: float = 0.0  # seconds for which endings are left to the others
-    tried_at: float = -inf  # when it was last looked at what is due
-    tried: dict[int, float] = field(default_factory=dict)  # by event: when it was lately restarted without a claim
-
-    def claims(self, row: DelayedEvent, now: float) -> bool:
-        """Is this row, which is due, ours to claim?"""
-        return row.lane is Lane.END and row.due is not None and row.due <= now - self.left
-
-    def begins(self, due: float) -> float:
-        """When it is looked at what is due."""
-        return max(min(due, self.probe_at), self.tried_at + others.TRIED_EVERY)
-
-    def was_tried(self, now: float) -> None:
-        """It was looked for something to be tried; the next probe is some time from now, whether or not there was anything."""
-        self.tried_at = now
-        if now >= self.probe_at:
-            self.probe_at = now + others.PROBE_EVERY
-
-    def tries(self, event: int, now: float) -> None:
-        """A restart without a claim is on its way."""
-        self.tried[event] = now
-        self.probe_at = now + others.PROBE_EVERY
-
-    def forget(self, now: float) -> None:
-        """What was tried long enough ago may be tried again."""
-        self.tried = {event: at for event, at in self.tried.items() if 0 <= now - at < others.RESTARTED_EVERY}
-
-
 # ── the working set of one step ──
 
 
@@ -168,7 +132,7 @@ class _Work:
     rooms: dict[RoomKey, Room | None] = field(default_factory=dict)
     rooms_before: dict[RoomKey, Room | None] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
-    tried: list["_CutOff"] = field(default_factory=list)  # homeservers at which was looked for what may be tried
+    tried: list[CutOff] = field(default_factory=list)  # homeservers at which was looked for what may be tried
     learned: dict[str, KnownHomeserver] = field(default_factory=dict)
     learned_sfus: dict[str, KnownSfu] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
@@ -475,7 +439,7 @@ class Engine:
         self.has_namesake = False  # one of them has the name of this one
         self._words: dict[str, others.Word] = {}  # by instance: what these say of homeservers and SFUs
         self._heard_at = -inf  # when they were last heard
-        self._cut_off: dict[str, _CutOff] = {}  # homeservers that fail for us, while others are there
+        self._cut_off: dict[str, CutOff] = {}  # homeservers that fail for us, while others are there
         self._failed = False  # the last step could not be kept
         self._busy_elsewhere: set[str] = set()  # homeservers and SFUs of which others have what is due
         self._load: dict[str, float] = dict(census.load)  # by homeserver: restarts a second that its open events need at the least
@@ -1211,11 +1175,11 @@ class Engine:
         self._unclaimed += 1
         return _task(row._replace(claim=-self._unclaimed), now + self.policy.lease)
 
-    def _left_over(self, work: _Work, cut_off: "_CutOff", places: int) -> list[DelayedEvent]:
+    def _left_over(self, work: _Work, cut_off: CutOff, places: int) -> list[DelayedEvent]:
         """Endings at a homeserver that fails for us, which others could have made by now."""
         return work.taken(work.tx.todo(cut_off.homeserver, Lane.END, places, work.now - cut_off.left))
 
-    def _to_be_tried(self, work: _Work, cut_off: "_CutOff", fresh: Sequence[DelayedEvent], places: int, *, its_time: bool) -> list[DelayedEvent]:
+    def _to_be_tried(self, work: _Work, cut_off: CutOff, fresh: Sequence[DelayedEvent], places: int, *, its_time: bool) -> list[DelayedEvent]:
         """Restarts at a homeserver that fails for us, to be made without a claim: those that are due, and now and then one that is not."""
         now = work.now
         cut_off.forget(now)
@@ -1587,7 +1551,7 @@ class Engine:
         if pace is None or not pace.fails or pace.failing_since is None or not self._words:
             self._cut_off.pop(homeserver, None)
             return
-        cut_off = self._cut_off.setdefault(homeserver, _CutOff(homeserver, self._now + others.PROBE_EVERY))
+        cut_off = self._cut_off.setdefault(homeserver, CutOff(homeserver, self._now + others.PROBE_EVERY))
         cut_off.left = others.left_for(homeserver, pace.failing_since, self._words.values())
 
     def _weigh_words_of_sfu(self, sfu: str, reach: Reach) -> None:

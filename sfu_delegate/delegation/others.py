@@ -12,8 +12,11 @@ What fails for all, nobody leaves to anybody.
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
+
+from sfu_delegate.delegation.model import DelayedEvent, Lane
 
 LEFT = 2.5
 """Seconds for which an ending that is due is left to others who may be able to do it: they hear of it within one."""
@@ -84,3 +87,37 @@ def left_for(homeserver: str, failing_since: float, others: Iterable[Word]) -> f
     if not able:
         return 0.0
     return LEFT_TO_THE_ABLE if any(other.answered.get(homeserver, -inf) > failing_since for other in able) else LEFT
+
+
+@dataclass(slots=True)
+class CutOff:
+    """What this instance does at a homeserver that fails for it, while others are there. Times in Unix seconds."""
+
+    homeserver: str
+    probe_at: float  # something is restarted that is not due
+    left: float = 0.0  # seconds for which endings are left to the others
+    tried_at: float = -inf  # when it was last looked at what is due
+    tried: dict[int, float] = field(default_factory=dict)  # by event: when it was lately restarted without a claim
+
+    def claims(self, row: DelayedEvent, now: float) -> bool:
+        """Is this row, which is due, ours to claim?"""
+        return row.lane is Lane.END and row.due is not None and row.due <= now - self.left
+
+    def begins(self, due: float) -> float:
+        """When it is looked at what is due."""
+        return max(min(due, self.probe_at), self.tried_at + TRIED_EVERY)
+
+    def was_tried(self, now: float) -> None:
+        """It was looked for something to be tried; the next probe is some time from now, whether or not there was anything."""
+        self.tried_at = now
+        if now >= self.probe_at:
+            self.probe_at = now + PROBE_EVERY
+
+    def tries(self, event: int, now: float) -> None:
+        """A restart without a claim is on its way."""
+        self.tried[event] = now
+        self.probe_at = now + PROBE_EVERY
+
+    def forget(self, now: float) -> None:
+        """What was tried long enough ago may be tried again."""
+        self.tried = {event: at for event, at in self.tried.items() if 0 <= now - at < RESTARTED_EVERY}

@@ -168,8 +168,9 @@ _PACE_OF_ONE = _Copied(schema.pace, "homeserver", "address", only=schema.pace.c.
 
 
 def _copied(*, one_address: bool) -> list[_Copied]:
-    """All tables, but those that say something about the database itself: `instance`, and `meta` with its clock; but which keys it was
-    written with goes along."""
+    """All tables, but those that say something about the database itself: `instance`, and `meta` with its clock and the versions of its schema.
+
+    Of `meta`, which keys it was written with goes along."""
     learned = [_Copied(schema.room, "sfu", "name"), _Copied(schema.homeserver, "name"), _Copied(schema.sfu, "name")]
     return [_EVENTS, *learned, _HISTORY, _PACE_OF_ONE if one_address else _PACE]
 

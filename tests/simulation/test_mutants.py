@@ -87,14 +87,19 @@ def forgetful(patch: Patch) -> None:
     patch.setattr(lifecycle, "advance", advance)
 
 
-def answer_time(patch: Patch) -> None:
-    """A countdown is thought to have begun when the answer came."""
+def mistake_answers(patch: Patch, how: Callable[[DelayedEvent, Answered, float], Answered]) -> None:
+    """An answer is taken for what `how` makes of it."""
     real = lifecycle.advance
 
     def advance(row: DelayedEvent, given: lifecycle.Given, now: float, policy: Policy, random: float) -> DelayedEvent:
-        return real(row, given._replace(sent_at=now) if isinstance(given, Answered) else given, now, policy, random)
+        return real(row, how(row, given, now) if isinstance(given, Answered) else given, now, policy, random)
 
     patch.setattr(lifecycle, "advance", advance)
+
+
+def answer_time(patch: Patch) -> None:
+    """A countdown is thought to have begun when the answer came."""
+    mistake_answers(patch, lambda _, answer, now: answer._replace(sent_at=now))
 
 
 def never_again(patch: Patch) -> None:
@@ -198,12 +203,7 @@ def acts_on_old_claims(patch: Patch) -> None:
 
 def believes_any_answer(patch: Patch) -> None:
     """An answer counts, whoever has claimed its action since."""
-    real = lifecycle.advance
-
-    def advance(row: DelayedEvent, given: lifecycle.Given, now: float, policy: Policy, random: float) -> DelayedEvent:
-        return real(row, given._replace(claim=row.claim) if isinstance(given, Answered) else given, now, policy, random)
-
-    patch.setattr(lifecycle, "advance", advance)
+    mistake_answers(patch, lambda row, answer, _: answer._replace(claim=row.claim))
 
 
 @dataclass(frozen=True)
