@@ -228,7 +228,7 @@ class _Work:
         for id in ids:
             row = self.rows[id]
             # One that had come under this identity may have been put back.
-            if id not in self.deleted and identity in (row.identity, row.alias) and (finished or row.state is not State.DONE):
+            if id not in self.deleted and identity in (row.identity, row.alias, row.twin) and (finished or row.state is not State.DONE):
                 found.append(row)
         return found
 
@@ -246,23 +246,31 @@ class _Work:
                         learned[key].append(row.id)
         (self.known_all if finished else self.known).update(learned)
 
-    def same_participant(self, sfu: str, room: str, identity: str, alias: str | None, *, finished: bool = False) -> list[DelayedEvent]:
-        """As `participant`, and those that were delegated under the other form of the identity.
+    def same_participant(self, whose: DelayedEvent | Accept, *, finished: bool = False) -> list[DelayedEvent]:
+        """As `participant`, and those that were delegated under another form of the identity.
 
-        Two events that share nothing but that other form are two participants': another member id is another membership.
+        Two events that share nothing but the alias are two participants': another member id is another membership.
         """
-        if alias is not None and not self._is_known((sfu, room, identity), finished=finished):
-            self._learn(((sfu, room, identity), (sfu, room, alias)), finished=finished)
-        rows = self.participant(sfu, room, identity, finished=finished)
-        others = [] if alias is None else self.participant(sfu, room, alias, finished=finished)
+        sfu, room, alias, twin = whose.sfu, whose.room, whose.alias, whose.twin
+        keys = _forms(whose)
+        if len(keys) > 1 and not self._is_known(keys[0], finished=finished):
+            self._learn(keys, finished=finished)
+        rows = self.participant(sfu, room, whose.identity, finished=finished)
+        others = [] if alias is None else [row for row in self.participant(sfu, room, alias, finished=finished) if row.identity == alias]
+        if twin is not None:
+            others += [row for row in self.participant(sfu, room, twin, finished=finished) if twin in (row.identity, row.twin)]
         if not others:
             return rows
-        seen = {row.id for row in rows}
-        return rows + [row for row in others if row.identity == alias and row.id not in seen]
+        return list({row.id: row for row in (*rows, *others)}.values())
 
     def _made(self, sfu: str, room: str) -> list[DelayedEvent]:
         """What this step has opened in a room: the database does not know of it yet."""
         return [self.rows[id] for id in dict.fromkeys(self.made.get((sfu, room), ())) if id not in self.deleted]
+
+    def of_user(self, sfu: str, room: str, user: str, homeserver: str) -> list[DelayedEvent]:
+        """A user's rows in a room that are not finished, whatever their identities are. A user is known by what its homeserver says alone."""
+        rows = {row.id: row for row in (*self.taken(self.tx.of_user(sfu, room, user)), *self._made(sfu, room))}
+        return [row for row in rows.values() if (row.user, row.homeserver) == (user, homeserver) and row.state is not State.DONE]
 
     def in_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         rows = self.taken(self.tx.of_room(sfu, room))
@@ -289,7 +297,7 @@ class _Work:
         if old is None:
             self.before[row.id] = None
         # A new one, one that is taken up again, or one that was delegated anew in the other form of the identity.
-        if old is None or old.state is State.DONE or (old.identity, old.alias) != (row.identity, row.alias):
+        if old is None or old.state is State.DONE or (old.identity, old.alias, old.twin) != (row.identity, row.alias, row.twin):
             self.made.setdefault((row.sfu, row.room), []).append(row.id)
             self._know(row)
         self.rows[row.id] = row
@@ -920,12 +928,10 @@ class Engine:
         return floor((now + interval - phase) / (interval / 2)) * (interval / 2) + phase
 
     def _accept(self, work: _Work, accept: Accept) -> Accepted:
-        rows = work.same_participant(accept.sfu, accept.room, accept.identity, accept.alias, finished=True)
-        if accept.alias is not None:
-            # An event belongs to one membership: handed over for another member id, it is that one's from now on.
-            seen, wanted = {row.id for row in rows}, {event.delay_id for event in accept.events}
-            others = work.participant(accept.sfu, accept.room, accept.alias)
-            rows += [row for row in others if row.id not in seen and row.delay_id in wanted]
+        rows = work.same_participant(accept, finished=True)
+        # An event belongs to one membership: handed over for another one of the user's, it is that one's from now on.
+        seen, wanted = {row.id for row in rows}, {event.delay_id for event in accept.events}
+        rows += [row for row in self._perhaps_theirs(work, accept) if row.id not in seen and row.delay_id in wanted]
         rows = self._once(work, rows, accept) if rows else rows
         unfinished = [row for row in rows if row.state is not State.DONE]
         current = [row for row in unfinished if row.state is not State.SUPERSEDED]
@@ -946,9 +952,20 @@ class Engine:
         for event in accept.events:
             old = by_delay_id.get(event.delay_id)
             if old is not None and old.state is State.LIVE:
-                before = (old.delegation, old.identity, old.alias, old.user, old.delay, old.on_end, old.token, old.accepted_at, old.verified_at)
+                before = (
+                    old.delegation,
+                    old.identity,
+                    old.alias,
+                    old.twin,
+                    old.user,
+                    old.delay,
+                    old.on_end,
+                    old.token,
+                    old.accepted_at,
+                    old.verified_at,
+                )
                 carried.append(Carried(old.id, *before))
-            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy)
+            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy, self._random())
             work.put(new, accept)
             made.append(new)
         if all(row.verified_at is not None for row in made):
@@ -958,6 +975,12 @@ class Engine:
         if accept.token is None:
             work.load[accept.homeserver] = work.load.get(accept.homeserver, 0.0) + sum(1 / event.delay for event in accept.events)
         return Accepted(accept.delegation, True, tuple(work.rows[row.id] for row in made), tuple(carried))
+
+    def _perhaps_theirs(self, work: _Work, accept: Accept) -> list[DelayedEvent]:
+        """Open events of the same client, as far as can be told: of the same device, where that is known, and else of the same user."""
+        if accept.alias is not None:
+            return work.participant(accept.sfu, accept.room, accept.alias)
+        return [] if accept.user is None else work.of_user(accept.sfu, accept.room, accept.user, accept.homeserver)
 
     def _once(self, work: _Work, rows: list[DelayedEvent], accept: Accept) -> list[DelayedEvent]:
         """Rows of a participant in which each event that is accepted is there once: it may have been handed over under several identities."""
@@ -985,6 +1008,7 @@ class Engine:
                         delegation=was.delegation,
                         identity=was.identity,
                         alias=was.alias,
+                        twin=was.twin,
                         user=was.user,
                         delay=was.delay,
                         on_end=was.on_end,
@@ -1015,8 +1039,8 @@ class Engine:
         rows = [row for row in current if row.delegation == newest]
         wanted = {(event.delay_id, event.delay, event.on_end) for event in accept.events}
         asked = {(row.delay_id, row.delay, row.on_end) for row in rows} == wanted
-        forms = {accept.identity, accept.alias}
-        there = all(row.homeserver == accept.homeserver and forms <= {row.identity, row.alias, None} for row in rows)
+        forms = {accept.identity, accept.alias, accept.twin}
+        there = all(row.homeserver == accept.homeserver and forms <= {*row.forms, None} for row in rows)
         sound = all(row.state is State.LIVE and row.lane is Lane.RESTART and not row.end_tried for row in rows)
         return rows if asked and there and sound else []
 
@@ -1076,7 +1100,7 @@ class Engine:
 
     def _supersede_others(self, work: _Work, row: DelayedEvent) -> None:
         """Once a delegation is verified as a whole, the events of older ones of the same participant are to be cancelled."""
-        rows = [other for other in work.same_participant(*row.participant, row.alias) if other.state is not State.DONE]
+        rows = [other for other in work.same_participant(row) if other.state is not State.DONE]
         if all(other.delegation == row.delegation for other in rows):
             return
         mine = work.delegation(row.delegation)  # also those that have ended: one that was unknown takes the whole delegation back
@@ -1649,9 +1673,11 @@ class Engine:
 
 
 def _forms(whose: DelayedEvent | Accept) -> list[Participant]:
-    """The participant by both forms of its identity, as far as they are known."""
+    """The participant by all forms of its identity, as far as they are known."""
     key = (whose.sfu, whose.room, whose.identity)
-    return [key] if whose.alias is None or whose.alias == whose.identity else [key, (whose.sfu, whose.room, whose.alias)]
+    if whose.alias is None and whose.twin is None:
+        return [key]
+    return [key, *((whose.sfu, whose.room, form) for form in (whose.alias, whose.twin) if form is not None and form != whose.identity)]
 
 
 def _urgent_first(room: Room) -> tuple[bool, bool, float]:

@@ -149,9 +149,11 @@ def accept(
     delay: float = DELAY,
     on_end: OnEnd = OnEnd.SEND,
     alias: str | None = None,
+    twin: str | None = None,
+    running_since: float | None = None,
 ) -> Accept:
-    events = tuple(NewEvent(delay_id, delay, on_end) for delay_id in delay_ids or (f"delay-of-{delegation}",))
-    return Accept(delegation, SFU, room, identity, homeserver, events, alias)
+    events = tuple(NewEvent(delay_id, delay, on_end, running_since) for delay_id in delay_ids or (f"delay-of-{delegation}",))
+    return Accept(delegation, SFU, room, identity, homeserver, events, alias, twin=twin)
 
 
 POSSIBLE = {

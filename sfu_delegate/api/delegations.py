@@ -268,7 +268,7 @@ def _accept(delegation: str, access: Access, wanted: DelegationBody, token: byte
 
 
 def _is_theirs(row: DelayedEvent, access: Access) -> bool:
-    return (row.sfu, row.room) == (access.sfu, access.room) and access.identity in (row.identity, row.alias)
+    return (row.sfu, row.room) == (access.sfu, access.room) and access.identity in row.forms
 
 
 # ── what becomes of a fresh delegation ────────────────────────────────────────────────────────────────────────────────────────────────────────

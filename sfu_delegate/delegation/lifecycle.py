@@ -230,14 +230,16 @@ def delegate(
     now: float,
     accepted_at: float,
     policy: Policy,
+    random: float,
 ) -> DelayedEvent:
     """The row of an event that is handed over: a new one, or `row` (the same `delay_id` of the same participant) taken up again.
 
     `like` is a row of the same participant whose presence it inherits: no `joined` will come for somebody who is in the call already.
-    `accepted_at` is later than that of any other row of the participant, and else `now`.
+    `accepted_at` is later than that of any other row of the participant, and else `now`. `random` is in [0, 1), for jitter.
     """
     if row is not None and row.state is State.LIVE:
-        return _delegated_again(row, accept, event, now, accepted_at)
+        return _delegated_again(row, accept, event, now, accepted_at, policy, random)
+    alias, twin = _other_forms(row, accept)
     sessions: tuple[Session, ...] = like.sessions if like else ()
     if like is not None and like.state is State.DONE:
         # Nobody told it of the end of those that were live: a look finds those that go on. And none was seen under this delegation.
@@ -250,7 +252,7 @@ def delegate(
         sfu=accept.sfu,
         room=accept.room,
         identity=accept.identity,
-        alias=accept.alias,
+        alias=alias,
         homeserver=accept.homeserver,
         user=accept.user,
         delay_id=event.delay_id,
@@ -278,7 +280,10 @@ def delegate(
         harm=now + event.delay * UNKNOWN_COUNTDOWN,
         claim=row.claim if row else 0,
         claimed=False,
+        twin=twin,
     )
+    if event.running_since is not None and row is None:
+        return _shown(base, event.running_since, now, policy, random)
     if row is not None and row.state in (State.ENDING, State.SUPERSEDED, State.ADRIFT):
         # An ending may have been under way: the restart will tell.
         base = base._replace(end_tried=_tried(row))
@@ -287,16 +292,35 @@ def delegate(
     return base
 
 
-def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: float, accepted_at: float) -> DelayedEvent:
+def _shown(row: DelayedEvent, running_since: float, now: float, policy: Policy, random: float) -> DelayedEvent:
+    """The row of an event that its homeserver has just shown: it need not be restarted to find out whether it is there."""
+    running_since = max(row.running_since, min(running_since, now))
+    due = _next_restart(running_since, row.delay, now, policy, random, first=row.verified_at is None)
+    return row._replace(running_since=running_since, verified_at=row.verified_at or now, due=due, harm=running_since + row.delay)
+
+
+def _other_forms(row: DelayedEvent | None, accept: Accept) -> tuple[str | None, str | None]:
+    """Alias and twin of what is handed over. Whoever names one form only may be in the call under those that the event was known by before."""
+    if row is None or accept.alias is not None:
+        return accept.alias, accept.twin
+    known = [form for form in row.forms if form not in (accept.identity, accept.twin)]
+    alias = known.pop(0) if known else None
+    return alias, accept.twin or (known.pop(0) if known else None)
+
+
+def _delegated_again(
+    row: DelayedEvent, accept: Accept, event: NewEvent, now: float, accepted_at: float, policy: Policy, random: float
+) -> DelayedEvent:
     """A live event that another delegation had. It takes over what is asked for now; a restart shows whether that is right."""
     same = (row.delay, row.on_end) == (event.delay, event.on_end)
     sure = same and not _tried(row)  # else a goodbye may have got through, and only a restart tells
-    # Delegated in the other form of the identity: from now on it is waited for in either.
-    other = row.alias if row.identity == accept.identity else row.identity
+    # Delegated in another form of the identity: from now on it is waited for in all of them.
+    alias, twin = _other_forms(row, accept)
     row = row._replace(
         delegation=accept.delegation,
         identity=accept.identity,
-        alias=accept.alias or other,
+        alias=alias,
+        twin=twin,
         user=accept.user or row.user,
         accepted_at=accepted_at,
         delay=event.delay,
@@ -305,6 +329,8 @@ def _delegated_again(row: DelayedEvent, accept: Accept, event: NewEvent, now: fl
         verified_at=row.verified_at if sure else None,
         harm=row.running_since + event.delay,
     )
+    if event.running_since is not None and not _tried(row) and not row.claimed:
+        return _shown(row, event.running_since, now, policy, random)
     return row if same or row.claimed else row._replace(due=now)
 
 

@@ -108,7 +108,7 @@ class DelayedEvent(NamedTuple):
     sfu: str
     room: str
     identity: str
-    alias: str | None  # the other form of the identity that the client may have got
+    alias: str | None  # the form of the identity that only names the device, which the client may have got
     homeserver: str
     user: str | None  # the Matrix user, where it is known
     delay_id: str  # secret: whoever knows it can end the event
@@ -136,6 +136,7 @@ class DelayedEvent(NamedTuple):
     harm: float | None  # lateness hurts from here: the departure, or running_since + delay; of one that was let run: when it is given up
     claim: int  # counts claims; an answer to an older one cannot end anything
     claimed: bool
+    twin: str | None = None  # the other form of the identity that names the member as well, see `Accept`
 
     @property
     def deadline(self) -> float:
@@ -146,6 +147,11 @@ class DelayedEvent(NamedTuple):
     def participant(self) -> tuple[str, str, str]:
         """The key of the participant: (SFU, room, identity)."""
         return (self.sfu, self.room, self.identity)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The identities under which the participant may be in the room."""
+        return tuple(form for form in (self.identity, self.alias, self.twin) if form is not None)
 
     @property
     def live_sids(self) -> frozenset[str]:
@@ -290,19 +296,22 @@ class Looked:
             for listed in self.participants or ():
                 self._by_identity.setdefault(listed.identity, []).append(listed)
 
-    def of(self, identity: str, alias: str | None) -> Sequence[Listed]:
-        """The entries of one participant, by either form of its identity."""
-        listed = self._by_identity.get(identity, ())
-        others = () if alias is None else self._by_identity.get(alias, ())
+    def of(self, row: DelayedEvent) -> Sequence[Listed]:
+        """The entries of one participant, by all forms of its identity."""
+        listed = self._by_identity.get(row.identity, ())
+        if row.alias is None and row.twin is None:
+            return listed
+        others = [entry for form in {row.alias, row.twin} - {row.identity, None} for entry in self._by_identity.get(form or "", ())]
         return [*listed, *others] if others else listed
 
 
 class NewEvent(NamedTuple):
-    """A delayed event as a client hands it over. Its repr has no secrets."""
+    """A delayed event as it is handed over: by a client, or as its homeserver has shown it. Its repr has no secrets."""
 
     delay_id: str
     delay: float
     on_end: OnEnd
+    running_since: float | None = None  # the homeserver's word: the countdown began no earlier than this. None: nobody has asked it
 
     def __repr__(self) -> str:
         return _without_secrets(self)
@@ -310,7 +319,11 @@ class NewEvent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """A client delegates: `delegation` is a fresh id, which is not used where the participant has delegated exactly these events before."""
+    """A client delegates: `delegation` is a fresh id, which is not used where the participant has delegated exactly these events before.
+
+    A client may have got its access token, and with it its identity, by another endpoint than the one by which it delegates. `alias` is the form that
+    names the device only, which several memberships may have in common; `twin` names the same member as `identity` does, and nobody else.
+    """
 
     delegation: str
     sfu: str
@@ -321,6 +334,7 @@ class Accept:
     alias: str | None = None
     user: str | None = None
     token: bytes | None = None
+    twin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +351,7 @@ class Carried(NamedTuple):
     delegation: str
     identity: str
     alias: str | None
+    twin: str | None
     user: str | None
     delay: float
     on_end: OnEnd

@@ -159,7 +159,7 @@ def of_look(row: DelayedEvent, look: Looked, now: float, policy: Policy) -> Find
     """What one look at the room means for this participant."""
     if look.participants is None:
         return _unasked(row, now, policy)
-    listed = look.of(row.identity, row.alias)
+    listed = look.of(row)
     ended = {s.sid for s in row.sessions if not s.live}
     active = [p for p in listed if p.state == "ACTIVE" and (not p.sid or p.sid not in ended)]
     if active:
@@ -205,7 +205,7 @@ def is_as_known(row: DelayedEvent, look: Looked) -> bool:
     """Does a look show just what is known of somebody who is connected? Most looks show that of everybody, and then `of_look` need not be asked."""
     if row.presence is not Presence.CONNECTED or row.reason or row.look_at is not None or row.ended_at is not None:
         return False
-    listed = look.of(row.identity, row.alias)
+    listed = look.of(row)
     if len(listed) != 1 or listed[0].state != "ACTIVE" or len(row.sessions) > KEPT_SESSIONS:
         return False
     sid = listed[0].sid

@@ -77,6 +77,19 @@ class News(NamedTuple):
     namesake: bool = False  # another process is at work under the name of this one
 
 
+class Admission(NamedTuple):
+    """Somebody to whom an access token was given that may still be good. Times in Unix seconds."""
+
+    sfu: str
+    room: str  # LiveKit's
+    identity: str
+    homeserver: str  # that is asked whether the user is in the Matrix room
+    user: str
+    room_id: str  # Matrix's
+    until: float  # then no access token of it is good any more
+    due: float  # when that is to be asked next
+
+
 Participant = tuple[str, str, str]
 """SFU, room, identity."""
 
@@ -105,7 +118,7 @@ class Transaction(Protocol):
         """Lock those of the rooms that nobody else has, and return them; also those that are not there."""
 
     def of_participants(self, participants: Collection[Participant], *, finished: bool) -> list[DelayedEvent]:
-        """The rows that have one of these identities as either form, in the order of their ids; `finished`: also those that are."""
+        """The rows that have one of these identities in any form, in the order of their ids; `finished`: also those that are."""
 
     def rooms(self, keys: Collection[tuple[str, str]]) -> list[Room]:
         """The rooms of these SFUs and names, as far as they are there."""
@@ -115,6 +128,9 @@ class Transaction(Protocol):
 
     def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         """All rows of a room that are not finished."""
+
+    def of_user(self, sfu: str, room: str, user: str) -> list[DelayedEvent]:
+        """Those of them that are a Matrix user's."""
 
     def of_delegation(self, delegation: str) -> list[DelayedEvent]:
         """All rows of a delegation."""
@@ -261,6 +277,28 @@ class Store(Protocol):
 
     def times_are_unknown(self, now: float, policy: Policy) -> None:
         """The clock of the database was set: all countdowns count as unknown, and no time is later than now. Raises StoreUnavailable."""
+
+    # To whom access tokens were given, where membership of Matrix rooms is enforced.
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Keep that these were given access tokens, each participant once. What is there already is good no shorter than before, and is checked no
+        later. Raises StoreUnavailable."""
+
+    def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
+        """Those that are to be checked, which nobody else is told until `lease_ends`. Raises StoreUnavailable."""
+
+    def admission(self, participant: Participant, lease_ends: float) -> Admission | None:
+        """One of them, which is to be checked whenever it is due. Raises StoreUnavailable."""
+
+    def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
+        """Keep when they are to be checked next and until when they are good, which only grows; and forget those that are over, unless they have been
+        given another token meanwhile. Raises StoreUnavailable."""
+
+    def next_admission(self) -> float | None:
+        """When the next one is to be checked. Raises StoreUnavailable."""
+
+    def ask_admissions(self, now: float) -> None:
+        """All of them are to be checked now. Raises StoreUnavailable."""
 
     @property
     def is_log_large(self) -> bool:

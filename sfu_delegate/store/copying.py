@@ -172,7 +172,8 @@ def _copied(*, one_address: bool) -> list[_Copied]:
 
     Of `meta`, which keys it was written with goes along."""
     learned = [_Copied(schema.room, "sfu", "name"), _Copied(schema.homeserver, "name"), _Copied(schema.sfu, "name")]
-    return [_EVENTS, *learned, _HISTORY, _PACE_OF_ONE if one_address else _PACE]
+    admissions = _Copied(schema.admission, "sfu", "room", "identity")
+    return [_EVENTS, *learned, _HISTORY, admissions, _PACE_OF_ONE if one_address else _PACE]
 
 
 _KEYS_MARK: Final = f"SELECT value FROM meta WHERE key = '{schema.KEYS_MARK}'"  # noqa: S608

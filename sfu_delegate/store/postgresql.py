@@ -46,6 +46,7 @@ from sfu_delegate.delegation.urgency import Countdown, Limit
 from sfu_delegate.store import migrate, schema, statements
 from sfu_delegate.store.base import (
     GOES_ON,
+    Admission,
     Heard,
     Instance,
     KnownHomeserver,
@@ -146,12 +147,15 @@ _OF_PARTICIPANTS = (
     "SELECT a.id FROM unnest(%s::text[], %s::text[], %s::text[]) w(sfu, room, identity) "
     "JOIN delayed_event a ON a.sfu = w.sfu AND a.room = w.room AND a.identity = w.identity AND a.state <> %s "
     "UNION ALL SELECT a.id FROM unnest(%s::text[], %s::text[], %s::text[]) w(sfu, room, identity) "
-    "JOIN delayed_event a ON a.sfu = w.sfu AND a.room = w.room AND a.alias = w.identity AND a.state <> %s"
+    "JOIN delayed_event a ON a.sfu = w.sfu AND a.room = w.room AND a.alias = w.identity AND a.state <> %s "
+    "UNION ALL SELECT a.id FROM unnest(%s::text[], %s::text[], %s::text[]) w(sfu, room, identity) "
+    "JOIN delayed_event a ON a.sfu = w.sfu AND a.room = w.room AND a.twin = w.identity AND a.state <> %s"
     f") {_LOCKED}"
 )
 _GET_ALL = f"{_EVENT} WHERE e.id = ANY(%s::bigint[]) {_LOCKED}"
 _GET_FREE = f"{_EVENT} WHERE e.id = %s FOR NO KEY UPDATE SKIP LOCKED"
 _OF_ROOM = f"{_EVENT} WHERE e.sfu = %s AND e.room = %s AND e.state <> %s {_LOCKED}"
+_OF_USER = f"{_EVENT} WHERE e.sfu = %s AND e.room = %s AND e.state <> %s AND e.{_quoted('user')} = %s {_LOCKED}"
 _OF_DELEGATION = f"{_EVENT} WHERE e.delegation = %s {_LOCKED}"
 _NOWAIT = " NOWAIT"
 _PEEK = f"{_EVENT} WHERE e.delegation = ANY(%s::text[]) ORDER BY e.id"
@@ -276,6 +280,27 @@ _FORGET_ROOM_TIMES = (
 _FORGET_SFU_TIMES = "UPDATE sfu SET heard_at = least(heard_at, %(now)s), answered_at = least(answered_at, %(now)s)"
 _WRITTEN = "INSERT INTO meta (key, value) VALUES ('written', '') ON CONFLICT (key) DO UPDATE SET value = '' RETURNING 1"
 _SAVE_MARK = "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING 1"
+_ADMISSION_COLUMNS = ", ".join(_quoted(name) for name in Admission._fields)
+_ADMIT = (
+    f"INSERT INTO admission AS a ({_ADMISSION_COLUMNS}) SELECT * FROM unnest({_arrays(list(schema.admission.columns))}) "
+    'ON CONFLICT (sfu, room, identity) DO UPDATE SET homeserver = excluded.homeserver, "user" = excluded."user", room_id = excluded.room_id, '
+    "until = greatest(a.until, excluded.until), due = least(a.due, excluded.due) RETURNING 1"
+)
+_ADMISSIONS_DUE = (
+    "UPDATE admission a SET due = %s FROM (SELECT sfu, room, identity, due FROM admission WHERE due <= %s ORDER BY due LIMIT %s "
+    "FOR NO KEY UPDATE SKIP LOCKED) w WHERE (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) "
+    f"RETURNING {_columns(schema.admission, 'a')}"
+)
+_ADMISSION = f"UPDATE admission a SET due = %s WHERE a.sfu = %s AND a.room = %s AND a.identity = %s RETURNING {_columns(schema.admission, 'a')}"
+_CHECKED_ADMISSIONS = (
+    "UPDATE admission a SET due = w.due, until = greatest(a.until, w.until) "
+    "FROM unnest(%s::text[], %s::text[], %s::text[], %s::float8[], %s::float8[]) w(sfu, room, identity, until, due) "
+    "WHERE (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) RETURNING 1"
+)
+_OVER_ADMISSIONS = (
+    "DELETE FROM admission a USING unnest(%s::text[], %s::text[], %s::text[], %s::float8[]) w(sfu, room, identity, until) "
+    "WHERE (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) AND a.until <= w.until RETURNING 1"
+)
 _FORGET_PACES = "DELETE FROM pace WHERE changed_at < %s"
 
 
@@ -357,7 +382,7 @@ class PostgresTransaction:
             return []
         self._need({key[:2] for key in wanted})
         parameters = [*_transposed(wanted), "" if finished else State.DONE.value]
-        rows = self._events(_OF_PARTICIPANTS, [*parameters, *parameters])
+        rows = self._events(_OF_PARTICIPANTS, [*parameters, *parameters, *parameters])
         return rows if finished else [row for row in rows if row.state is not State.DONE]
 
     def rooms(self, keys: Collection[RoomKey]) -> list[Room]:
@@ -377,6 +402,13 @@ class PostgresTransaction:
             return self._events(_OF_ROOM, (sfu, room, State.DONE.value))
         with self._without_waiting(key):
             return self._events(_OF_ROOM + _NOWAIT, (sfu, room, State.DONE.value))
+
+    def of_user(self, sfu: str, room: str, user: str) -> list[DelayedEvent]:
+        key = (sfu, room)
+        if not _storable([key]) or "\0" in user:
+            return []
+        self._need([key])
+        return self._events(_OF_USER, (sfu, room, State.DONE.value, user))
 
     def of_delegation(self, delegation: str) -> list[DelayedEvent]:
         if "\0" in delegation:
@@ -1103,6 +1135,36 @@ class PostgresStore:
         """Those of the instances that have not said farewell. Raises StoreUnavailable."""
         with self._telling() as cursor:
             return {name for (name,) in cursor.execute("SELECT name FROM instance WHERE name = ANY(%s::text[])", (list(names),)).fetchall()}
+
+    # ── to whom access tokens were given ──
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        storable = sorted(
+            one for one in admissions if not any("\0" in name for name in one[:6])
+        )  # in order, so that nobody waits for somebody who waits
+        if storable:
+            self.atomically(partial(_run, _ADMIT, _transposed(storable)))
+
+    def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
+        return [Admission(*values) for values in self.atomically(partial(_run, _ADMISSIONS_DUE, (lease_ends, now, limit)))]
+
+    def admission(self, participant: Participant, lease_ends: float) -> Admission | None:
+        found = self.atomically(partial(_run, _ADMISSION, (lease_ends, *participant)))
+        return Admission(*found[0]) if found else None
+
+    def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
+        if checked:
+            self.atomically(partial(_run, _CHECKED_ADMISSIONS, _transposed([(*one[:3], one.until, one.due) for one in sorted(checked)])))
+        if over:
+            self.atomically(partial(_run, _OVER_ADMISSIONS, _transposed([(*one[:3], one.until) for one in sorted(over)])))
+
+    def next_admission(self) -> float | None:
+        with self._telling() as cursor:
+            ((due,),) = cursor.execute("SELECT min(due) FROM admission").fetchall()
+        return None if due is None else float(due)
+
+    def ask_admissions(self, now: float) -> None:
+        self.atomically(partial(_run, "UPDATE admission SET due = %s WHERE due > %s RETURNING 1", (now, now)))
 
     # ── the rest ──
 

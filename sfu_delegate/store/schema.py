@@ -75,8 +75,10 @@ delayed_event = Table(
     Column("harm", Float),
     Column("claim", Integer, nullable=False),
     Column("claimed", Integer, nullable=False),
+    Column("twin", String),
     Index("uq_delayed_event_participant", "sfu", "room", "identity", "delay_id", unique=True),
     Index("ix_delayed_event_alias", "sfu", "room", "alias", **_where("alias IS NOT NULL")),
+    Index("ix_delayed_event_twin", "sfu", "room", "twin", **_where("twin IS NOT NULL")),
     Index("ix_delayed_event_schedule", "homeserver", "lane", "due", "harm", **_where("due IS NOT NULL")),
     Index("ix_delayed_event_delegation", "delegation"),
 )
@@ -153,6 +155,22 @@ pace = Table(
     Column("address", String, primary_key=True),
     Column("state", Text, nullable=False),
     Column("changed_at", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# To whom access tokens were given that may still be good; empty where membership of Matrix rooms is not enforced.
+admission = Table(
+    "admission",
+    metadata,
+    Column("sfu", String, primary_key=True),
+    Column("room", String, primary_key=True),
+    Column("identity", String, primary_key=True),
+    Column("homeserver", String, nullable=False),
+    Column("user", String, nullable=False),
+    Column("room_id", String, nullable=False),
+    Column("until", Float, nullable=False),
+    Column("due", Float, nullable=False),
+    Index("ix_admission_due", "due"),
     sqlite_with_rowid=False,
 )
 

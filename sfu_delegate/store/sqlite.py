@@ -38,7 +38,18 @@ from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room, State
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
 from sfu_delegate.store import migrate, schema, statements
-from sfu_delegate.store.base import DatabaseInUse, Heard, KnownHomeserver, KnownSfu, News, Participant, RoomKey, StoreUnavailable, Transaction
+from sfu_delegate.store.base import (
+    Admission,
+    DatabaseInUse,
+    Heard,
+    KnownHomeserver,
+    KnownSfu,
+    News,
+    Participant,
+    RoomKey,
+    StoreUnavailable,
+    Transaction,
+)
 from sfu_delegate.store.census import StoreCensus
 from sfu_delegate.store.rows import FIELDS, Columns, changed, delayed_event_of, room_of, values_of, values_of_room
 from sfu_delegate.store.statements import all_events, compiled, p, text_of
@@ -74,6 +85,8 @@ _history = schema.history
 _meta = schema.meta
 _homeserver = schema.homeserver
 _sfu = schema.sfu
+_admission = schema.admission
+_ADMISSIONS = select(*_admission.columns)
 
 
 def _sql(statement: ClauseElement, *names: str) -> str:
@@ -82,7 +95,7 @@ def _sql(statement: ClauseElement, *names: str) -> str:
 
 
 def _of_participants() -> str:
-    """Rows by either form of their participants' identities.
+    """Rows by all forms of their participants' identities.
 
     One statement for all participants of a step takes half the time of one for each. A SELECT for each form, since an OR makes SQLite scan the
     table.
@@ -90,15 +103,23 @@ def _of_participants() -> str:
     wanted = wanted_keys("sfu", "room", "identity")
     where = [_event.c.sfu == wanted.c.sfu, _event.c.room == wanted.c.room, _event.c.state != p("without")]
     by_identity = wanted.join(_event, and_(*where, _event.c.identity == wanted.c.identity))
-    by_alias = wanted.join(_event, and_(*where, _event.c.alias == wanted.c.identity, _event.c.identity != wanted.c.identity))
-    both = union_all(*(select(*_event.columns).select_from(by) for by in (by_identity, by_alias)))
-    return _sql(both, "sfu", "room", "identity", "without", "without")
+    by_others = [
+        wanted.join(_event, and_(*where, form == wanted.c.identity, _event.c.identity != wanted.c.identity))
+        for form in (_event.c.alias, _event.c.twin)
+    ]
+    all_forms = union_all(*(select(*_event.columns).select_from(by) for by in (by_identity, *by_others)))
+    return _sql(all_forms, "sfu", "room", "identity", "without", "without", "without")
 
 
 def _rooms() -> str:
     wanted = wanted_keys("sfu", "name")
     by_key = wanted.join(_room, and_(_room.c.sfu == wanted.c.sfu, _room.c.name == wanted.c.name))
     return _sql(select(*_room.columns).select_from(by_key), "sfu", "name")
+
+
+def _is_participant(participant: Participant) -> tuple[ColumnElement[bool], ...]:
+    """Is an admission this participant's?"""
+    return tuple(column == value for column, value in zip(_admission.primary_key, participant, strict=True))
 
 
 @lru_cache(maxsize=64)
@@ -122,6 +143,7 @@ _OF_PARTICIPANTS, _PARTICIPANT_KEY = _of_participants(), "(?, ?, ?)"
 _ROOMS, _ROOM_KEY = _rooms(), "(?, ?)"
 _GET_ALL, _EVENT_KEY = _sql(all_events().where(_event.c.id.in_([p("a")])), "a"), "?"
 _OF_ROOM = _sql(statements.OF_ROOM, "a", "b", "c")
+_OF_USER = _sql(statements.OF_USER, "a", "b", "c", "d")
 _SOON = _sql(statements.SOON, "a", "b", "param_1")
 _OF_DELEGATION = _sql(statements.OF_DELEGATION, "a")
 _GET = _sql(all_events().where(_event.c.id == p("a")), "a")
@@ -203,8 +225,8 @@ class SqliteTransaction:
         rows: dict[int, DelayedEvent] = {}
         for part in _parts(list(participants)):
             sql = _for_many(_OF_PARTICIPANTS, _PARTICIPANT_KEY, len(part))
-            for found in self._fetch(sql, [*chain.from_iterable([key or (None, None, None) for key in part]), without, without]):
-                if found[0] not in rows:  # by the other form of its identity, too
+            for found in self._fetch(sql, [*chain.from_iterable([key or (None, None, None) for key in part]), without, without, without]):
+                if found[0] not in rows:  # by another form of its identity, too
                     rows[found[0]] = delayed_event_of(found)
         return [rows[id] for id in sorted(rows)]
 
@@ -221,6 +243,9 @@ class SqliteTransaction:
 
     def of_room(self, sfu: str, room: str) -> list[DelayedEvent]:
         return self._rows(_OF_ROOM, (sfu, room, State.DONE.value))
+
+    def of_user(self, sfu: str, room: str, user: str) -> list[DelayedEvent]:
+        return self._rows(_OF_USER, (sfu, room, State.DONE.value, user))
 
     def of_delegation(self, delegation: str) -> list[DelayedEvent]:
         return self._rows(_OF_DELEGATION, (delegation,))
@@ -632,6 +657,58 @@ class SqliteStore:
 
     def times_are_unknown(self, now: float, policy: Policy) -> None:
         self.atomically(lambda _: self._forget_times(now, policy))
+
+    # ── to whom access tokens were given ──
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        new = upsert(_admission)
+        keep: dict[str, Any] = {name: new.excluded[name] for name in ("homeserver", "user", "room_id")}
+        keep["until"] = func.max(_admission.c.until, new.excluded.until)
+        keep["due"] = func.min(_admission.c.due, new.excluded.due)
+        sql = _sql(new.on_conflict_do_update(index_elements=["sfu", "room", "identity"], set_=keep), *Admission._fields)
+        self.atomically(lambda _: self._connection.executemany(sql, admissions))
+
+    def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
+        def claimed(_: Transaction) -> list[Admission]:
+            found = [
+                Admission(*values) for values in self.execute(_ADMISSIONS.where(_admission.c.due <= now).order_by(_admission.c.due).limit(limit))
+            ]
+            self._put_off(found, lease_ends)
+            return found
+
+        return self.atomically(claimed)
+
+    def admission(self, participant: Participant, lease_ends: float) -> Admission | None:
+        def claimed(_: Transaction) -> Admission | None:
+            found = [Admission(*values) for values in self.execute(_ADMISSIONS.where(*_is_participant(participant)))]
+            self._put_off(found, lease_ends)
+            return found[0] if found else None
+
+        return self.atomically(claimed)
+
+    def _put_off(self, admissions: Sequence[Admission], due: float) -> None:
+        for one in admissions:
+            self.execute(update(_admission).where(*_is_participant(one[:3])).values(due=due))
+
+    def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
+        def work(_: Transaction) -> None:
+            for one in checked:
+                until = func.max(_admission.c.until, one.until)
+                self.execute(update(_admission).where(*_is_participant(one[:3])).values(due=one.due, until=until))
+            for one in over:
+                self.execute(delete(_admission).where(*_is_participant(one[:3]), _admission.c.until <= one.until))
+
+        self.atomically(work)
+
+    def next_admission(self) -> float | None:
+        try:
+            due: float | None = self.execute(select(func.min(_admission.c.due))).fetchone()[0]
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
+        return due
+
+    def ask_admissions(self, now: float) -> None:
+        self.atomically(lambda _: self.execute(update(_admission).where(_admission.c.due > now).values(due=now)))
 
     # ── housekeeping ──
 

@@ -64,6 +64,7 @@ SOON = (
 )
 OF_DELEGATION = all_events().where(event.c.delegation == p("a")).order_by(event.c.id)
 OF_ROOM = all_events().where(event.c.sfu == p("a"), event.c.room == p("b"), event.c.state != p("c"))
+OF_USER = OF_ROOM.where(event.c.user == p("d"))
 ROOM = select(*room.columns).where(room.c.sfu == p("a"), room.c.name == p("b"))
 
 NEXT_DUE = union_all(

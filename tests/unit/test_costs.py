@@ -86,9 +86,9 @@ class Budget(NamedTuple):
 
 ENGINE = {
     "a webhook about nobody who delegated": Budget(3, Calls(11.4, 10.6)),
-    "a delegation, with the claim of its first restart": Budget(52, Calls(108.1, 87.4)),
-    "a delegation is confirmed": Budget(35, Calls(52.4, 45.8)),
-    "joined": Budget(36, Calls(52.4, 42.6)),
+    "a delegation, with the claim of its first restart": Budget(52, Calls(119.4, 91.4)),
+    "a delegation is confirmed": Budget(35, Calls(58.5, 47.6)),
+    "joined": Budget(36, Calls(54.6, 42.6)),
     "the claim of a look": Budget(22, Calls(17.7, 12.9)),
     "a look that shows what is known": Budget(35, Calls(100.6, 105.3)),
     "the claim of a restart": Budget(23, Calls(35.6, 28.6)),

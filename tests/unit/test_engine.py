@@ -583,7 +583,7 @@ def test_a_refused_delegation_gives_back_the_delay_of_what_was_superseded_meanwh
     engine.step([reply_to(task) for task in step.tasks if task.delay_id == "newer"], NOW + 2.0)
     before = next(there for there in stored(engine) if there.delay_id == "kept")
     assert (before.state, before.delegation) == (State.SUPERSEDED, "D2")
-    engine.step([Refuse("D2", (Carried(before.id, "D1", ALICE, None, None, DELAY, OnEnd.SEND, None, NOW, None),))], NOW + 3.0)
+    engine.step([Refuse("D2", (Carried(before.id, "D1", ALICE, None, None, None, DELAY, OnEnd.SEND, None, NOW, None),))], NOW + 3.0)
     after = next(there for there in stored(engine) if there.delay_id == "kept")
     assert (after.state, after.delegation, after.delay, after.harm) == (State.SUPERSEDED, "D1", DELAY, after.deadline)
 

@@ -593,7 +593,7 @@ def test_somebody_who_leaves_again_while_the_goodbye_is_under_way_is_said_goodby
 
 def new_row(like: DelayedEvent | None, before: DelayedEvent | None = None, accepted: Accept | None = None) -> DelayedEvent:
     asked = accepted or accept("D2")
-    return delegate(before, before.id if before else 2, asked, asked.events[0], like, NOW, NOW, POLICY)
+    return delegate(before, before.id if before else 2, asked, asked.events[0], like, NOW, NOW, POLICY, 0.0)
 
 
 def test_a_fresh_delegation_is_restarted_at_once() -> None:
@@ -757,7 +757,7 @@ def test_any_history_keeps_the_row_consistent(data: st.DataObject) -> None:
         elif what == 1:
             there = supersede(there, now, POLICY, 0.3)
         elif what == 2 and there.state in (State.DONE, State.LIVE):
-            there = delegate(there, there.id, accept("D3", there.delay_id), NewEvent(there.delay_id, DELAY, OnEnd.SEND), there, now, now, POLICY)
+            there = delegate(there, there.id, accept("D3", there.delay_id), NewEvent(there.delay_id, DELAY, OnEnd.SEND), there, now, now, POLICY, 0.5)
         else:
             shifted = data.draw(st.sampled_from(list(every_input(there)))) if what > 3 else answered(there, action(there), Verdict.DONE, sent_at=now)
             if isinstance(shifted, Looked):

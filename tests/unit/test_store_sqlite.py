@@ -674,8 +674,9 @@ def make_first_version(path: Path, rows: Sequence[DelayedEvent]) -> None:
     finally:
         database.dispose()
     with closing(sqlite3.connect(path)) as plain:
-        marks = ", ".join("?" * len(FIELDS))
-        plain.executemany(f"INSERT INTO delayed_event ({', '.join(FIELDS)}) VALUES ({marks})", [values_of(there) for there in rows])
+        known = FIELDS[: FIELDS.index("twin")]
+        marks = ", ".join("?" * len(known))
+        plain.executemany(f"INSERT INTO delayed_event ({', '.join(known)}) VALUES ({marks})", [values_of(there)[: len(known)] for there in rows])
         plain.execute(
             "INSERT INTO room (sfu, name, room_sid, started_by, started_at, doubt_until, looked_at, due, failures, claim, claimed) "
             "VALUES ('main', 'known', 'RM1', 'EV1', 5.0, 7.0, 8.0, 9.0, 2, 3, 1)"
