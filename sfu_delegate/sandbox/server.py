@@ -13,21 +13,25 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, fields
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import DecodeError, Message
 from livekit.protocol import models, room
+from yarl import URL
 
 from .answer import Answer, Fate, Impossible
-from .homeserver import HomeserverModel, MatrixError, Mode, RateLimit
+from .homeserver import FED_PROXY, Errand, FedCall, HomeserverModel, MatrixError, Mode, RateLimit, is_proxied
 from .sfu import Delivery, JoinRefused, SfuModel, bad_route
 
 HOST = "127.0.0.1"
 STOP_WITHIN = 0.2  # seconds that answers under way get at the end; hung ones are cut off
 LONGEST_SLEEP = 3600.0
+RELAYED_WITHIN = 30.0  # seconds that Synapse gives an application service
+ORIGIN = "X-Sandbox-Origin"  # the server that asks, of a request to the federation API: there are no signatures here
 TWIRP = "/twirp/livekit.RoomService/"
 
 _MESSAGES: dict[str, tuple[type[Message], type[Message]]] = {
@@ -63,8 +67,25 @@ _SFU_OPERATIONS = frozenset(
         "vanish",
     }
 )
-_HOMESERVER_OPERATIONS = frozenset({"application_service", "manage", "openid_token", "put_state", "register", "schedule", "scoped_token"})
-_SETTINGS = frozenset({"b_needs_token", "generations", "limit", "mode", "openid_sub", "unrecognized_status", "unstable_features"})
+_HOMESERVER_OPERATIONS = frozenset(
+    {
+        "application_service",
+        "is_joined",
+        "join",
+        "leave",
+        "manage",
+        "openid_token",
+        "put_state",
+        "register",
+        "schedule",
+        "scoped_token",
+    }
+)
+_SETTINGS = frozenset(
+    {"b_needs_token", "generations", "limit", "mode", "msc4502", "msc4512", "openid_sub", "unrecognized_status", "unstable_features"}
+)
+_PASSED_ON = ("Accept", "Accept-Language", "Content-Type")  # of a proxied request's headers, by Synapse
+_HOP_BY_HOP = frozenset({"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers", "transfer-encoding", "upgrade"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -200,8 +221,7 @@ class _Sandbox:
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=500)
-        headers = dict(answer.headers)
-        return web.Response(status=answer.status, headers=headers, body=answer.body)
+        return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
 
     async def _serve_control(self, request: web.Request) -> web.StreamResponse:
         name = request.path.removeprefix("/sandbox/")
@@ -327,19 +347,63 @@ class SandboxSfu(_Sandbox):
         return await self._respond(request, answer)
 
 
+class Proxy(NamedTuple):
+    """The application service that answers for the homeserver (MSC4512), by its `proxy_url`, and how the homeserver authenticates to it."""
+
+    url: str
+    hs_token: str
+
+
 class SandboxHomeserver(_Sandbox):
-    """The stand-in homeserver: its client-server API, as far as delayed events and OpenID tokens go, and its federation API for the latter."""
+    """The stand-in homeserver: its client-server API, as far as delayed events, OpenID tokens and application services go, and its federation API
+    for the latter two.
+
+    Requests below `…/rtc/livekit` are answered by the application service behind `proxy`; a server that asks by federation says its name in
+    `X-Sandbox-Origin`. `remotes` are other servers by name, each with the URL of its federation API, which may be that of another sandbox::
+
+        await homeserver.call("set_proxy", "http://127.0.0.1:8080", "an-hs-token")
+        await homeserver.call("set_remote", other.model.server_name, other.url)
+
+    A server that the model has in its own `remotes` as well is asked by HTTP.
+    """
 
     operations = _HOMESERVER_OPERATIONS
 
     def __init__(self, model: HomeserverModel | None = None, *, port: int = 0, control_port: int = 0, clock: Callable[[], float] = time.time) -> None:
         self.model = model or HomeserverModel()
+        self.proxy: Proxy | None = None
+        self.remotes: dict[str, str] = {}
+        self._http: aiohttp.ClientSession | None = None
         super().__init__(self.model, port, control_port, clock)
 
     async def __aenter__(self) -> Self:
+        # What Synapse does not send of itself is not to be added here, and what comes back is passed on as it is.
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=RELAYED_WITHIN),
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
         await super().__aenter__()
         self.model.base_url = self.model.base_url or self.url
         return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await super().__aexit__(kind, error, trace)
+        if self._http is not None:
+            await self._http.close()
+
+    def set_proxy(self, url: str | None, hs_token: str = "") -> None:
+        """Whose answers are given below `…/rtc/livekit`; None: nobody's."""
+        self.proxy = None if url is None else Proxy(url.rstrip("/"), hs_token)
+
+    def set_remote(self, server_name: str, url: str | None) -> None:
+        """Where another server is reached; None: nowhere."""
+        if url is None:
+            self.remotes.pop(server_name, None)
+        else:
+            self.remotes[server_name] = url.rstrip("/")
 
     def _listening(self) -> bool:
         faults = self.model.faults
@@ -368,6 +432,12 @@ class SandboxHomeserver(_Sandbox):
                     for name, held in model.state.items()
                     for (type_, state_key), event in held.items()
                 ]
+            case "set_proxy" | "set_remote":
+                positional = arguments.pop("args", [])
+                getattr(self, name)(*positional, **arguments)
+                return None
+            case "fed_calls":
+                return [call._asdict() for call in model.fed_calls]
             case "answers":
                 return [{"kind": kind, "status": status, "count": count} for (kind, status), count in model.answers.items()]
         return super()._operate(name, arguments)
@@ -376,16 +446,55 @@ class SandboxHomeserver(_Sandbox):
         body = await request.read()
         header = request.headers.get("Authorization")
         token = header.removeprefix("Bearer ") if header else request.query.get("access_token")
-        answer = self.model.request(
-            request.method,
-            request.rel_url.raw_path,
-            self._clock(),
-            query=dict(request.query),
-            token=token,
-            body=body,
-            ip=request.remote or "",
-        )
-        return await self._respond(request, answer)
+        path, query = request.rel_url.raw_path, dict(request.query)
+        if not self._is_for_others(path, body):
+            answer = self.model.request(request.method, path, self._clock(), query=query, token=token, body=body, ip=request.remote or "")
+            return await self._respond(request, answer)
+        origin = request.headers.get(ORIGIN)
+        told = self.model.receive(request.method, path, self._clock(), query=query, token=token, body=body, origin=origin)
+        if isinstance(told, Errand):
+            asked = self._ask_service(request, told, body) if told.call is None else self._ask_server(told.call)
+            told = self.model.relay(told, await asked)
+        return await self._respond(request, told)
+
+    def _is_for_others(self, path: str, body: bytes) -> bool:
+        """Whether somebody else answers this request, who is known here."""
+        if path != FED_PROXY:
+            return self.proxy is not None and is_proxied(path)
+        try:
+            return json.loads(body)["destination"] in self.remotes
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    async def _ask_service(self, request: web.Request, errand: Errand, body: bytes) -> Answer | None:
+        if self.proxy is None:
+            return None
+        headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        headers |= {"Authorization": f"Bearer {self.proxy.hs_token}", **errand.asker}
+        pairs = [pair for pair in parse_qsl(request.rel_url.raw_query_string, keep_blank_values=True) if pair[0].lower() != "access_token"]
+        return await self._ask(request.method, self.proxy.url + request.rel_url.raw_path, pairs, headers, body)
+
+    async def _ask_server(self, call: FedCall) -> Answer | None:
+        headers = {ORIGIN: self.model.server_name}
+        body = b""
+        if call.body:  # Synapse sends no body for an empty object
+            headers["Content-Type"] = "application/json"
+            body = json.dumps(call.body).encode()
+        return await self._ask(call.method, self.remotes[call.destination] + call.path, list(call.query.items()), headers, body)
+
+    async def _ask(self, method: str, url: str, query: list[tuple[str, str]], headers: dict[str, str], body: bytes) -> Answer | None:
+        """None if nobody is there, or does not answer in time."""
+        assert self._http is not None  # noqa: S101 - made by __aenter__
+        where = URL(f"{url}?{urlencode(query)}" if query else url, encoded=True)
+        try:
+            async with self._http.request(method, where, headers=headers, data=body or None, allow_redirects=False) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, OSError):
+            return None
+        kept = response.headers.copy()
+        for name in _HOP_BY_HOP.union(part.strip() for part in kept.get("Connection", "").split(",")):
+            kept.popall(name, None)
+        return Answer(response.status, kept, content)
 
 
 def _request(method: str, body: bytes, in_protobuf: bool) -> dict[str, Any] | None:

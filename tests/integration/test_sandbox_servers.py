@@ -1,8 +1,10 @@
 """The sandboxes over HTTP: real clients can talk to them, and every fault is one of the socket."""
 
 import asyncio
+import gzip
 import json
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,7 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from livekit.protocol import models
-from sfu_delegate.sandbox.homeserver import End, HomeserverModel, RateLimit
+from sfu_delegate.sandbox.homeserver import FED_PROXY, MSC4502, End, HomeserverModel, RateLimit
 from sfu_delegate.sandbox.server import SandboxHomeserver, SandboxSfu, seconds
 from sfu_delegate.sandbox.sfu import SfuModel
 from sfu_delegate.sandbox.tokens import access_token, join_token
@@ -24,6 +26,9 @@ from tests import recordings
 
 KEY, SECRET = "devkey", "a-secret-that-is-at-least-32-bytes-long"
 UNSTABLE = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events"
+CLIENT_PATH = "/_matrix/client/unstable/org.matrix.msc4195/rtc/livekit/get_token"
+FED_PATH = "/_matrix/federation/v1/rtc/livekit/get_token"
+HS_TOKEN = "an-hs-token"
 
 Answering = Callable[[int], Awaitable[web.StreamResponse]]
 
@@ -65,6 +70,34 @@ async def receiving() -> AsyncIterator[Receiver]:
     receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}/webhooks/livekit"
     try:
         yield receiver
+    finally:
+        await runner.cleanup()
+
+
+class Service:
+    """An application service: keeps what it is asked, and answers as it is told."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, dict[str, str], bytes]] = []  # method, path and query, headers, body
+        self.answer: Callable[[], web.StreamResponse] = lambda: web.json_response({"jwt": "x"})
+        self.url = ""
+
+    async def take(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append((request.method, request.raw_path, dict(request.headers), await request.read()))
+        return self.answer()
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[Service]:
+    service = Service()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", service.take)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    service.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield service
     finally:
         await runner.cleanup()
 
@@ -390,6 +423,165 @@ async def test_another_process_can_drive_the_homeserver() -> None:
         assert (await post("set", seed=1))[0] == 400
         assert (await post("set", mode="unheard of"))[0] == 400
         assert await post("answers") == (200, [])
+
+
+async def test_an_application_service_answers_for_the_homeserver() -> None:
+    """It gets the same method, path, query, body and type, its own token instead of the user's, and who asks; its answer arrives as it is."""
+    async with serving() as service, SandboxHomeserver() as homeserver, aiohttp.ClientSession() as http:
+        packed = web.Response(status=418, body=gzip.compress(b"tea"), headers={"Content-Encoding": "gzip", "Content-Type": "text/x-tea"})
+        packed.headers.add("X-Pot", "one")
+        packed.headers.add("X-Pot", "two")
+        packed.headers.add("X-Kept-Off", "1")
+        packed.headers["Connection"] = "close, X-Kept-Off"
+        service.answer = lambda: packed
+        await homeserver.call("set_proxy", url=service.url + "/", hs_token=HS_TOKEN)
+        token = homeserver.model.register("alice")
+        asked = URL(f"{homeserver.url}{CLIENT_PATH}/a%2Fb%20c?x=%2F1&y=&Access_Token=secret", encoded=True)
+        headers = {
+            "Authorization": f"Bearer {token}",
+            "Content-Type": "text/plain",
+            "Accept-Language": "la",
+            "X-Matrix-User-Identifier": "@mallory:hs.test",
+        }
+        async with http.put(asked, data=b"not JSON", headers=headers) as response:
+            assert (response.status, await response.read()) == (418, b"tea")
+            assert (response.content_type, response.headers.getall("X-Pot")) == ("text/x-tea", ["one", "two"])
+            assert "X-Kept-Off" not in response.headers
+        ((method, path, arrived, body),) = service.asked
+        assert (method, path, body) == ("PUT", f"{CLIENT_PATH}/a%2Fb%20c?x=%2F1&y=", b"not JSON")
+        for name in ("Host", "Content-Length"):
+            del arrived[name]
+        expected = {"Authorization": f"Bearer {HS_TOKEN}", "X-Matrix-User-Identifier": "@alice:hs.test", "Content-Type": "text/plain"}
+        assert arrived == expected | {"Accept": "*/*", "Accept-Language": "la"}
+        assert homeserver.model.answers == {("proxied", 418): 1}
+
+
+async def test_who_is_not_let_through_to_the_application_service() -> None:
+    """Whoever has no good token, and everybody where nothing is set up, never gets there; where nobody answers it is 500."""
+    async with serving() as service, SandboxHomeserver() as homeserver, aiohttp.ClientSession(homeserver.url) as http:
+        as_token = await homeserver.call("application_service")
+
+        async def ask(token: str | None, **params: str) -> tuple[int, str | None]:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with http.post(CLIENT_PATH, json={}, headers=headers, params=params) as response:
+                return response.status, (await response.json()).get("errcode")
+
+        assert await ask(as_token) == (404, "M_UNRECOGNIZED")
+        await homeserver.call("set_proxy", service.url, HS_TOKEN)
+        assert await ask(None) == (401, "M_MISSING_TOKEN")
+        assert await ask("unknown") == (401, "M_UNKNOWN_TOKEN")
+        assert await ask(as_token, user_id="@alice:elsewhere.test") == (403, "M_FORBIDDEN")
+        await homeserver.call("set", msc4512=False)
+        assert await ask(as_token) == (404, "M_UNRECOGNIZED")
+        await homeserver.call("set", msc4512=True)
+        assert service.asked == []
+        assert await ask(as_token, user_id="@alice:hs.test") == (200, None)
+        assert service.asked[0][2]["X-Matrix-User-Identifier"] == "@alice:hs.test"
+        await homeserver.call("faults", status=502, only=["proxied"])
+        assert await ask(as_token) == (502, "M_UNKNOWN")
+        await homeserver.call("faults", status=None)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        await homeserver.call("set_proxy", nobody, HS_TOKEN)
+        assert await ask(as_token) == (500, "M_UNKNOWN")
+        await homeserver.call("set_proxy", None)
+        assert await ask(as_token) == (404, "M_UNRECOGNIZED")
+        assert len(service.asked) == 1
+
+
+async def test_one_homeserver_asks_another_for_its_application_service() -> None:
+    """By `fed_proxy` to the other's service, which learns the asking server's name; a server that is down, and an unknown one, are 502."""
+    async with (
+        serving() as service,
+        SandboxHomeserver() as homeserver,
+        SandboxHomeserver(HomeserverModel("elsewhere.test")) as elsewhere,
+        aiohttp.ClientSession(homeserver.url) as http,
+    ):
+        as_token = homeserver.model.application_service()
+        await elsewhere.call("set_proxy", service.url, HS_TOKEN)
+        await homeserver.call("set_remote", "elsewhere.test", elsewhere.url)
+
+        async def ask(destination: str = "elsewhere.test", token: str = as_token, **more: Any) -> tuple[int, Any]:
+            content = {"destination": destination, "method": "POST", "path": FED_PATH, **more}
+            async with http.post(FED_PROXY, json=content, headers={"Authorization": f"Bearer {token}"}) as response:
+                return response.status, await response.json()
+
+        assert await ask(body={"room": "é"}, query={"a": "b c"}) == (200, {"status": 200, "content": {"jwt": "x"}})
+        assert await ask(method="GET") == (200, {"status": 200, "content": {"jwt": "x"}})
+        (method, path, headers, body), (get, get_path, get_headers, _) = service.asked
+        assert (method, path, json.loads(body)) == ("POST", f"{FED_PATH}?a=b+c", {"room": "é"})
+        assert (get, get_path) == ("GET", FED_PATH)
+        for arrived in (headers, get_headers):
+            assert (arrived["Authorization"], arrived["X-Matrix-Origin"]) == (f"Bearer {HS_TOKEN}", "hs.test")
+            assert "X-Matrix-User-Identifier" not in arrived
+        assert await ask(body={}) == (200, {"status": 400, "content": {"errcode": "M_NOT_JSON", "error": "Content not JSON."}})
+        service.answer = lambda: web.Response(status=503, text="busy")
+        assert await ask(body={"a": 1}) == (200, {"status": 503, "content": None})
+        service.answer = lambda: web.Response(text="{}")
+        failed = "IO.ELEMENT.MSC4512.M_FEDPROXY_CONNECTION_FAILED"
+        for destination in ("elsewhere.test", "nowhere.test"):
+            status, content = await ask(destination, body={"a": 1})
+            assert (status, content["errcode"]) == (502, failed)
+        assert (await ask(token=homeserver.model.register("alice"), body={"a": 1}))[0] == 403
+        assert len(service.asked) == 4
+        await elsewhere.call("faults", down=True)
+        status, content = await ask(body={"a": 1})
+        assert (status, content["errcode"]) == (502, failed)
+        await homeserver.call("set_remote", "elsewhere.test", None)
+        homeserver.model.remotes["elsewhere.test"] = lambda path, body: (200, {"asked": path})
+        assert await ask(body={"a": 1}) == (200, {"status": 200, "content": {"asked": FED_PATH}})
+        assert elsewhere.model.answers == {("proxied", 200): 3, ("proxied", 400): 1, ("proxied", 503): 1}
+
+
+async def test_a_server_without_a_name_is_not_let_through() -> None:
+    """The federation API wants to know who asks; a user's token says nothing there."""
+    async with serving() as service, SandboxHomeserver() as homeserver, aiohttp.ClientSession(homeserver.url) as http:
+        await homeserver.call("set_proxy", service.url, HS_TOKEN)
+        user = {"Authorization": f"Bearer {homeserver.model.register('alice')}"}
+        async with http.post(FED_PATH, json={}, headers=user) as response:
+            assert (response.status, (await response.json())["errcode"]) == (401, "M_UNAUTHORIZED")
+        assert service.asked == []
+
+
+async def test_who_is_joined_over_http() -> None:
+    """An application service asks about a room by its percent-encoded ID; another process says who joins and leaves."""
+    async with (
+        SandboxHomeserver() as homeserver,
+        aiohttp.ClientSession(homeserver.url) as http,
+        aiohttp.ClientSession(homeserver.control_url) as control,
+    ):
+
+        async def post(operation: str, **arguments: Any) -> tuple[int, Any]:
+            async with control.post(f"/sandbox/{operation}", json=arguments) as response:
+                return response.status, (await response.json()).get("result")
+
+        alice = {"user": "@alice:hs.test", "room": "!r:hs.test"}
+        _, as_token = await post("application_service", scopes=True, users="@.*:hs.test")
+        where = URL(f"{homeserver.url}{MSC4502}rooms/%21r%3Ahs.test/is_joined?mxid=%40alice%3Ahs.test", encoded=True)
+
+        async def asked() -> tuple[int, Any]:
+            async with http.get(where, headers={"Authorization": f"Bearer {as_token}"}) as response:
+                return response.status, await response.json()
+
+        assert await asked() == (200, {"joined": False})
+        assert await post("join", **alice) == (200, None)
+        assert await asked() == (200, {"joined": True})
+        assert await post("is_joined", **alice) == (200, True)
+        assert (await post("leave", **alice))[0] == 200
+        assert await asked() == (200, {"joined": False})
+        assert (await post("put_state", **alice, type_="m.type", state_key="", content={}))[0] == 409
+        assert (await post("set", msc4502=False))[0] == 200
+        assert (await asked())[0] == 404
+        assert (await post("set_proxy", url="http://127.0.0.1:1", hs_token=HS_TOKEN))[0] == 200
+        assert homeserver.proxy == ("http://127.0.0.1:1", HS_TOKEN)
+        assert (await post("set_proxy", address="http://127.0.0.1:1"))[0] == 400
+        assert (await post("set_remote", server_name="a.test", url="http://127.0.0.1:1/"))[0] == 200
+        assert homeserver.remotes == {"a.test": "http://127.0.0.1:1"}
+        call = {"destination": "a.test", "method": "GET", "path": FED_PATH}
+        async with http.post(FED_PROXY, json=call, headers={"Authorization": f"Bearer {as_token}"}) as response:
+            assert response.status == 502
+        _, (kept,) = await post("fed_calls")
+        assert (kept["destination"], kept["path"], kept["body"]) == ("a.test", FED_PATH, None)
 
 
 async def test_the_command_serves_both_until_interrupted() -> None:

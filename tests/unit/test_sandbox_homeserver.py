@@ -2,27 +2,36 @@
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from sfu_delegate.sandbox.answer import Answer, Fate
+from sfu_delegate.sandbox.answer import Answer, Fate, json_answer, text_answer
 from sfu_delegate.sandbox.homeserver import (
     ACTIONS,
+    FED_PROXY,
+    MSC4502,
     OPENID_VALIDITY,
     STABLE,
     UNSTABLE,
     USERINFO,
     V3,
     End,
+    Errand,
+    FedCall,
     HomeserverModel,
     MatrixError,
     NewState,
     RateLimit,
+    is_proxied,
 )
 
 START = 1_800_000_000.0
 ROOM = "!room:hs.test"
 TYPE = "org.matrix.msc3401.call.member"
 ALICE = "@alice:hs.test"
+BOB = "@bob:elsewhere.test"
+CLIENT_PATH = "/_matrix/client/unstable/org.matrix.msc4195/rtc/livekit/get_token"
+FED_PATH = "/_matrix/federation/v1/rtc/livekit/get_token"
 LEFT: dict[str, Any] = {"left": True}
 
 
@@ -530,3 +539,342 @@ def test_every_state_event_is_seen_when_it_becomes_current() -> None:
         (1, LEFT, sent),
         (20, LEFT, ran_out),
     ]
+
+
+def test_an_application_service_speaks_for_users_in_its_namespace_only() -> None:
+    """As Synapse: for itself and for this server's users in its namespace, wherever it asserts one; it has no device. Everybody else is 403."""
+    model = homeserver()
+    delay_id = scheduled(model)
+    event = f"{UNSTABLE}delayed_events/{delay_id}"
+
+    def ask(method: str, path: str, token: str, user: str) -> Answer:
+        return model.request(method, path, START, token=token, query={"user_id": user}, body=b"{}")
+
+    whoami = f"{V3}account/whoami"
+    anybody, few = model.application_service(), model.application_service(users=r"@(alice|carol):.*")
+    assert ask("GET", whoami, anybody, ALICE).json() == {"user_id": ALICE, "is_guest": False}
+    sender = model.request("GET", whoami, START, token=few).json()
+    assert sender == {"user_id": "@sandbox-service:hs.test", "is_guest": False}
+    assert ask("GET", whoami, few, sender["user_id"]).json() == sender
+    assert "device_id" in model.request("GET", whoami, START, token=model.register("alice")).json()
+    for token, user in ((anybody, BOB), (anybody, ""), (few, "@bob:hs.test"), (few, "@carol:elsewhere.test")):
+        for method, path in (("GET", whoami), ("GET", event), ("GET", f"{UNSTABLE}delayed_events"), ("POST", f"{event}/restart")):
+            assert errcode(ask(method, path, token, user)) == (403, "M_FORBIDDEN")
+    assert "masquerade" in ask("GET", whoami, few, "@bob:hs.test").json()["error"]
+    assert "not registered" in ask("GET", whoami, few, "@carol:elsewhere.test").json()["error"]
+    assert model.events[delay_id].restarted_at == []
+    assert ask("POST", f"{event}/restart", few, ALICE).status == 200
+
+
+def asked_who_is_joined(model: HomeserverModel, token: str | None, room: str = ROOM, method: str = "GET", **query: str) -> Answer:
+    return model.request(method, f"{MSC4502}rooms/{quote(room, safe='')}/is_joined", START, token=token, query=query)
+
+
+def test_a_room_knows_who_is_joined() -> None:
+    """Whoever joined and has not left, of any server; as state events that everybody sees; nobody where it was never said."""
+    seen: list[NewState] = []
+    model = homeserver(on_state=seen.append)
+    assert not model.is_joined(ALICE, ROOM)
+    for user in (ALICE, BOB):
+        model.join(user, ROOM, START)
+    model.leave(BOB, ROOM, START + 1)
+    assert (model.is_joined(ALICE, ROOM), model.is_joined(BOB, ROOM), model.is_joined(ALICE, "!other:hs.test")) == (True, False, False)
+    assert [(new.type, new.state_key, new.event.content["membership"], new.event.at - START) for new in seen] == [
+        ("m.room.member", ALICE, "join", 0),
+        ("m.room.member", BOB, "join", 0),
+        ("m.room.member", BOB, "leave", 1),
+    ]
+    ban = model.request(
+        "PUT", f"{V3}rooms/{ROOM}/state/m.room.member/{ALICE}", START + 2, token=model.register("admin"), body=b'{"membership": "ban"}'
+    )
+    assert ban.status == 200
+    assert not model.is_joined(ALICE, ROOM)
+
+
+def test_an_application_service_asks_who_is_joined() -> None:
+    """A user by `mxid`, anybody of a server by `server_name`; both are told of the room as it is, also of one that nobody knows."""
+    model = homeserver()
+    service = model.application_service()
+    model.join(ALICE, ROOM, START)
+    model.join(BOB, ROOM, START)
+    model.leave(ALICE, ROOM, START)
+
+    def joined(room: str = ROOM, **query: str) -> bool:
+        answer = asked_who_is_joined(model, service, room, **query)
+        assert answer.status == 200
+        assert set(answer.json()) == {"joined"}
+        return bool(answer.json()["joined"])
+
+    assert [joined(mxid=user) for user in (ALICE, BOB, "@carol:hs.test")] == [False, True, False]
+    assert [joined(server_name=server) for server in ("hs.test", "elsewhere.test", "[::1]:8448")] == [False, True, False]
+    assert not joined("!" + "A" * 43, mxid=BOB)
+    assert joined(mxid=BOB, user_id="@carol:hs.test")
+    assert model.answers == {("is_joined", 200): 8}
+
+
+def test_who_may_not_ask_who_is_joined() -> None:
+    """No token, an unknown one, a user's, one without the scope, one for a stranger to the namespace; and nobody where the server has it not."""
+    model = homeserver()
+    service = model.application_service()
+    assert errcode(asked_who_is_joined(model, None, mxid=ALICE)) == (401, "M_MISSING_TOKEN")
+    assert errcode(asked_who_is_joined(model, "unknown", mxid=ALICE)) == (401, "M_UNKNOWN_TOKEN")
+    assert errcode(asked_who_is_joined(model, model.register("alice"), mxid=ALICE)) == (403, "M_FORBIDDEN")
+    assert errcode(asked_who_is_joined(model, model.application_service(scopes=False), mxid=ALICE)) == (403, "M_FORBIDDEN")
+    assert errcode(asked_who_is_joined(model, service, mxid=ALICE, user_id=BOB)) == (403, "M_FORBIDDEN")
+    assert errcode(asked_who_is_joined(model, service, method="POST", mxid=ALICE)) == (405, "M_UNRECOGNIZED")
+    model.msc4502 = False
+    assert errcode(asked_who_is_joined(model, service, mxid=ALICE)) == (404, "M_UNRECOGNIZED")
+
+
+@pytest.mark.parametrize(
+    ("room", "query", "expected"),
+    [
+        (ROOM, {}, "M_MISSING_PARAM"),
+        (ROOM, {"mxid": ALICE, "server_name": "hs.test"}, "M_MISSING_PARAM"),
+        (ROOM, {"mxid": "alice"}, "M_INVALID_PARAM"),
+        (ROOM, {"mxid": ""}, "M_INVALID_PARAM"),
+        (ROOM, {"mxid": "@alice:hs_test"}, "M_INVALID_PARAM"),
+        (ROOM, {"server_name": "hs test"}, "M_INVALID_PARAM"),
+        (ROOM, {"server_name": "hs.test:"}, "M_INVALID_PARAM"),
+        ("room", {"mxid": ALICE}, "M_INVALID_PARAM"),
+        ("!short", {"mxid": ALICE}, "M_INVALID_PARAM"),
+        ("#room:hs.test", {}, "M_INVALID_PARAM"),
+    ],
+)
+def test_impossible_questions_about_membership(room: str, query: dict[str, str], expected: str) -> None:
+    """Not exactly one of the two parameters, or something that is no ID, is 400; the room is looked at first."""
+    model = homeserver()
+    assert errcode(asked_who_is_joined(model, model.application_service(), room, **query)) == (400, expected)
+
+
+def test_who_is_not_joined_may_not_send() -> None:
+    """Where membership was said, state, messages and delayed events of others are 403; the events are dropped as Synapse does. Elsewhere all may."""
+    model = homeserver()
+    token = model.register("alice")
+    model.join(ALICE, ROOM, START)
+    sent, ran_out, kept = (scheduled(model, 20_000, state_key=key) for key in "abc")
+    assert act(model, sent, "send", START).status == 200
+    model.leave(ALICE, ROOM, START + 1)
+    for path in (f"state/{TYPE}/alice", "send/m.room.message/1"):
+        answer = model.request("PUT", f"{V3}rooms/{ROOM}/{path}", START + 2, token=token, body=b"{}")
+        assert errcode(answer) == (403, "M_FORBIDDEN")
+        assert model.request("PUT", f"{V3}rooms/!other:hs.test/{path}", START + 2, token=token, body=b"{}").status == 200
+    later = scheduled(model, at=START + 2, state_key="d")
+    assert errcode(act(model, later, "send", START + 3)) == (403, "M_FORBIDDEN")
+    assert act(model, kept, "restart", START + 10).status == 200
+    model.tick(START + 20)
+    assert [model.events[delay_id].end for delay_id in (sent, ran_out, kept, later)] == [End.SENT, End.DROPPED, End.PENDING, End.DROPPED]
+    model.join(ALICE, ROOM, START + 25)
+    model.tick(START + 30)
+    assert model.events[kept].end is End.RAN_OUT
+    assert {state_key for type_, state_key in model.state[ROOM] if type_ == TYPE} == {"a", "c"}
+    assert ROOM not in model.timeline
+
+
+def fed_proxy(
+    model: HomeserverModel, token: str | None, changes: dict[str, Any] | None = None, *, method: str = "POST", raw: bytes | None = None
+) -> Answer:
+    content = {"destination": "elsewhere.test", "method": "POST", "path": FED_PATH, "body": {"room": 1}} | (changes or {})
+    return model.request(method, FED_PROXY, START, token=token, body=json.dumps(content).encode() if raw is None else raw)
+
+
+def test_another_server_is_asked_for_an_application_service() -> None:
+    """Its status and JSON come back as 200, a success of whatever kind as 200 and a missing body as an empty one, and the call is on record."""
+    asked: list[tuple[str, Any]] = []
+    answers: list[tuple[int, Any]] = [(201, {"jwt": "x"}), (403, {"errcode": "M_FORBIDDEN"}), (502, None)]
+    model = homeserver()
+    service = model.application_service()
+
+    def elsewhere(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append((path, body))
+        return answers[len(asked) - 1]
+
+    model.remotes["elsewhere.test"] = elsewhere
+    told = [fed_proxy(model, service), fed_proxy(model, service, {"query": {"a": "b"}}), fed_proxy(model, service)]
+    assert [answer.status for answer in told] == [200] * 3
+    assert [answer.json() for answer in told] == [
+        {"status": 200, "content": {"jwt": "x"}},
+        {"status": 403, "content": {"errcode": "M_FORBIDDEN"}},
+        {"status": 502, "content": None},
+    ]
+    assert asked == [(FED_PATH, {"room": 1})] * 3
+    assert model.fed_calls[1] == FedCall(START, "elsewhere.test", "POST", FED_PATH, {"a": "b"}, {"room": 1})
+    answers.append((200, {}))
+    assert fed_proxy(model, service, {"method": "GET", "body": None}).status == 200
+    assert asked[-1] == (FED_PATH, {})
+    assert model.fed_calls[-1].body is None
+    assert model.answers == {("fed_proxy", 200): 4}
+
+
+def test_who_may_not_have_other_servers_asked() -> None:
+    """Users, also with the right body, strangers, and nobody where the server has it not; nothing is on record."""
+    model = homeserver()
+    model.remotes["elsewhere.test"] = lambda path, body: (200, {})
+    service = model.application_service()
+    assert errcode(fed_proxy(model, None)) == (401, "M_MISSING_TOKEN")
+    assert errcode(fed_proxy(model, "unknown")) == (401, "M_UNKNOWN_TOKEN")
+    assert errcode(fed_proxy(model, model.register("alice"))) == (403, "M_FORBIDDEN")
+    assert errcode(fed_proxy(model, service, method="GET")) == (405, "M_UNRECOGNIZED")
+    model.msc4512 = False
+    assert errcode(fed_proxy(model, service)) == (404, "M_UNRECOGNIZED")
+    assert errcode(fed_proxy(model, service, method="GET")) == (404, "M_UNRECOGNIZED")
+    assert model.fed_calls == []
+
+
+NOT_ALLOWED = (403, "IO.ELEMENT.MSC4512.M_FEDPROXY_PATH_NOT_ALLOWED")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"destination": ""}, (400, "M_MISSING_PARAM")),
+        ({"destination": 1}, (400, "M_MISSING_PARAM")),
+        ({"method": "PATCH"}, (400, "M_INVALID_PARAM")),
+        ({"path": ""}, (400, "M_MISSING_PARAM")),
+        ({"body": []}, (400, "M_INVALID_PARAM")),
+        ({"method": "GET"}, (400, "M_INVALID_PARAM")),
+        ({"query": []}, (400, "M_INVALID_PARAM")),
+        ({"query": {"a": 1}}, (400, "M_INVALID_PARAM")),
+        ({"path": "/_matrix/federation/v1/version"}, NOT_ALLOWED),
+        ({"path": "/_matrix/client/v1/rtc/livekit/get_token"}, NOT_ALLOWED),
+        ({"path": "/_matrix/federation/v1/rtc/livekitten"}, NOT_ALLOWED),
+        ({"path": FED_PATH + "/../../../version"}, NOT_ALLOWED),
+        ({"path": FED_PATH + "/%2e%2E/x"}, NOT_ALLOWED),
+        ({"path": FED_PATH + "?a=b"}, NOT_ALLOWED),
+        ({"path": FED_PATH + "#a"}, NOT_ALLOWED),
+        ({"path": FED_PATH + "?a=b", "destination": "hs.test"}, NOT_ALLOWED),
+        ({"destination": "hs.test"}, (403, "IO.ELEMENT.MSC4512.M_FEDPROXY_DESTINATION_DENIED")),
+        ({"destination": "nowhere.test"}, (502, "IO.ELEMENT.MSC4512.M_FEDPROXY_CONNECTION_FAILED")),
+    ],
+)
+def test_what_other_servers_may_not_be_asked(changes: dict[str, Any], expected: tuple[int, str]) -> None:
+    """Each check has its own error, and the server that could answer hears nothing."""
+    model = homeserver()
+    asked: list[str] = []
+
+    def elsewhere(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append(path)
+        return 200, {}
+
+    model.remotes["elsewhere.test"] = model.remotes["hs.test"] = elsewhere
+    assert errcode(fed_proxy(model, model.application_service(), changes)) == expected
+    assert asked == []
+
+
+def test_a_success_without_json_is_no_answer() -> None:
+    """As Synapse: 502, as if the server could not be reached; an error without JSON has no content. A body that is no object is 400."""
+    model = homeserver()
+    service = model.application_service()
+    model.remotes["elsewhere.test"] = lambda path, body: (200, None)
+    assert errcode(fed_proxy(model, service)) == (502, "IO.ELEMENT.MSC4512.M_FEDPROXY_CONNECTION_FAILED")
+    assert errcode(fed_proxy(model, service, raw=b"{")) == (400, "M_NOT_JSON")
+    assert errcode(fed_proxy(model, service, raw=b"[]")) == (400, "M_BAD_JSON")
+    content = {"destination": "elsewhere.test", "method": "POST", "path": FED_PATH}
+    for answer, expected in (
+        (text_answer(200, "{}"), 502),
+        (text_answer(500, "broken"), {"status": 500, "content": None}),
+        (json_answer(302, {}), {"status": 302, "content": {}}),
+        (None, 502),
+    ):
+        errand = model.receive("POST", FED_PROXY, START, token=service, body=json.dumps(content).encode())
+        assert isinstance(errand, Errand)
+        told = model.relay(errand, answer)
+        assert (told.json() if told.status == 200 else told.status) == expected
+
+
+def proxied(model: HomeserverModel, path: str = CLIENT_PATH, method: str = "POST", body: bytes = b"{}", **more: Any) -> Answer | Errand:
+    return model.receive(method, path, START, body=body, **more)
+
+
+def asker(told: Answer | Errand) -> dict[str, str]:
+    assert isinstance(told, Errand)
+    return dict(told.asker)
+
+
+def refusal(told: Answer | Errand) -> tuple[int, str]:
+    assert isinstance(told, Answer)
+    return errcode(told)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (CLIENT_PATH, True),
+        (FED_PATH, True),
+        ("/_matrix/client/v1/rtc/livekit", True),
+        ("/_matrix/federation/unstable/x/rtc/livekit/a/b%2Fc", True),
+        ("/_matrix/client/rtc/livekit/get_token", False),
+        ("/_matrix/client/unstable/rtc/livekit/get_token", False),
+        ("/_matrix/client/v1/rtc/livekitten", False),
+        ("/_matrix/client/v1/rtc/transports", False),
+        ("/x/_matrix/client/v1/rtc/livekit", False),
+    ],
+)
+def test_which_requests_an_application_service_answers(path: str, expected: bool) -> None:
+    """Those below `rtc/livekit` of a version, or of an unstable prefix, in both APIs, and no other."""
+    assert is_proxied(path) is expected
+    model = homeserver()
+    model.request("GET", path, START)
+    assert model.answers == {("proxied" if expected else "other", 404): 1}
+
+
+def test_the_homeserver_says_who_asks() -> None:
+    """The user of the token, or whom an application service speaks for; by federation the server."""
+    model = homeserver()
+    service = model.application_service()
+    assert asker(proxied(model, token=model.register("alice"))) == {"X-Matrix-User-Identifier": ALICE}
+    assert asker(proxied(model, token=service)) == {"X-Matrix-User-Identifier": "@sandbox-service:hs.test"}
+    assert asker(proxied(model, token=service, query={"user_id": ALICE})) == {"X-Matrix-User-Identifier": ALICE}
+    assert asker(proxied(model, FED_PATH, origin="elsewhere.test")) == {"X-Matrix-Origin": "elsewhere.test"}
+    assert asker(proxied(model, FED_PATH, "GET", b"", origin="elsewhere.test")) == {"X-Matrix-Origin": "elsewhere.test"}
+    assert model.answers == {}
+
+
+def test_who_is_not_let_through_to_the_application_service() -> None:
+    """As Synapse: wrong tokens, asserting a stranger, dots in the path, another method, a federation request without origin or JSON, the switch."""
+    model = homeserver()
+    token = model.register("alice")
+    assert refusal(proxied(model)) == (401, "M_MISSING_TOKEN")
+    assert refusal(proxied(model, origin="elsewhere.test")) == (401, "M_MISSING_TOKEN")
+    assert refusal(proxied(model, token="unknown")) == (401, "M_UNKNOWN_TOKEN")
+    assert refusal(proxied(model, token=model.scoped_token(ALICE, "syd_x"))) == (401, "M_UNKNOWN_TOKEN")
+    assert refusal(proxied(model, token=model.application_service(), query={"user_id": BOB})) == (403, "M_FORBIDDEN")
+    assert refusal(proxied(model, CLIENT_PATH + "/%2e%2e/x", token=token)) == (400, "M_INVALID_PARAM")
+    assert refusal(proxied(model, method="PATCH", token=token)) == (405, "M_UNRECOGNIZED")
+    assert refusal(proxied(model, FED_PATH, token=token)) == (401, "M_UNAUTHORIZED")
+    assert refusal(proxied(model, FED_PATH, body=b"", origin="elsewhere.test")) == (400, "M_NOT_JSON")
+    model.msc4512 = False
+    assert refusal(proxied(model, token=token)) == (404, "M_UNRECOGNIZED")
+    assert sum(model.answers.values()) == 10
+    assert {kind for kind, _ in model.answers} == {"proxied"}
+
+
+def test_the_answer_of_an_application_service_is_passed_on() -> None:
+    """As it is, with any status; 500 `M_UNKNOWN` where nobody answers."""
+    model = homeserver()
+    errand = proxied(model, token=model.register("alice"))
+    assert isinstance(errand, Errand)
+    answer = text_answer(418, "no JSON")
+    assert model.relay(errand, answer) == answer
+    assert errcode(model.relay(errand, None)) == (500, "M_UNKNOWN")
+    assert model.answers == {("proxied", 418): 1, ("proxied", 500): 1}
+
+
+def test_faults_of_what_others_answer() -> None:
+    """Each new kind fails and is late by itself: before anybody is asked, or after, so that the answer is lost."""
+    model = homeserver()
+    token, service = model.register("alice"), model.application_service()
+    model.remotes["elsewhere.test"] = lambda path, body: (200, {})
+    model.faults.status, model.faults.only = 503, frozenset({"fed_proxy", "is_joined"})
+    assert (fed_proxy(model, service).status, asked_who_is_joined(model, service, mxid=ALICE).status) == (503, 503)
+    assert model.fed_calls == []
+    assert asker(proxied(model, token=token))
+    model.faults.only = frozenset({"proxied"})
+    assert (fed_proxy(model, service).status, asked_who_is_joined(model, service, mxid=ALICE).status) == (200, 200)
+    assert refusal(proxied(model, token=token)) == (503, "M_UNKNOWN")
+    model.faults.status, model.faults.done_but_not_told, model.faults.latency = None, True, {"proxied": 0.25}
+    errand = proxied(model, token=token)
+    assert isinstance(errand, Errand)
+    told = model.relay(errand, json_answer(200, {}))
+    assert (told.fate, told.delay) == (Fate.CLOSE, 0.25)
+    assert model.answers["proxied", 0] == 1
