@@ -47,6 +47,7 @@ def _about() -> None:
       sfu-delegate example-config > delegate.yaml    a configuration to begin with
       sfu-delegate import-env > delegate.yaml        … from the LIVEKIT_… variables of lk-jwt-service
       sfu-delegate check-config -c delegate.yaml     find everything that is wrong with it
+      sfu-delegate appservice -c delegate.yaml       make the daemon an application service of the homeserver
       sfu-delegate serve -c delegate.yaml            run
     """
 
@@ -165,6 +166,74 @@ def import_env(
         typer.echo(f"note: {imported.written} holds the key and its secret. The daemon's user must be able to read it, and nobody else.", err=True)
     _print("Warning", imported.risks, error=True)
     typer.echo(imported.text, nl=False)
+
+
+@app.command(short_help="Make the registration by which a homeserver knows the daemon.")
+def appservice(
+    config: ConfigOption = DEFAULT_CONFIG,
+    homeserver: Annotated[
+        str | None, typer.Option("--homeserver", metavar="NAME", help="For which one, where the configuration has several.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write it. Otherwise: the entry's registration_file, or a file right here."),
+    ] = None,
+    proxy_url: Annotated[
+        str | None,
+        typer.Option("--proxy-url", metavar="URL", help="The daemon's public listener as Synapse reaches it. Otherwise: as `listen` says."),
+    ] = None,
+    new_tokens: Annotated[bool, typer.Option("--new-tokens", help="Make new tokens, though there are some.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+) -> None:
+    """Write the daemon's registration as an application service of a homeserver, and tell what to put into Synapse's configuration, and into ours.
+
+    With it the homeserver's limits do not hold for the daemon, clients reach the daemon through the homeserver (MSC4512), and the daemon can ask who
+    is in a room (MSC4502). A registration that is there keeps its tokens; running this again brings the rest up to date. No token is printed.
+
+    Exits with 0 when the file is as it should be, 1 when it could not be written or the configuration has problems, and 2 when something else has to
+    be asked for, such as one of several homeservers.
+
+    \b
+    Examples:
+      sfu-delegate appservice -c delegate.yaml --output /etc/matrix-synapse/sfu-delegate-registration.yaml
+      sfu-delegate appservice -c delegate.yaml --homeserver example.org --proxy-url http://10.0.0.7:8080
+      sfu-delegate appservice -c delegate.yaml --new-tokens
+    """
+    from sfu_delegate.config.appservice import CannotRegister, register
+
+    def fail(problems: Sequence[str], code: int) -> NoReturn:
+        typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2, ensure_ascii=False))
+        raise typer.Exit(code)
+
+    try:
+        loaded = load(config, os.environ, registrations_needed=False)
+    except ConfigInvalid as error:
+        if as_json:
+            fail([str(problem) for problem in error.problems], 1)
+        _fail(config, error.problems)
+    try:
+        done = register(loaded, homeserver, output, proxy_url, new_tokens=new_tokens)
+    except CannotRegister as error:
+        code = 2 if error.usage else 1
+        if as_json:
+            fail([str(error)], code)
+        typer.echo(f"problem: {error}", err=True)
+        typer.echo("appservice: nothing was written", err=True)
+        raise typer.Exit(code) from None
+    if as_json:
+        said: dict[str, object] = {"ok": True, "homeserver": done.homeserver, "file": str(done.file), "action": done.action}
+        said |= {"homeserver_yaml": done.homeserver_yaml, "config": done.config, "notes": done.notes, "next": done.steps}
+        typer.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    for note in done.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"{done.action.capitalize()}: {done.file}, the registration for {done.homeserver}.")
+    typer.echo(f"\nFor Synapse (homeserver.yaml), beside what stands there under the same keys:\n\n{done.homeserver_yaml}")
+    if done.config:
+        typer.echo(f"For sfu-delegate ({config}), in the entry of this homeserver:\n\n{done.config}")
+    typer.echo("Now:")
+    for number, step in enumerate(done.steps, 1):
+        typer.echo(f"{number}. {step}")
 
 
 PasswordFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the password for this one, if it is PostgreSQL.")]

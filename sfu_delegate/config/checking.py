@@ -14,7 +14,7 @@ import yaml
 from pydantic import BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
 
-from sfu_delegate.config.model import Config, all_keys, type_at
+from sfu_delegate.config.model import Config, Homeserver, all_keys, type_at
 from sfu_delegate.config.problems import HIDDEN, NOT_SET, KeyPath, Problem, dotted, kind_of, place_of, related
 from sfu_delegate.config.values import DURATION_REMEDY, SIZE_REMEDY, format_duration, format_size, read_duration, read_size, shown_database
 from sfu_delegate.delegation.policy import DEPARTURES
@@ -175,31 +175,33 @@ FERNET_REMEDY: Final = "make one: python3 -c 'import base64, os; print(base64.ur
 
 _SFU_NAME: Final = re.compile(r"[a-z](?:[a-z0-9-]|_(?!_)){0,62}", re.ASCII)
 
+_Found = tuple[Problem, tuple[KeyPath, ...]]
 
-def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...]]]:
+
+def _one(path: KeyPath, value: str, problem: str, remedy: str, *also: KeyPath) -> _Found:
+    return Problem(dotted(path), value, problem, remedy), (path, *also)
+
+
+def contradictions(config: Config) -> Iterator[_Found]:
     """What is wrong between keys, each with the keys that it depends on."""
-
-    def one(path: KeyPath, value: str, problem: str, remedy: str, *also: KeyPath) -> tuple[Problem, tuple[KeyPath, ...]]:
-        return Problem(dotted(path), value, problem, remedy), (path, *also)
-
     if not config.sfus:
-        yield one(("sfus",), NOT_SET, "is required: without an SFU there is nobody to watch", "name one, with its url and its keys")
+        yield _one(("sfus",), NOT_SET, "is required: without an SFU there is nobody to watch", "name one, with its url and its keys")
     if not config.homeservers:
-        yield one(("homeservers",), NOT_SET, "is required: without a homeserver nobody may delegate", "name one: `- name: example.org`")
+        yield _one(("homeservers",), NOT_SET, "is required: without a homeserver nobody may delegate", "name one: `- name: example.org`")
 
     if not config.is_postgresql and os.path.isdir(config.database_path):
-        yield one(("database",), config.database, "is a directory", "name a file in it: the database, which need not be there yet")
+        yield _one(("database",), config.database, "is a directory", "name a file in it: the database, which need not be there yet")
 
     encryption = config.encryption
     keys: KeyPath = ("encryption", "keys")
     if config.is_postgresql and not encryption.keys:
         problem = "is required with PostgreSQL: all instances need the same keys, and one that is kept beside what it encrypts protects nothing"
         remedy = f"{FERNET_REMEDY}; give it to all instances, here or in `keys_file`"
-        yield one(keys, NOT_SET, problem, remedy, ("encryption", "keys_file"), ("database",))
+        yield _one(keys, NOT_SET, problem, remedy, ("encryption", "keys_file"), ("database",))
     for number, fernet in enumerate(encryption.keys):
         text = fernet.get_secret_value()
         if text != text.strip() or key_bytes(text) is None:
-            yield one((*keys, number), HIDDEN, "is not a Fernet key (32 bytes in base64url)", FERNET_REMEDY, ("encryption", "keys_file"))
+            yield _one((*keys, number), HIDDEN, "is not a Fernet key (32 bytes in base64url)", FERNET_REMEDY, ("encryption", "keys_file"))
 
     owners: dict[str, str] = {}
     prefixes: dict[str, str] = {}
@@ -207,25 +209,25 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
         at: KeyPath = ("sfus", name)
         if not _SFU_NAME.fullmatch(name):
             remedy = "use lower-case letters, digits, - and _, a letter first, 63 at most"
-            yield one(at, "", "is not a name for an SFU", remedy)
+            yield _one(at, "", "is not a name for an SFU", remedy)
         if not sfu.keys:
-            yield one((*at, "keys"), NOT_SET, "is required", "give `keys` as in LiveKit's configuration, or its `key_file`", (*at, "key_file"))
+            yield _one((*at, "keys"), NOT_SET, "is required", "give `keys` as in LiveKit's configuration, or its `key_file`", (*at, "key_file"))
         if sfu.api_key is not None and sfu.keys and sfu.api_key not in sfu.keys:
-            yield one((*at, "api_key"), sfu.api_key, "is not among this SFU's keys", f"one of: {', '.join(sfu.keys)}", (*at, "keys"))
+            yield _one((*at, "api_key"), sfu.api_key, "is not among this SFU's keys", f"one of: {', '.join(sfu.keys)}", (*at, "keys"))
         for key in sfu.keys:
             if key in owners:
                 remedy = "give each SFU a key of its own: it tells which SFU a webhook comes from"
-                yield one((*at, "keys", key), HIDDEN, f"is also a key of {owners[key]}", remedy, ("sfus", owners[key], "keys"))
+                yield _one((*at, "keys", key), HIDDEN, f"is also a key of {owners[key]}", remedy, ("sfus", owners[key], "keys"))
             owners.setdefault(key, name)
         for index, prefix in enumerate(sfu.path_prefixes):
             if prefix in prefixes:
                 remedy = "give each its own: it tells which SFU is handed out"
                 other = prefixes[prefix]
                 said = "is there twice" if other == name else f"is also a path of {other}"
-                yield one((*at, "path_prefixes", index), prefix, said, remedy, ("sfus", other, "path_prefixes"))
+                yield _one((*at, "path_prefixes", index), prefix, said, remedy, ("sfus", other, "path_prefixes"))
             prefixes.setdefault(prefix, name)
         if sfu.request_timeout >= config.actions.lease:
-            yield one(
+            yield _one(
                 (*at, "request_timeout"),
                 format_duration(sfu.request_timeout),
                 f"must be less than actions.lease ({format_duration(config.actions.lease)})",
@@ -238,25 +240,13 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
         at = ("homeservers", number)
         if homeserver.name in names:
             first = names[homeserver.name]
-            yield one((*at, "name"), homeserver.name, f"is there twice, first as homeservers[{first}]", "keep one", ("homeservers", first))
+            yield _one((*at, "name"), homeserver.name, f"is there twice, first as homeservers[{first}]", "keep one", ("homeservers", first))
         names.setdefault(homeserver.name, number)
-        token_at: KeyPath = (*at, homeserver.token_key)
-        if homeserver.as_token and not re.fullmatch(r"[!-~]+", homeserver.as_token.get_secret_value(), re.ASCII):
-            problem = "cannot be sent: it has a character that is not ASCII"
-            yield one(token_at, HIDDEN, problem, "put the token here that the registration has: `openssl rand -hex 32` makes one")
-        if "*" in homeserver.name and homeserver.url is None and (homeserver.as_token or homeserver.as_token_file):
-            yield one(
-                token_at,
-                HIDDEN,
-                "would be sent to whatever server the discovery leads to, as name is a pattern",
-                "give the url, or name the one homeserver",
-                (*at, "name"),
-                (*at, "url"),
-            )
+        yield from _of_tokens(config, number)
 
     for reason in config.departures:
         if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}|\d{1,6}", reason, re.ASCII):
-            yield one(("departures", reason), "", "is not the name of a disconnect reason", f"one of: {', '.join(DEPARTURES)}")
+            yield _one(("departures", reason), "", "is not the name of a disconnect reason", f"one of: {', '.join(DEPARTURES)}")
 
     for low, high in (
         (("delegations", "min_delay"), ("delegations", "max_delay")),
@@ -266,9 +256,9 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
     ):
         least, most = (getattr(getattr(config, section), key) for section, key in (low, high))
         if least > most:
-            yield one(low, format_duration(least), f"must be at most {dotted(high)} ({format_duration(most)})", "swap or change them", high)
+            yield _one(low, format_duration(least), f"must be at most {dotted(high)} ({format_duration(most)})", "swap or change them", high)
     if config.timeouts.request >= config.actions.lease:
-        yield one(
+        yield _one(
             ("timeouts", "request"),
             format_duration(config.timeouts.request),
             f"must be less than actions.lease ({format_duration(config.actions.lease)}), or an action could be done twice",
@@ -277,12 +267,54 @@ def contradictions(config: Config) -> Iterator[tuple[Problem, tuple[KeyPath, ...
         )
     if config.restart.spread >= config.restart.at:
         problem = f"must be less than restart.at ({config.restart.at})"
-        yield one(("restart", "spread"), str(config.restart.spread), problem, "0.1 is usual", ("restart", "at"))
+        yield _one(("restart", "spread"), str(config.restart.spread), problem, "0.1 is usual", ("restart", "at"))
     if list(config.presence.first_looks) != sorted(config.presence.first_looks):
-        yield one(("presence", "first_looks"), "", "must be in ascending order", "such as [1s, 3s, 8s, 20s, 45s]")
+        yield _one(("presence", "first_looks"), "", "must be in ascending order", "such as [1s, 3s, 8s, 20s, 45s]")
     if config.listen.port == config.admin.port != 0 and _overlap(config.listen.host, config.admin.host):
         value = f"{config.admin.host}:{config.admin.port}"
-        yield one(("admin", "port"), value, "is the address of listen, too", "give each its own port", ("listen",), ("admin",))
+        yield _one(("admin", "port"), value, "is the address of listen, too", "give each its own port", ("listen",), ("admin",))
+
+
+_MAKE_ONE: Final = "`openssl rand -hex 32` makes one"
+
+
+def _of_tokens(config: Config, number: int) -> Iterator[_Found]:
+    """What is wrong with the tokens of a homeserver's application service."""
+    homeserver = config.homeservers[number]
+    at: KeyPath = ("homeservers", number)
+    as_at: KeyPath = (*at, homeserver.token_key)
+    hs_at: KeyPath = (*at, homeserver.hs_token_key)
+    as_token = homeserver.as_token.get_secret_value() if homeserver.as_token else None
+    hs_token = homeserver.hs_token.get_secret_value() if homeserver.hs_token else None
+    vouches = bool(hs_token or homeserver.hs_token_file or homeserver.registration_file)
+    for token, where in ((as_token, as_at), (hs_token, hs_at)):
+        if token is not None and not re.fullmatch(r"[!-~]+", token):
+            problem = "cannot be sent: it has a character that is not ASCII"
+            yield _one(where, HIDDEN, problem, f"put the token here that the registration has: {_MAKE_ONE}")
+    if "*" in homeserver.name and vouches:
+        problem = f"vouches for the users of one server, and {homeserver.name} stands for several"
+        yield _one(hs_at, _place(homeserver, hs_at), problem, "name the one homeserver, in an entry of its own", (*at, "name"))
+    elif "*" in homeserver.name and homeserver.url is None and (as_token or homeserver.as_token_file):
+        problem = "would be sent to whatever server the discovery leads to, as name is a pattern"
+        yield _one(as_at, HIDDEN, problem, "give the url, or name the one homeserver", (*at, "name"), (*at, "url"))
+    if hs_token and not as_token:
+        problem = "is given without an as_token: the two come from one registration"
+        yield _one(hs_at, HIDDEN, problem, "give its as_token as well, or the registration_file", (*at, "as_token"), (*at, "as_token_file"))
+    if hs_token and hs_token == as_token:
+        problem = "is the same as the as_token: who is sent the one could pose as the other"
+        yield _one(hs_at, _place(homeserver, hs_at), problem, f"give each its own, in the registration as well: {_MAKE_ONE}", as_at)
+    for first, other in enumerate(config.homeservers[:number]):
+        shared = homeserver.registration_file is not None and homeserver.registration_file == other.registration_file
+        if shared or (hs_token and other.hs_token and hs_token == other.hs_token.get_secret_value()):
+            problem = f"is also that of homeservers[{first}]: it tells which homeserver a request comes from"
+            remedy = "give each homeserver a registration of its own: `sfu-delegate appservice --homeserver NAME`"
+            yield _one(hs_at, _place(homeserver, hs_at), problem, remedy, ("homeservers", first))
+            break
+
+
+def _place(homeserver: Homeserver, path: KeyPath) -> str:
+    """What may be shown of a token: the file that it comes from."""
+    return HIDDEN if path[-1] in ("as_token", "hs_token") else str(getattr(homeserver, str(path[-1])))
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -8,12 +8,11 @@ import os
 import re
 import ssl
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
-import yaml
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
@@ -21,8 +20,10 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 from sfu_delegate.config.checking import FERNET_REMEDY, contradictions, validate
 from sfu_delegate.config.model import Config, Homeserver, Sfu, type_at
 from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, KeyPath, Problem, dotted, kind_of, located, place_of, related, unique
+from sfu_delegate.config.registration import MAKE_ONE, NotARegistration, judge, parse
 from sfu_delegate.config.risks import warnings
 from sfu_delegate.config.values import ODD_REMEDY, odd_character
+from sfu_delegate.config.yaml_text import NOTHING, parse_yaml
 from sfu_delegate.livekit.keys import parse_key_file
 from sfu_delegate.sealing import key_bytes, parse_keys
 
@@ -32,14 +33,19 @@ _OPEN_ALREADY: Final = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+", re
 _NULL_DEVICE: Final = os.makedev(1, 3)  # /dev/null, which is as good as an empty file
 
 
-def load(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Config:
-    """Read and check a file, with the environment laid over it. Raises ConfigInvalid with all problems."""
+def load(path: Path, environ: Mapping[str, str] = MappingProxyType({}), *, registrations_needed: bool = True) -> Config:
+    """Read and check a file, with the environment laid over it. Raises ConfigInvalid with all problems.
+
+    `registrations_needed`: is a `registration_file` that is not there a problem? Otherwise that homeserver is left without its tokens.
+    """
     text, problems = read_text(path, "", "the configuration file", piped=True)
     if text is None:
         raise ConfigInvalid(problems)
-    config = from_text(text, environ)
+    config = from_text(text, environ, registrations_needed=registrations_needed)
     inline = [f"sfus.{name}.keys" for name, sfu in config.sfus.items() if sfu.keys and sfu.key_file is None]
-    inline += [f"homeservers[{i}].as_token" for i, h in enumerate(config.homeservers) if h.as_token and h.as_token_file is None]
+    for number, homeserver in enumerate(config.homeservers):
+        tokens = ((homeserver.token_key, homeserver.as_token), (homeserver.hs_token_key, homeserver.hs_token))
+        inline += [f"homeservers[{number}].{key}" for key, token in tokens if token and not key.endswith("_file")]
     inline += ["encryption.keys"] if config.encryption.keys and config.encryption.keys_file is None else []
     inline += ["postgresql.password"] if config.postgresql.password and config.postgresql.password_file is None else []
     if inline and _world_readable(path):
@@ -49,12 +55,12 @@ def load(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Confi
     return config
 
 
-def from_text(text: str, environ: Mapping[str, str] = MappingProxyType({})) -> Config:
+def from_text(text: str, environ: Mapping[str, str] = MappingProxyType({}), *, registrations_needed: bool = True) -> Config:
     """Check the text of a file, with the environment laid over it. Raises ConfigInvalid with all problems."""
-    parsed = _parse(text)
-    if parsed.data is _NOTHING:
+    parsed = parse_yaml(text)
+    if parsed.data is NOTHING:
         raise ConfigInvalid(parsed.problems)
-    return from_mapping(parsed.data, environ, lines=parsed.lines, before=parsed.problems)
+    return from_mapping(parsed.data, environ, lines=parsed.lines, before=parsed.problems, registrations_needed=registrations_needed)
 
 
 def from_mapping(
@@ -63,10 +69,11 @@ def from_mapping(
     *,
     lines: Mapping[KeyPath, int] = MappingProxyType({}),
     before: Sequence[Problem] = (),
+    registrations_needed: bool = True,
 ) -> Config:
     """Check plain data, with the environment laid over it. Raises ConfigInvalid with all problems, those from `before` included.
 
-    `lines` gives the line of each key in the file, for the problems.
+    `lines` gives the line of each key in the file, for the problems; `registrations_needed` is as for `load`.
     """
     problems = list(before)
     where: dict[KeyPath, str] = {path: f"line {line}" for path, line in lines.items()}
@@ -81,7 +88,7 @@ def from_mapping(
     plain, risks = _overlay(plain, environ, problems, where)
     config, pruned = validate(plain, problems, where)
     if config is not None:
-        config = _read_secrets(config, problems, risks, pruned, where)
+        config = _read_secrets(config, problems, risks, pruned, where, registrations_needed=registrations_needed)
         for problem, involved in contradictions(config):
             if not any(related(one, other) for one in involved for other in pruned):
                 problems.append(located(problem, involved[0], where))
@@ -139,99 +146,21 @@ def _no_certificates(path: Path, key: str) -> list[Problem]:
     return []
 
 
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def _world_readable(path: Path) -> bool:
     try:
         return bool(path.stat().st_mode & stat.S_IROTH)
     except OSError:
         return False
-
-
-MOST_NODES: Final = 100_000  # values in a file, those behind aliases counted each time
-
-
-class _TooLarge(Exception):
-    """There are more values than a configuration can have."""
-
-
-class _Nothing:
-    """The file could not be parsed."""
-
-
-_NOTHING: Final = _Nothing()
-
-
-class _Parsed(NamedTuple):
-    data: object
-    lines: dict[KeyPath, int]
-    problems: list[Problem]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without dates: a secret or a name that looks like one stays a text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse(text: str, key: str = "") -> _Parsed:
-    lines: dict[KeyPath, int] = {}
-    problems: list[Problem] = []
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return _Parsed(None, {}, [])
-            _index(node, (), lines, problems, frozenset(), iter(range(MOST_NODES)))
-            return _Parsed(loader.construct_document(node), lines, problems)
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        # PyYAML quotes what it stumbled over, which may be part of a secret.
-        said = (error.problem or "it cannot be read").replace(r"character '\t'", "a tab")
-        said = re.sub(r"(['\"])(?![<\[{,:?\]}>-])[^'\"]{2,}\1", HIDDEN, said)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = Problem(key, "", f"is not YAML: {said}", "check the indentation (spaces, no tabs), quotes and colons there", where)
-    except _TooLarge:
-        problem = Problem(key, "", f"has more than {MOST_NODES} values", "write it without aliases (*) of aliases")
-    except RecursionError:
-        problem = Problem(key, "", "is nested too deeply", "write it as in the example-config")
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
-        # What PyYAML raises for characters that are not allowed, and for values that contradict their tag (`!!int x`).
-        problem = Problem(key, "", "is not YAML that can be read", "remove control characters and tags (words that begin with !)")
-    return _Parsed(_NOTHING, lines, [*problems, problem])
-
-
-def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], above: frozenset[int], left: Iterator[int]) -> None:
-    """Note the line of each key, and report keys that are there twice, of which YAML silently takes the last.
-
-    Raises _TooLarge when there is no number `left`: a few aliases (*) of aliases make a small file an endless one.
-    """
-    if next(left, None) is None:
-        raise _TooLarge
-    if id(node) in above:
-        return
-    above |= {id(node)}
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for name, value in node.value:
-            if not isinstance(name, yaml.ScalarNode) or name.value == "<<":
-                continue
-            line = name.start_mark.line + 1
-            inner = (*path, name.value)
-            if name.value in seen:
-                problems.append(Problem(dotted(inner), "", f"is there twice, first in line {seen[name.value]}", "keep one of them", f"line {line}"))
-            seen.setdefault(name.value, line)
-            lines[inner] = line
-            _index(value, inner, lines, problems, above, left)
-    elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            lines[(*path, number)] = value.start_mark.line + 1
-            _index(value, (*path, number), lines, problems, above, left)
 
 
 def _plain(data: object, path: KeyPath, above: frozenset[int], problems: list[Problem], where: Mapping[KeyPath, str]) -> Any:
@@ -273,8 +202,8 @@ class _Environment(EnvSettingsSource):
         return self._only
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002
-        parsed = _parse(str(value))
-        if parsed.data is _NOTHING:
+        parsed = parse_yaml(str(value))
+        if parsed.data is NOTHING:
             raise ValueError("not YAML")
         odd: list[Problem] = []
         plain = _plain(parsed.data, (), frozenset(), odd, {})
@@ -355,7 +284,15 @@ def _merge(base: Any, over: Any, path: KeyPath, name: str, problems: list[Proble
     return {**base, **{key: _merge(base.get(key), value, (*path, key), name, problems) for key, value in over.items()}}
 
 
-def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem], pruned: list[KeyPath], where: Mapping[KeyPath, str]) -> Config:
+def _read_secrets(
+    config: Config,
+    problems: list[Problem],
+    risks: list[Problem],
+    pruned: list[KeyPath],
+    where: Mapping[KeyPath, str],
+    *,
+    registrations_needed: bool,
+) -> Config:
     """The same configuration with the content of its secret files. What cannot be read is a problem, and counts as pruned."""
 
     def read(path: Path, key: KeyPath, what: str) -> str | None:
@@ -445,20 +382,53 @@ def _read_secrets(config: Config, problems: list[Problem], risks: list[Problem],
                     if odd := odd_character(content):
                         unusable(at, sfu.key_file, f"{half} {number} in it has {odd} in it", ODD_REMEDY)
 
+    def with_token(number: int, homeserver: Homeserver, key: str, file_key: str) -> Homeserver:
+        """The same with a token that stands in a file of its own."""
+        path: Path | None = getattr(homeserver, file_key)
+        at: KeyPath = ("homeservers", number, file_key)
+        if path is None:
+            return homeserver
+        if getattr(homeserver, key) is not None:
+            both(("homeservers", number, key), file_key)
+            return homeserver
+        if (text := read(path, at, "the token's file")) is None:
+            return homeserver
+        if not (token := text.strip()):
+            unusable(at, path, "is empty", "put the token into it")
+            return homeserver
+        if odd := odd_character(token):
+            unusable(at, path, f"has {odd} in it", "put the token into it, in one line, and nothing else")
+        return homeserver.model_copy(update={key: SecretStr(token)})
+
+    def with_tokens(number: int, homeserver: Homeserver) -> Homeserver:
+        """The same with the tokens of its application service, wherever they are."""
+        path, at = homeserver.registration_file, ("homeservers", number, "registration_file")
+        if path is None:
+            homeserver = with_token(number, homeserver, "as_token", "as_token_file")
+            return with_token(number, homeserver, "hs_token", "hs_token_file")
+        if given := [key for key in ("as_token", "as_token_file", "hs_token", "hs_token_file") if getattr(homeserver, key) is not None]:
+            for key in given:
+                both(("homeservers", number, key), "registration_file")
+            pruned.append(("homeservers", number))
+            return homeserver
+        if _is_missing(path):
+            if registrations_needed:
+                unusable(at, path, "is not there", "make it with `sfu-delegate appservice --config FILE`, or check the path")
+            return homeserver
+        content = read(path, at, "the registration")
+        if content is None:
+            return homeserver
+        try:
+            registration = parse(content)
+        except NotARegistration as error:
+            unusable(at, path, str(error), f"mend it, or move it away and {MAKE_ONE}")
+            return homeserver
+        risks.extend(Problem(dotted(at), str(path), problem, remedy) for problem, remedy in judge(registration, homeserver.name))
+        return homeserver.model_copy(update={"as_token": SecretStr(registration.as_token), "hs_token": SecretStr(registration.hs_token)})
+
     homeservers: list[Homeserver] = []
     for number, homeserver in enumerate(config.homeservers):
-        homeservers.append(homeserver)
-        at = ("homeservers", number, "as_token_file")
-        if homeserver.as_token_file is not None and homeserver.as_token is not None:
-            both(("homeservers", number, "as_token"), "as_token_file")
-        elif homeserver.as_token_file is not None:
-            text = read(homeserver.as_token_file, at, "the token's file")
-            if text is not None and text.strip():
-                homeservers[-1] = homeserver.model_copy(update={"as_token": SecretStr(text.strip())})
-                if odd := odd_character(text.strip()):
-                    unusable(at, homeserver.as_token_file, f"has {odd} in it", "put the token into it, in one line, and nothing else")
-            elif text is not None:
-                unusable(at, homeserver.as_token_file, "is empty", "put the token into it")
+        homeservers.append(with_tokens(number, homeserver))
         if homeserver.ca_file is not None:
             check_certificates(homeserver.ca_file, ("homeservers", number, "ca_file"))
 

@@ -188,6 +188,17 @@ class Homeserver(Section):
         "daemon only 1 action a second for all its users together.",
     )
     as_token_file: Path | None = Field(None, description="The same in a file.", examples=["/etc/sfu-delegate/as-token"])
+    hs_token: Secret | None = Field(
+        None,
+        description="Token of the same application service by which the homeserver proves itself when it forwards its users' requests (MSC4512).",
+    )
+    hs_token_file: Path | None = Field(None, description="The same in a file.", examples=["/etc/sfu-delegate/hs-token"])
+    registration_file: Path | None = Field(
+        None,
+        description="The registration of the application service, as `sfu-delegate appservice` writes it and Synapse reads it: both tokens are taken "
+        "from it, in place of the four keys above.",
+        examples=["/etc/matrix-synapse/sfu-delegate-registration.yaml"],
+    )
     ca_file: Path | None = Field(
         None, description="Certificates (PEM) to trust for it, in place of the system's.", examples=["/etc/ssl/private-ca.pem"]
     )
@@ -205,7 +216,17 @@ class Homeserver(Section):
     @property
     def token_key(self) -> str:
         """The key that the application service's token comes from."""
-        return "as_token" if self.as_token_file is None else "as_token_file"
+        return self._token_key("as_token", self.as_token_file)
+
+    @property
+    def hs_token_key(self) -> str:
+        """The key that the homeserver's own token comes from."""
+        return self._token_key("hs_token", self.hs_token_file)
+
+    def _token_key(self, name: str, file: Path | None) -> str:
+        if self.registration_file is not None:
+            return "registration_file"
+        return name if file is None else f"{name}_file"
 
 
 class Federation(Section):
@@ -241,6 +262,22 @@ class MatrixRtc(Section):
     )
     openid_cache: Duration = Field(
         300.0, le=3600, description="How long a homeserver's word for an OpenID token is remembered; 0s: it is asked each time."
+    )
+
+
+class Membership(Section):
+    """What becomes of participants who are no longer in the Matrix room."""
+
+    enforce: bool = Field(
+        False,
+        description="When a user leaves the Matrix room or is banned from it, remove its participant from the call on the SFU, and again if it comes "
+        "back with an access token from before? Only where the homeserver has an application service and can tell who is in a room (MSC4502).",
+    )
+    interval: Duration = Field(
+        300.0,
+        ge=10,
+        le=86400,
+        description="How often each participant is checked while its access token is good or it is in the call; those who join are checked at once.",
     )
 
 
@@ -484,6 +521,7 @@ class Config(Section):
     matrixrtc: MatrixRtc = Field(
         MatrixRtc(), description="The endpoints of MatrixRTC clients such as Element Call, which give tokens for the SFU and take delegations."
     )
+    membership: Membership = Field(Membership(), description="Who has to be in the Matrix room to be in its call.")
     departures: Annotated[dict[str, DepartureRule], BeforeValidator(_departures)] = Field(
         _defaults(DEPARTURES),
         description="What to do when a participant left, by LiveKit's reason. A departure is a claim to be checked: after `look_after` the SFU "

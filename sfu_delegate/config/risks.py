@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Final
 from urllib.parse import urlsplit
 
+from pydantic import SecretStr
+
 from sfu_delegate.config.model import EXAMPLE_SECRET, Config, Level, Section
 from sfu_delegate.config.problems import HIDDEN, KeyPath, Problem, dotted, unique
 from sfu_delegate.config.values import format_duration
@@ -31,14 +33,14 @@ def warnings(config: Config) -> list[Problem]:
 
 
 def _risks_of(config: Config) -> Iterator[Problem]:
-    if not _is_loopback(config.listen.host):
+    if not is_loopback(config.listen.host):
         yield Problem(
             "listen.host",
             config.listen.host,
             "is reached without TLS by everybody who reaches this address",
             "fine inside a container or behind a firewall; otherwise listen on 127.0.0.1 behind your reverse proxy",
         )
-    if not _is_loopback(config.admin.host):
+    if not is_loopback(config.admin.host):
         yield Problem("admin.host", config.admin.host, "metrics and health are open to everybody who reaches this address", "listen on 127.0.0.1")
     for number, network in enumerate(config.listen.trusted_proxies):
         if network.prefixlen == 0:
@@ -80,13 +82,8 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         if federation_url and "*" in homeserver.name:
             problem = "this one server vouches for the users of every homeserver that matches"
             yield Problem(f"{at}.federation_url", federation_url, problem, "fine if it answers for all of them; otherwise an entry for each")
-        token = homeserver.as_token.get_secret_value() if homeserver.as_token else None
-        if token is not None and _PLACEHOLDER.search(token):
-            remedy = "put the token here that the registration has: `openssl rand -hex 32` makes one"
-            yield Problem(f"{at}.{homeserver.token_key}", HIDDEN, "is a placeholder, no token", remedy)
-        elif token is not None and len(token) < 32:
-            problem = "is short for a token: who guesses it can act as any user of the registration's namespaces"
-            yield Problem(f"{at}.{homeserver.token_key}", HIDDEN, problem, "make one of 32 characters or more: `openssl rand -hex 32`")
+        yield from _risks_of_token(at, "as_token", homeserver.token_key, homeserver.as_token)
+        yield from _risks_of_token(at, "hs_token", homeserver.hs_token_key, homeserver.hs_token)
         if homeserver.name == "*" and (url is None or paths):
             problem = "users of any homeserver in the world may " + ("create rooms on your SFU, and delegate" if paths else "delegate")
             yield Problem(f"{at}.name", "'*'", problem, "name the homeservers that you serve")
@@ -94,6 +91,11 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         if homeserver.allow_private_addresses and "*" in homeserver.name and discovered:
             problem = "any homeserver that matches can make the daemon send requests into your own network"
             yield Problem(f"{at}.allow_private_addresses", "true", problem, "name the homeserver, or give its url and its federation_url")
+
+    tells = [h for h in config.homeservers if h.as_token or h.as_token_file or h.registration_file]
+    if config.membership.enforce and config.homeservers and not tells:
+        problem = "does nothing: no homeserver has an application service, by which it would tell who is in a room"
+        yield Problem("membership.enforce", "true", problem, "make one with `sfu-delegate appservice`, and name its file as registration_file")
 
     if not config.federation.verify_tls:
         problem = "ANYBODY ON THE NETWORK CAN POSE AS ANY HOMESERVER'S USER: join calls, create rooms and delegate"
@@ -128,6 +130,18 @@ def _risks_of(config: Config) -> Iterator[Problem]:
         yield Problem("log.level", "debug", "writes a great deal, and slows the daemon down", "info, except while you look for something")
 
 
+def _risks_of_token(at: str, name: str, key: str, secret: SecretStr | None) -> Iterator[Problem]:
+    token = "" if secret is None else secret.get_secret_value()
+    which, remedy = "", f"put the {name} here that the registration has: `openssl rand -hex 32` makes one"
+    if key == "registration_file":
+        which, remedy = f"its {name} ", "`sfu-delegate appservice --new-tokens` makes new ones"
+    if token and _PLACEHOLDER.search(token):
+        yield Problem(f"{at}.{key}", HIDDEN, f"{which}is a placeholder, no token", remedy)
+    elif token and len(token) < 32:
+        problem = f"{which}is short for a token: who guesses it can act as any user of the registration's namespaces"
+        yield Problem(f"{at}.{key}", HIDDEN, problem, f"use one of 32 characters or more; {remedy}")
+
+
 def _risks_of_sqlite(config: Config) -> Iterator[Problem]:
     directory = config.database_path.parent
     try:
@@ -148,7 +162,7 @@ def _risks_of_postgresql(config: Config) -> Iterator[Problem]:
     options = config.database_options()
     hosts = (options.get("hostaddr") or options.get("host", "")).split(",")
     mode, authorities = options.get("sslmode", "prefer"), options.get("sslrootcert")
-    if not all(host == "" or host.startswith(("/", "@")) or _is_loopback(host) for host in hosts):
+    if not all(host == "" or host.startswith(("/", "@")) or is_loopback(host) for host in hosts):
         # libpq: with a file of authorities, `require` is `verify-ca`.
         if not mode.startswith("verify-") and not (mode == "require" and authorities):
             readable = "" if mode == "require" else "delay_ids, by which memberships can be ended, may cross the network readable, and "
@@ -167,10 +181,11 @@ def _risks_of_postgresql(config: Config) -> Iterator[Problem]:
 
 def _is_in_clear(url: str) -> bool:
     """Does what goes there cross a network unencrypted?"""
-    return url.lower().startswith(("ws://", "http://")) and not _is_loopback(urlsplit(url).hostname or "")
+    return url.lower().startswith(("ws://", "http://")) and not is_loopback(urlsplit(url).hostname or "")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Is it this machine alone?"""
     if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
         return True
     try:

@@ -143,6 +143,15 @@ def _homeserver_url(value: str) -> str:
         raise _wrong(str(error), "such as https://matrix.example.org") from None
 
 
+def _proxy_url(value: str) -> str:
+    example = "http://127.0.0.1:8080"
+    _split(value, ("https", "http"), example)
+    try:
+        return checked_base_url(value, allow_http=True)
+    except ValueError as error:
+        raise _wrong(str(error), f"such as {example}") from None
+
+
 def _homeserver_name(value: str) -> str:
     name = value.lower()
     remedy = "a server name such as example.org, a pattern such as '*.example.org', or '*' for every homeserver"
@@ -386,6 +395,7 @@ Port = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, le=65535)]
 Host = Annotated[str, AfterValidator(_host)]
 SfuUrl = Annotated[str, AfterValidator(_sfu_url)]
 HomeserverUrl = Annotated[str, AfterValidator(_homeserver_url)]
+ProxyUrl = Annotated[str, AfterValidator(_proxy_url)]
 HomeserverName = Annotated[str, AfterValidator(_homeserver_name)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
 Label = Annotated[str, AfterValidator(_label)]

@@ -602,6 +602,24 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
         ({"homeservers": [{"name": "a.org", "as_token": f"{SECRET} {SECRET}"}]}, "homeservers[0].as_token", "has a space in it"),
         ({"homeservers": [{"name": "a.org", "as_token": "…"}]}, "homeservers[0].as_token", "cannot be sent"),
         ({"homeservers": [{"name": "a.org", "as_token_file": "/nonexistent"}]}, "homeservers[0].as_token_file", "cannot be read: No such"),
+        ({"homeservers": [{"name": "a.org", "hs_token": SECRET}]}, "homeservers[0].hs_token", "without an as_token"),
+        ({"homeservers": [{"name": "a.org", "as_token": SECRET, "hs_token": SECRET}]}, "homeservers[0].hs_token", "the same as the as_token"),
+        ({"homeservers": [{"name": "a.org", "as_token": SECRET, "hs_token": "é"}]}, "homeservers[0].hs_token", "cannot be sent"),
+        ({"homeservers": [{"name": "a.org", "as_token": SECRET, "hs_token": f"{SECRET} x"}]}, "homeservers[0].hs_token", "has a space in it"),
+        ({"homeservers": [{"name": "a.org", "as_token": SECRET, "hs_token_file": "/nonexistent"}]}, "homeservers[0].hs_token_file", "cannot be read"),
+        (
+            {"homeservers": [{"name": "*.a.org", "url": "https://a.org", "as_token": SECRET, "hs_token": f"{SECRET}2"}]},
+            "homeservers[0].hs_token",
+            "vouches for the users of one server, and *.a.org stands for several",
+        ),
+        (
+            {"homeservers": [{"name": n, "as_token": f"{SECRET}{n}", "hs_token": f"{SECRET}2"} for n in ("a.org", "b.org")]},
+            "homeservers[1].hs_token",
+            "is also that of homeservers[0]",
+        ),
+        ({"homeservers": [{"name": "a.org", "registration_file": "/nonexistent"}]}, "homeservers[0].registration_file", "is not there"),
+        ({"membership": {"interval": "9s"}}, "membership.interval", "at least 10s"),
+        ({"membership": {"interval": "25h"}}, "membership.interval", "at most 1d"),
         ({"homeservers": [{"name": "a.org", "ca_file": "/nonexistent"}]}, "homeservers[0].ca_file", "cannot be read: No such"),
         ({"sfus": {"Main": sfu()}}, "sfus.Main", "not a name for an SFU"),
         ({"sfus": {"main": sfu(keys={})}}, "sfus.main.keys", "is required"),
@@ -679,6 +697,7 @@ def test_a_key_in_the_wrong_section_is_shown_the_way() -> None:
         {"sfus": SECRET},
         {"homeservers": [{"name": "a.org", "as_tokn": SECRET}]},
         {"homeservers": [{"name": "a.org", "as_token": {"is": SECRET}}]},
+        {"homeservers": [{"name": "a.org", "hs_token": {"is": SECRET}}]},
         {"homeservers": [SECRET]},
         {"encryption": {"keys": SECRET}},
         {"encryption": {"keys": [SECRET]}},
@@ -703,7 +722,7 @@ def test_no_secret_is_in_a_problem(changes: dict[str, Any]) -> None:
 def test_no_secret_is_in_a_repr() -> None:
     """Neither the repr nor the shown configuration has a secret."""
     key = new_key()
-    config = from_mapping(good(encryption={"keys": [key]}, homeservers=[{"name": "a.org", "as_token": SECRET}]))
+    config = from_mapping(good(encryption={"keys": [key]}, homeservers=[{"name": "a.org", "as_token": SECRET, "hs_token": f"{SECRET}2"}]))
     for text in (repr(config), str(config), str(config.shown()), config.model_dump_json()):
         assert SECRET not in text
         assert key not in text
@@ -783,13 +802,21 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     config = from_mapping(
         good(
             sfus={"main": {"url": "wss://x", "key_file": private(tmp_path / "livekit", f"APIone: {SECRET}\nAPItwo: '{SECRET}2'\n")}},
-            homeservers=[{"name": "a.org", "as_token_file": private(tmp_path / "as", f"{SECRET}\n")}],
+            homeservers=[
+                {
+                    "name": "a.org",
+                    "as_token_file": private(tmp_path / "as", f"{SECRET}\n"),
+                    "hs_token_file": private(tmp_path / "hs", f"{SECRET}2\n"),
+                }
+            ],
             encryption={"keys_file": private(tmp_path / "keys", f"# new\n{keys[0]}\n{keys[1]}\n")},
         )
     )
     assert {key: secret.get_secret_value() for key, secret in config.sfus["main"].keys.items()} == {"APIone": SECRET, "APItwo": SECRET + "2"}
     assert config.homeservers[0].as_token is not None
     assert config.homeservers[0].as_token.get_secret_value() == SECRET
+    assert config.homeservers[0].hs_token is not None
+    assert config.homeservers[0].hs_token.get_secret_value() == SECRET + "2"
     assert config.encryption_keys() == tuple(keys)
     assert warnings(config) == []
 
@@ -1048,6 +1075,12 @@ def test_a_usual_configuration_has_no_warnings() -> None:
         ({"homeservers": [{"name": "a.org", "as_token": "put-one-long-random-text-here-and-there"}]}, "homeservers[0].as_token"),
         ({"homeservers": [{"name": "a.org", "as_token": "changeme-changeme-changeme-changeme"}]}, "homeservers[0].as_token"),
         ({"homeservers": [{"name": "a.org", "as_token": "example-example-example-example-example"}]}, "homeservers[0].as_token"),
+        ({"homeservers": [{"name": "a.org", "as_token": SECRET, "hs_token": "short"}]}, "homeservers[0].hs_token"),
+        (
+            {"homeservers": [{"name": "a.org", "as_token": SECRET, "hs_token": "put-another-one-here-put-another-one-here"}]},
+            "homeservers[0].hs_token",
+        ),
+        ({"membership": {"enforce": True}}, "membership.enforce"),
         ({"homeservers": [{"name": "a.org", "url": "http://matrix.a.org"}]}, "homeservers[0].url"),
         ({"homeservers": [{"name": "*"}]}, "homeservers[0].name"),
         ({"homeservers": [{"name": "*", "url": "https://matrix.a.org"}]}, "homeservers[0].name"),
@@ -1088,6 +1121,7 @@ def test_risky_settings_are_warned_of(changes: dict[str, Any], key: str) -> None
         {"homeservers": [{"name": "a.org", "federation_url": "http://[::1]:8008"}]},
         {"listen": {"trusted_proxies": []}},
         {"listen": {"port": 8081}, "admin": {"host": "::1"}},
+        {"membership": {"enforce": True}, "homeservers": [{"name": "b.org"}, {"name": "a.org", "as_token": SECRET, "hs_token": f"{SECRET}2"}]},
     ],
 )
 def test_what_does_no_harm_is_not_warned_of(changes: dict[str, Any]) -> None:
@@ -1244,6 +1278,7 @@ def test_what_can_be_reloaded() -> None:
             delegations={"max_events": 2},
             limits={"body": "1MiB"},
             log={"level": "debug"},
+            membership={"enforce": True, "interval": "1m"},
         )
     )
     assert reloadable_changes(old, new) == (True, [])
@@ -1328,7 +1363,23 @@ anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10) | scalars, inner, max_size=4), max_leaves=10
 )
 names = st.sampled_from(
-    [*Config.model_fields, "main", "url", "keys", "name", "as_token", "look_after", "port", "MISSING", "0", "1", "x", "_env_file"]
+    [
+        *Config.model_fields,
+        "main",
+        "url",
+        "keys",
+        "name",
+        "as_token",
+        "hs_token",
+        "registration_file",
+        "look_after",
+        "port",
+        "MISSING",
+        "0",
+        "1",
+        "x",
+        "_env_file",
+    ]
 )
 shaped = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5), max_leaves=20)
 
