@@ -15,7 +15,7 @@ from livekit.api import VideoGrants
 from sfu_delegate.api import port as api_port
 from sfu_delegate.api.app import Public, Services, Settings
 from sfu_delegate.api.listener import Listener
-from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Listed, Looked, Note, Task, Verdict
+from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Listed, Looked, Note, Seen, Task, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.engine import Change, Engine, Limits
@@ -26,6 +26,7 @@ from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import HttpFailed
 from sfu_delegate.matrix.management import Scope
 from sfu_delegate.matrix.openid import OpenIdRefused
+from sfu_delegate.matrix.service import CannotAsk, Federated, Shown
 from sfu_delegate.sealing import Sealer, new_key
 from sfu_delegate.store.sqlite import SqliteStore
 from yarl import URL
@@ -34,7 +35,10 @@ NOW = 1_760_000_000.0
 KEY = SfuKey("main", "APIkey", "a-secret-of-forty-characters-or-so-000000")
 OTHER_KEY = SfuKey("other", "APIother", "the-others-secret-of-forty-characters-00")
 SERVER = "example.org"
+HS_TOKEN = "hs-token-of-example-org"
 SFU_URL = "wss://SFU.example.org:443/rtc-proxy"  # odd, so that it shows whether it is told to the letter
+
+_SFUS = {"main": (SFU_URL, KEY), "other": ("ws://10.0.0.7:7880", OTHER_KEY)}
 
 Script = Callable[[Task], tuple[Verdict, str] | None]
 """What the homeserver says to an action: a verdict and a detail, or None for no answer at all."""
@@ -241,10 +245,69 @@ class SfuRooms:
             raise self.error
         self.created.append((sfu, room))
 
+    def named(self, url: str) -> str | None:
+        return next((name for name, (its, _) in _SFUS.items() if its == url), None)
+
     def access(self, sfu: str) -> tuple[str, SfuKey]:
         if self.gone is not None:
             raise self.gone
-        return {"main": (SFU_URL, KEY), "other": ("ws://10.0.0.7:7880", OTHER_KEY)}[sfu]
+        return _SFUS[sfu]
+
+
+@dataclass
+class AsService:
+    """What homeservers tell their application service; see `api.services.ServiceClient`."""
+
+    course: list[str]
+    events: dict[tuple[str, str], Shown] = field(default_factory=dict)  # by user and delay_id
+    members: set[tuple[str, str]] = field(default_factory=set)  # user and room
+    remote: Federated = Federated(200, "", {"jwt": "from-afar"})  # noqa: RUF009 - immutable
+    trouble: CannotAsk | None = None
+    asked: list[tuple[str, ...]] = field(default_factory=list)
+    bodies: list[Mapping[str, Any]] = field(default_factory=list)
+
+    async def delayed_event(self, homeserver: Homeserver, user: str, delay_id: str, timeout: float) -> Shown | None:  # noqa: ASYNC109
+        self._ask("event", homeserver.name, user)
+        return self.events.get((user, delay_id))
+
+    async def is_joined(self, homeserver: Homeserver, user: str, room_id: str, timeout: float) -> bool:  # noqa: ASYNC109
+        self._ask("joined", homeserver.name, user, room_id)
+        return (user, room_id) in self.members
+
+    async def federated(
+        self,
+        homeserver: Homeserver,
+        destination: str,
+        endpoint: str,
+        body: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109
+    ) -> Federated:
+        self._ask("federated", homeserver.name, destination, endpoint)
+        self.bodies.append(body)
+        return self.remote
+
+    def _ask(self, *what: str) -> None:
+        self.course.append(what[0])
+        self.asked.append(what)
+        if self.trouble is not None:
+            raise self.trouble
+
+
+@dataclass
+class Tokens:
+    """Who was given one; see `api.services.Admissions`."""
+
+    given_to: list[tuple[str, ...]] = field(default_factory=list)
+    arrived: list[Seen] = field(default_factory=list)
+    error: Exception | None = None
+
+    async def given(self, sfu: str, room: str, identity: str, homeserver: str, user: str, room_id: str) -> None:
+        if self.error is not None:
+            raise self.error
+        self.given_to.append((sfu, room, identity, homeserver, user, room_id))
+
+    def joined(self, seen: Seen) -> None:
+        self.arrived.append(seen)
 
 
 @dataclass
@@ -283,12 +346,15 @@ class Bench:
         self.scopes = Scopes()
         self.vouchers = Vouchers(self.port.course)
         self.rooms = SfuRooms(self.port.course)
+        self.service = AsService(self.port.course)
+        self.tokens = Tokens()
         self.told = Told()
         self.keys = KeyRing([KEY])
         self.sealer = Sealer([new_key()])
         network = NoNetwork()
         rules = [
-            HomeserverRule(SERVER, "https://matrix.example.org"),
+            HomeserverRule(SERVER, "https://matrix.example.org", as_token="as-token-of-example-org", hs_token=HS_TOKEN),
+            HomeserverRule("second.example", "https://matrix.second.example", as_token="as-token-of-second", hs_token="hs-token-of-second"),
             HomeserverRule("*.example.net", "https://many.example.net"),
             HomeserverRule("unreachable.org"),
         ]
@@ -300,6 +366,8 @@ class Bench:
             management=self.scopes,
             openid=self.vouchers,
             rooms=self.rooms,
+            service=self.service,
+            admissions=self.tokens,
             paths={"": "main"} if paths is None else paths,
             label=self._label,
             sealer=self.sealer,

@@ -12,6 +12,8 @@ from sfu_delegate.api.errors import one_error_shape
 from sfu_delegate.api.health import Health, healthz
 from sfu_delegate.api.listener import AtOnce, Soon, Usual
 from sfu_delegate.api.matrixrtc import PATHS, MatrixRtc
+from sfu_delegate.api.service import PATHS as SERVICE_PATHS
+from sfu_delegate.api.service import ServiceEndpoints
 from sfu_delegate.api.services import AdminServices, Hooks, Phase, Readiness, Services, Settings
 from sfu_delegate.api.throttle import Throttle
 from sfu_delegate.api.webhooks import PATH, PATH_DEPLOYED, Webhooks
@@ -20,7 +22,8 @@ __all__ = ["AdminServices", "Hooks", "Phase", "Public", "Readiness", "Services",
 
 
 class Public:
-    """What everybody may reach: the delegation API, the MatrixRTC endpoints and the SFU's webhooks. Described in `docs/openapi.yaml`.
+    """What everybody may reach: the delegation API, the MatrixRTC endpoints, the SFU's webhooks, and what is for homeservers that have us as an
+    application service. Described in `docs/openapi.yaml`.
 
     `app` answers everything; `usual` has those that are asked most, for the listener, which answers them with less effort if they come as usual.
     """
@@ -41,6 +44,13 @@ class Public:
             self.usual[path] = AtOnce(webhooks.take, lambda: services.settings().max_webhook_body)
         for path, handler in handlers.items():
             app.router.add_post(path, handler)
+        homeservers = ServiceEndpoints(services, throttle)
+        for path, of_service in SERVICE_PATHS.items():
+            app.router.add_post(path, partial(homeservers.receive, of_service))
+        app.router.add_put("/_matrix/app/v1/transactions/{id}", homeservers.transaction)
+        app.router.add_post("/_matrix/app/v1/ping", homeservers.ping)
+        for path in ("/_matrix/app/v1/users/{id}", "/_matrix/app/v1/rooms/{alias}"):
+            app.router.add_get(path, homeservers.nobody, allow_head=False)
         delegations = Delegations(services, throttle)
         app.router.add_post("/v1/delegations", delegations.delegate)
         app.router.add_get("/v1/delegations/{id}", delegations.show, allow_head=False)

@@ -49,13 +49,14 @@ class Health:
 
 
 def _detail(readiness: Readiness, ready: bool) -> dict[str, Any]:
-    down = any(readiness.homeservers.values()) or any(readiness.sfus.values())
+    down = any(any(conditions.values()) for conditions in (readiness.homeservers, readiness.sfus, readiness.application_services))
     return {
         "status": "unavailable" if not ready else "degraded" if down else _OK,
         "phase": readiness.phase.value,
         "database": readiness.database or _OK,
         "homeservers": {name: _condition(problem) for name, problem in readiness.homeservers.items()},
         "sfus": {name: _condition(problem) for name, problem in readiness.sfus.items()},
+        "application_services": {name: _condition(problem) for name, problem in readiness.application_services.items()},
     }
 
 

@@ -135,7 +135,11 @@ class MatrixRtc:
                 raise self._no_room(error) from None
         if wanted.delay is not None:
             await _or_without(self._put(wanted, wanted.delay, user))
-        jwt = tokens.mint_participant(key, wanted.room, wanted.identities(user)[0], services.clock(), user)
+        identity = wanted.identities(user).identity
+        rule = services.homeservers.rule_for(wanted.server)
+        if rule is not None and rule.as_token is not None:
+            await services.admissions.given(self._sfu, wanted.room, identity, wanted.server, user, wanted.room_id)
+        jwt = tokens.mint_participant(key, wanted.room, identity, services.clock(), user)
         return {"url": url, "jwt": jwt}
 
     def _access(self) -> tuple[str, SfuKey]:
@@ -178,9 +182,9 @@ class MatrixRtc:
 
     async def _put(self, wanted: Wanted, delay: Delay, user: str) -> None:
         """Hand the delegation in; it is durable when this returns."""
-        identity, alias = wanted.identities(user)
+        identity, alias, twin = wanted.identities(user)
         event = NewEvent(delay.id, delay.seconds, OnEnd.SEND)
-        await self._services.port.put(Accept(new_id(), self._sfu, wanted.room, identity, wanted.server, (event,), alias, user))
+        await self._services.port.put(Accept(new_id(), self._sfu, wanted.room, identity, wanted.server, (event,), alias, user, twin=twin))
 
 
 async def _or_without(doing: Awaitable[None]) -> None:

@@ -4,7 +4,7 @@ Everything that can be refused without asking anybody is refused here, as `M_NOT
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -87,6 +87,14 @@ class DelegateBody(GetTokenBody):
     delay_timeout: Integer
 
 
+class Identities(NamedTuple):
+    """The forms of one participant's identity: see `Accept`."""
+
+    identity: str
+    alias: str | None = None
+    twin: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Delay:
     """A delayed event that is to be delegated; `seconds` is its delay."""
@@ -103,18 +111,21 @@ class Wanted:
     token: str = field(repr=False)
     user: str | None  # the claimed one; None: whoever the token belongs to
     device: str
+    room_id: str  # Matrix's
     room: str  # LiveKit's
     member: str | None  # its id, from which the newer form of the identity is made; None: the legacy form
     delay: Delay | None
 
-    def identities(self, user: str) -> tuple[str, str | None]:
-        """The identity that the token is for, and the other form in which the same client may have got one.
+    def identities(self, user: str) -> Identities:
+        """The identity that the token is for, and the other forms in which the same client may have got one.
 
         A client that got its token from `/sfu/get` and delegates by a newer endpoint is connected under the plain form. The other way round the
-        newer form is not known: the legacy request has no member id.
+        newer forms are not known: the legacy request has no member id.
         """
         plain = names.plain_identity(user, self.device)
-        return (plain, None) if self.member is None else (names.identity(user, self.device, self.member), plain)
+        if self.member is None:
+            return Identities(plain)
+        return Identities(names.identity(user, self.device, self.member), plain, names.member_identity(user, self.member))
 
 
 def read_get_token(body: bytes, settings: Settings) -> Wanted:
@@ -132,14 +143,15 @@ def read_sfu_get(body: bytes, settings: Settings) -> Wanted:
     form = read(SfuGetBody, parse_object(body), _TEXTS)
     openid = form.openid_token
     room = names.room_name(form.room)
-    return Wanted(openid.matrix_server_name, openid.access_token, None, form.device_id, room, None, _delay(form, settings))
+    return Wanted(openid.matrix_server_name, openid.access_token, None, form.device_id, form.room, room, None, _delay(form, settings))
 
 
 def _of(form: GetTokenBody, settings: Settings) -> Wanted:
     openid, member = form.openid_token, form.member
     room = names.room_name(form.room_id, form.slot_id)
     delay = _delay(form, settings)
-    return Wanted(openid.matrix_server_name, openid.access_token, member.claimed_user_id, member.claimed_device_id, room, member.id, delay)
+    user, device = member.claimed_user_id, member.claimed_device_id
+    return Wanted(openid.matrix_server_name, openid.access_token, user, device, form.room_id, room, member.id, delay)
 
 
 def _delay(form: _Delay, settings: Settings) -> Delay | None:

@@ -4,16 +4,18 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 from structlog.stdlib import BoundLogger
 
 from sfu_delegate.api.client import Network
 from sfu_delegate.api.port import Port
+from sfu_delegate.delegation.model import Seen
 from sfu_delegate.livekit.keys import SfuKey
 from sfu_delegate.matrix.discovery import Homeserver, Homeservers
 from sfu_delegate.matrix.management import Scope
+from sfu_delegate.matrix.service import Federated, Shown
 from sfu_delegate.sealing import Sealer
 
 
@@ -65,8 +67,43 @@ class Rooms(Protocol):
     async def create(self, sfu: str, room: str) -> None:
         """Make the room, unless it is there. Raises SfuUnavailable."""
 
+    def named(self, url: str) -> str | None:
+        """Which SFU clients connect to by this URL."""
+
     def access(self, sfu: str) -> tuple[str, SfuKey]:
         """The URL that clients connect to, to the letter, and the key that signs their tokens. Raises SfuUnavailable: it is not configured."""
+
+
+class ServiceClient(Protocol):
+    """What an application service asks its homeserver: see `matrix.service`. All raise CannotAsk."""
+
+    async def delayed_event(self, homeserver: Homeserver, user: str, delay_id: str, timeout: float) -> Shown | None:  # noqa: ASYNC109
+        """A delayed event of this user's; None where it has none of that id."""
+
+    async def is_joined(self, homeserver: Homeserver, user: str, room_id: str, timeout: float) -> bool:  # noqa: ASYNC109
+        """Is the user in the room?"""
+
+    async def federated(
+        self,
+        homeserver: Homeserver,
+        destination: str,
+        endpoint: str,
+        body: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109
+    ) -> Federated:
+        """What another homeserver answers at one of MSC4195's endpoints."""
+
+
+class Admissions(Protocol):
+    """Whoever looks after those that were given access tokens."""
+
+    async def given(self, sfu: str, room: str, identity: str, homeserver: str, user: str, room_id: str) -> None:
+        """A token is about to be given; `homeserver` can be asked whether the user is in the Matrix room. Kept when this returns, if that is
+        configured. Raises Unavailable.
+        """
+
+    def joined(self, seen: Seen) -> None:
+        """A webhook says that somebody has joined."""
 
 
 class TokenCheck(Protocol):
@@ -85,6 +122,8 @@ class Services:
     homeservers: Homeservers
     management: TokenCheck
     openid: UserCheck
+    service: ServiceClient
+    admissions: Admissions
     rooms: Rooms
     paths: Mapping[str, str]  # prefix of the MatrixRTC endpoints → SFU; empty: there are none
     label: Callable[[str], str]  # what to call a homeserver where its name, which a client chose, does not belong
@@ -112,6 +151,7 @@ class Readiness:
     database: str = ""
     homeservers: Mapping[str, str | None] = field(default_factory=dict)  # by name; None: not asked yet
     sfus: Mapping[str, str | None] = field(default_factory=dict)  # by name; None: not asked yet
+    application_services: Mapping[str, str | None] = field(default_factory=dict)  # by homeserver; None: not asked yet
 
 
 @dataclass(frozen=True, slots=True)

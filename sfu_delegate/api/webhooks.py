@@ -16,7 +16,7 @@ from sfu_delegate.api.errors import MatrixError, logged
 from sfu_delegate.api.plain import DONE, Answer, Asked, Asker, Told, refusal
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import Services
-from sfu_delegate.delegation.model import Missed
+from sfu_delegate.delegation.model import Missed, Seen, Sighting
 from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.livekit import webhook
 from sfu_delegate.livekit.webhook import WebhookRefused
@@ -83,6 +83,8 @@ class Webhooks:
             services.hooks.on_webhook(sfu, event, IGNORED)
             answer(DONE)
         else:
+            if type(given) is Seen and given.what is Sighting.JOINED:
+                services.admissions.joined(given)
             services.port.hand(given, lambda reply: self._kept(reply, sfu, event, began, answer))
 
     def _kept(self, reply: Reply | Exception, sfu: str, event: str, began: float, answer: Told) -> None:

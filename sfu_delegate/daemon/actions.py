@@ -1,7 +1,7 @@
 """Carries out what the engine claimed: requests to homeservers, and looks at SFUs. Whatever happens, the result comes back as an input."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeservers
 from sfu_delegate.matrix.management import Answer, ManagementClient
+from sfu_delegate.matrix.service import ApplicationService, CannotAsk, Defect, Part
 from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.sealing import CannotUnseal, Sealer
 
@@ -17,6 +18,8 @@ TOLD_AT_ONCE = 2  # lines about one homeserver or SFU within RECENTLY: a trouble
 RECENTLY = 60.0  # seconds
 LASTED = 5.0  # seconds
 CHECKED_ROOM = "sfu-delegate-check"  # there need not be such a room: it is looked at to see whether the SFU answers
+CHECK_SERVICE_SOON = 20.0  # seconds until an application service is checked again, where the homeserver did not answer
+CHECK_SERVICE_AGAIN = 120.0  # … and where something is wrong with it
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
 
 log = get_logger(__name__)
@@ -47,6 +50,9 @@ class Observer(Protocol):
     def look(self, sfu: str, outcome: str, seconds: float) -> None:
         """A look at an SFU came to an end."""
 
+    def service(self, homeserver: str, broken: Container[Part], checked: Iterable[Part]) -> None:
+        """What an application service needs was checked at a homeserver."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sfu:
@@ -62,6 +68,7 @@ class Means:
 
     homeservers: Homeservers
     client: ManagementClient
+    service: ApplicationService
     room_service: RoomService
     sealer: Sealer
     sfus: dict[str, Sfu]
@@ -89,6 +96,8 @@ class Actions:
         self.conditions: dict[tuple[str, str], str] = {}  # ("homeserver" | "sfu", name) → what is wrong with it, or ""; only who was asked
         self._told: dict[tuple[str, str], _Told] = {}
         self._checks: set[asyncio.Task[None]] = set()
+        self._service_checks: dict[str, asyncio.Task[None]] = {}  # by homeserver
+        self._defects: dict[str, Sequence[Defect]] = {}  # by homeserver: what was told
 
     def carry_out(self, task: Task) -> None:
         """Begin with an action."""
@@ -98,7 +107,7 @@ class Actions:
 
     async def finish(self, within: float) -> int:
         """Wait for what is in flight, `within` seconds; returns how many had to be abandoned."""
-        for check in self._checks:
+        for check in (*self._checks, *self._service_checks.values()):
             check.cancel()
         pending: set[asyncio.Task[None]] = set(self._tasks)
         if pending:
@@ -118,6 +127,45 @@ class Actions:
             job = asyncio.create_task(check)
             self._checks.add(job)
             job.add_done_callback(self._checks.discard)
+
+    def check_services(self, homeservers: Mapping[str, bool]) -> None:
+        """See whether the application service is set up well at each of these, now and until it is: what is wrong is mended there, while we run.
+        The value tells whether it is to pass requests on as well.
+        """
+        for name, task in self._service_checks.items():
+            task.cancel()
+            if name not in homeservers:
+                self.conditions.pop(("application_service", name), None)
+                self._defects.pop(name, None)
+        self._service_checks = {name: asyncio.create_task(self._check_service(name, passes_on)) for name, passes_on in homeservers.items()}
+
+    async def _check_service(self, name: str, passes_on: bool) -> None:
+        while True:
+            pause = CHECK_SERVICE_AGAIN
+            try:
+                async with asyncio.timeout(3 * self.reach.timeout):
+                    homeserver = await self.reach.homeservers.resolve(name)
+                    defects = await self.reach.service.defects(homeserver, self.reach.timeout, passes_on=passes_on)
+            except (CannotAsk, DiscoveryFailed, TimeoutError):
+                pause = CHECK_SERVICE_SOON  # that the homeserver does not answer is told by itself
+            except Exception as error:
+                log.error("check_failed", homeserver=name, error=type(error).__name__, at=frames(error))
+            else:
+                self._tell_of_service(name, defects, passes_on)
+                if not defects:
+                    return
+            await asyncio.sleep(pause)
+
+    def _tell_of_service(self, name: str, defects: Sequence[Defect], passes_on: bool) -> None:
+        self.conditions["application_service", name] = "; ".join(defect.problem for defect in defects)
+        self._observer.service(name, {defect.part for defect in defects}, Part if passes_on else [Part.TOKEN])
+        if self._defects.get(name) == defects:
+            return
+        self._defects[name] = defects
+        for defect in defects:
+            log.warning("application_service_failed", homeserver=name, part=defect.part.value, problem=defect.problem, remedy=defect.remedy)
+        if not defects:
+            log.info("application_service_works", homeserver=name, passes_on=passes_on)
 
     async def _check_homeserver(self, name: str) -> None:
         try:

@@ -26,6 +26,8 @@ from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
+from sfu_delegate.daemon.membership import Membership
+from sfu_delegate.daemon.membership import Terms as MembershipTerms
 from sfu_delegate.daemon.sharing import Sharing, instance_name, meet
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Task
 from sfu_delegate.delegation.urgency import Limit
@@ -37,6 +39,7 @@ from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.federation import OF_A_STRANGER, Federation, Terms
 from sfu_delegate.matrix.management import ManagementClient
 from sfu_delegate.matrix.openid import OpenId, OpenIdRefused
+from sfu_delegate.matrix.service import ApplicationService
 from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
@@ -173,6 +176,11 @@ class _Rooms:
         except TimeoutError:
             raise SfuUnavailable(f"The SFU did not answer within {there.timeout:g} s.", Trouble.TIMEOUT) from None
 
+    def named(self, url: str) -> str | None:
+        """See `api.services.Rooms`. A slash at the end makes no other URL, and neither do capitals in its host."""
+        wanted = _plain_url(url)
+        return next((name for name, sfu in self._sfus().items() if _plain_url(sfu.address.url) == wanted), None)
+
     def access(self, sfu: str) -> tuple[str, SfuKey]:
         """See `api.services.Rooms`."""
         address = self._find(sfu).address
@@ -183,6 +191,12 @@ class _Rooms:
         if there is None:
             raise SfuUnavailable("It is not configured any more.", Trouble.CONNECTION)
         return there
+
+
+def _plain_url(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme.lower()}{separator}{host.lower()}{slash}{path}".rstrip("/")
 
 
 class Daemon:
@@ -245,6 +259,7 @@ class Daemon:
         self._room_service = RoomService()
         self._tls = _tls(config)
         self._federation = Federation(self._terms, self._egress, clock)
+        self._service = ApplicationService(self._egress, clock)
         self._openid = OpenId(self._federation, clock, cache=lambda: self.config.matrixrtc.openid_cache)
         self.metrics = Metrics(self._label)
         self.metrics.tls_verified.set(1 if config.federation.verify_tls else 0)
@@ -262,12 +277,24 @@ class Daemon:
             limited=self._limited,
         )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
-        reach = Means(self.homeservers, self.client, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
+        reach = Means(self.homeservers, self.client, self._service, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         sharing = None if shared is None else Sharing(self.engine, shared, clock)
         self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
         self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox, sharing)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
+        store = self._store
+        self._membership = Membership(
+            self._membership_terms,
+            lambda work: self.inbox.in_thread(lambda: work(store)),
+            self.homeservers,
+            self._service,
+            self._room_service,
+            clock,
+            self.metrics,
+            random,
+        )
         self.loop_task = asyncio.create_task(self.inbox.run())
+        self._membership_task = asyncio.create_task(self._membership.run())
         log.info("started", version=__version__, database=self._store.name, delegated=sum(self.engine.states.values()), taken_up=recovered)
 
     async def _compare_keys(self) -> None:
@@ -290,6 +317,8 @@ class Daemon:
             homeservers=self.homeservers,
             management=self.client,
             openid=_Users(self._openid, self.metrics),
+            service=self._service,
+            admissions=self._membership,
             rooms=_Rooms(self._room_service, lambda: self.actions.reach.sfus),
             paths=config.matrixrtc_paths,
             label=self._label,
@@ -312,6 +341,7 @@ class Daemon:
         self.admin_port = int(sock.getsockname()[1])
         self._phase = Phase.RUNNING
         self.actions.check(_named(config), config.sfus)
+        self.actions.check_services(_services(config))
         log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=f"{config.admin.host}:{self.admin_port}")
 
     # ── while it runs ──
@@ -334,7 +364,8 @@ class Daemon:
         # Of those that match a pattern, the ones in trouble: there may be many.
         homeservers |= {name: problem for (kind, name), problem in conditions.items() if kind == "homeserver" and problem}
         sfus = {name: conditions.get(("sfu", name)) for name in self.config.sfus}
-        return Readiness(self._phase, trouble, homeservers, sfus)
+        services = {name: conditions.get(("application_service", name)) for name in _services(self.config)}
+        return Readiness(self._phase, trouble, homeservers, sfus, services)
 
     def _probed(self) -> "asyncio.Future[None]":
         """One write, under way for all who ask: those who have given up would otherwise leave theirs in the way of steps."""
@@ -342,6 +373,10 @@ class Daemon:
             self._probe = asyncio.ensure_future(self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark)))
             self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
         return self._probe
+
+    def _membership_terms(self) -> MembershipTerms:
+        config = self.config
+        return MembershipTerms(config.membership.enforce, config.membership.interval, config.timeouts.request, self.actions.reach.sfus)
 
     def _label(self, homeserver: str) -> str:
         rule = self.homeservers.rule_for(homeserver)
@@ -400,7 +435,9 @@ class Daemon:
         self.metrics.known(homeserver.name for homeserver in self.config.homeservers)
         policy, limits = self.config.policy(), _limits(self.config)
         self._reconfiguring = asyncio.ensure_future(self.inbox.in_thread(lambda: self.engine.reconfigure(policy, limits)))
+        self._membership.reconsider()
         self.actions.check(_named(self.config), self.config.sfus)
+        self.actions.check_services(_services(self.config))
         self.metrics.reloads.labels("done").inc()
         logs.set_level("info")  # so that this line is seen whatever the level was, and will be
         log.info("config_reloaded", needs_restart=needs_restart)
@@ -416,6 +453,8 @@ class Daemon:
         self._phase = Phase.STOPPING
         log.info("stopping", in_flight=self.engine.in_flight)
         self.inbox.stop()
+        self._membership_task.cancel()
+        await asyncio.wait({self._membership_task})
         abandoned = await self.actions.finish(within)
         self.inbox.flush()
         left = max(0.0, until - asyncio.get_running_loop().time())
@@ -463,6 +502,11 @@ def _named(config: Config) -> list[str]:
     return [homeserver.name.lower() for homeserver in config.homeservers if "*" not in homeserver.name]
 
 
+def _services(config: Config) -> dict[str, bool]:
+    """The homeservers with an application service, and whether they are to pass requests on."""
+    return {one.name.lower(): one.hs_token is not None for one in config.homeservers if one.as_token is not None and "*" not in one.name}
+
+
 def _rules(config: Config) -> list[HomeserverRule]:
     return [
         HomeserverRule(
@@ -472,6 +516,7 @@ def _rules(config: Config) -> list[HomeserverRule]:
             ca_file=str(homeserver.ca_file) if homeserver.ca_file else None,
             allow_private=homeserver.allow_private_addresses,
             federation_url=homeserver.federation_url,
+            hs_token=homeserver.hs_token.get_secret_value() if homeserver.hs_token else None,
             max_in_flight=homeserver.in_flight,
             limited=homeserver.rate_limited,
         )

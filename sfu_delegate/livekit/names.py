@@ -33,6 +33,11 @@ def identity(user_id: str, device_id: str, member_id: str) -> str:
     return derived(user_id, device_id, member_id)
 
 
+def member_identity(user_id: str, member_id: str) -> str:
+    """The identity of a member in the proposal's present form: what clients get through their homeserver."""
+    return derived(user_id, member_id)
+
+
 def plain_identity(user_id: str, device_id: str) -> str:
     """The identity that clients get from the legacy `/sfu/get`.
 

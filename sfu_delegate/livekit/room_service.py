@@ -68,10 +68,11 @@ class Trouble(StrEnum):
 class SfuUnavailable(Exception):
     """The SFU could not be asked: nothing is known about anybody. The text is a plain sentence for the log."""
 
-    def __init__(self, sentence: str, trouble: Trouble) -> None:
+    def __init__(self, sentence: str, trouble: Trouble, code: str = "") -> None:
         super().__init__(sentence)
         self.sentence = sentence
         self.trouble = trouble
+        self.code = code  # LiveKit's own, where it has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class SfuAddress:
 
 
 class RoomService:
-    """The two calls of RoomService that a delegate needs. How many go on at once is the caller's to limit.
+    """The calls of RoomService that a delegate needs. How many go on at once is the caller's to limit.
 
     Without a session it makes its own at the first call, and `close` (or `async with`) closes that one only. `clock` is the wall clock in
     Unix seconds, for the tokens.
@@ -143,6 +144,16 @@ class RoomService:
         if not sid or answer.get("name") != room:
             raise SfuUnavailable("The SFU's answer is not LiveKit's: it does not tell the room that was asked for.", Trouble.ANSWER)
         return sid
+
+    async def remove(self, sfu: SfuAddress, room: str, identity: str, timeout: float) -> bool:  # noqa: ASYNC109
+        """Remove a participant from a room; False where it is not there. Raises SfuUnavailable."""
+        try:
+            await self._call(sfu, "RemoveParticipant", room, {"room": room, "identity": identity}, timeout)
+        except SfuUnavailable as error:
+            if error.code == "not_found":
+                return False
+            raise
+        return True
 
     async def close(self) -> None:
         """Close the own session, if there is one. Can be called again."""
@@ -246,7 +257,7 @@ def _failure(status: int, body: bytes | None) -> SfuUnavailable:
         )
     if code == "bad_route":
         return SfuUnavailable(f"LiveKit does not know this call (HTTP {status}, bad_route): check the URL's path.", Trouble.ANSWER)
-    return SfuUnavailable(f"The SFU failed with HTTP {status}{f' ({code})' if code else ''}.", Trouble.ERROR)
+    return SfuUnavailable(f"The SFU failed with HTTP {status}{f' ({code})' if code else ''}.", Trouble.ERROR, code)
 
 
 def _no_connection(error: Exception) -> SfuUnavailable:

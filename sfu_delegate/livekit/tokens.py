@@ -114,16 +114,20 @@ def access(token: str, keys: Mapping[str, SfuKey], now: float) -> Access:
     return Access(key.sfu, room, identity, float(min(claims["exp"], FAR_FUTURE)), user if type(user) is str else None)
 
 
-def mint(key: SfuKey, grants: VideoGrants, now: float, ttl: float, identity: str = "", user: str | None = None) -> str:
+def mint(
+    key: SfuKey, grants: VideoGrants, now: float, ttl: float, identity: str = "", user: str | None = None, not_before: float | None = None
+) -> str:
     """A token with these grants, from `now` (Unix seconds) for `ttl` seconds.
 
     The claims are livekit-api's; signed here, since its `to_jwt` reads the system's clock, and warns of the short secrets that LiveKit's
-    development mode has. There is no `nbf`: a clock that is ahead of the SFU's must not get our questions refused.
+    development mode has. There is no `nbf` unless `not_before` is given: a clock that is ahead of the SFU's must not get our questions refused.
     """
     claims = AccessToken(key.key, key.secret).with_grants(grants).claims.asdict()
     claims |= {"iss": key.key, "exp": int(now + ttl)}
     if identity:
         claims["sub"] = identity
+    if not_before is not None:
+        claims["nbf"] = int(not_before)
     if user is not None:
         claims[USER_CLAIM] = user
     payload = json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()
@@ -138,6 +142,17 @@ def mint_participant(key: SfuKey, room: str, identity: str, now: float, user: st
     """
     grants = VideoGrants(room_join=True, room=room, room_create=False, can_publish=True, can_subscribe=True, can_update_own_metadata=True)
     return mint(key, grants, now, PARTICIPANT_TTL, identity, user)
+
+
+def mint_member(key: SfuKey, room: str, identity: str, now: float, user: str, *, can_publish: bool) -> str:
+    """The same in the proposal's present form: those whose homeserver has another SFU only listen here, and nobody changes its own metadata.
+
+    `nbf`, by which LiveKit may once revoke tokens, is now: it lets clocks differ by a minute.
+    """
+    grants = VideoGrants(
+        room_join=True, room=room, room_create=False, can_publish=can_publish, can_subscribe=True, can_update_own_metadata=False, hidden=False
+    )
+    return mint(key, grants, now, PARTICIPANT_TTL, identity, user, not_before=now)
 
 
 def mint_admin(key: SfuKey, room: str, now: float) -> str:

@@ -5,6 +5,7 @@ chooses a URL.
 """
 
 import asyncio
+import hmac
 import re
 import ssl as tls
 from collections import OrderedDict
@@ -58,6 +59,7 @@ class HomeserverRule:
     max_in_flight: int = 64  # requests at a time, for whoever plans them
     limited: bool | None = None  # does its rate limit hold for us? None: that depends on the as_token, or is to be found out
     federation_url: str | None = None  # of the server-server API; None: by server discovery
+    hs_token: str | None = field(default=None, repr=False)  # by which the homeserver proves itself to the application service
 
     def __post_init__(self) -> None:
         if not is_pattern(self.pattern):
@@ -129,6 +131,8 @@ class _Rules:
         for rule in rules:
             if rule.ca_file is not None and rule.ca_file not in self.contexts:
                 self.contexts[rule.ca_file] = _context(rule)
+        # By what a homeserver proves itself: for one server, since it vouches for its users.
+        self.hs_tokens = [(rule.hs_token.encode(), rule.pattern.lower()) for rule in rules if rule.hs_token is not None and "*" not in rule.pattern]
         # Asked for with every request and every change of a row, for few names: an answer each from a bounded memory.
         self.find = lru_cache(MAX_CACHED)(self._find)
         self.configured = lru_cache(MAX_CACHED)(self._configured)
@@ -185,6 +189,20 @@ class Homeservers:
         certificate authorities.
         """
         return self._rules.ssl(rule)
+
+    @property
+    def has_services(self) -> bool:
+        """Does any homeserver have an application service by which it passes requests on?"""
+        return bool(self._rules.hs_tokens)
+
+    def vouched_by(self, hs_token: str) -> str | None:
+        """The homeserver whose `hs_token` this is. How long that takes tells nothing of the tokens."""
+        given = hs_token.encode("utf-8", "surrogatepass")
+        found = None
+        for token, name in self._rules.hs_tokens:
+            if hmac.compare_digest(token, given):
+                found = name
+        return found
 
     def configured(self, name: str) -> Homeserver | None:
         """Where the homeserver of that name is, if the configuration says it; else `resolve` has to look."""

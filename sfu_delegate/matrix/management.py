@@ -136,7 +136,7 @@ class ManagementClient:
         """
         if action not in _ACTIONS:
             raise ValueError(f"{action} is not a management request")
-        if (token is not None or not _PLAIN.fullmatch(delay_id)) and (problem := _unspeakable(delay_id, token)):
+        if (token is not None or not _PLAIN.fullmatch(delay_id)) and (problem := unspeakable(delay_id, token)):
             return Answer(Verdict.REFUSED, None, "", None, problem)
         own_token = token is None and homeserver.as_token is not None
         credential = token if token is not None else homeserver.as_token
@@ -363,7 +363,7 @@ def _not_negotiated(why: str, reply: Reply | None = None) -> Answer:
     )
 
 
-def _unspeakable(delay_id: str, token: str | None) -> str:
+def unspeakable(delay_id: str, token: str | None) -> str:
     """Why no request can be made of these; "" if one can.
 
     A delay_id is whatever a client claims. Quoting keeps it within its place in the path, except that `.` and `..` are resolved by servers

@@ -1,7 +1,7 @@
 """What Prometheus scrapes. Labels come from the configuration and from our own words only, never from what a client sent."""
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from math import inf
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from sfu_delegate import __version__
 from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
 from sfu_delegate.delegation.urgency import Limit
+from sfu_delegate.matrix.service import Part
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
@@ -91,6 +92,26 @@ class Metrics:
         )
         self.openid_seconds = Histogram(
             "sfu_delegate_openid_check_seconds", "How long such a check takes, with server discovery where it is needed.", buckets=_FAST, registry=at
+        )
+        self.memberships = Counter(
+            "sfu_delegate_membership_checks_total",
+            "Questions to homeservers whether somebody in a call is in the Matrix room, where membership is enforced: joined, not_joined, "
+            "cannot_tell (the homeserver does not offer it), or unavailable.",
+            ("homeserver", "result"),
+            registry=at,
+        )
+        self.removals = Counter(
+            "sfu_delegate_participants_removed_total",
+            "Participants that were removed from a call since their user is not in the Matrix room.",
+            ("sfu",),
+            registry=at,
+        )
+        self.service_works = Gauge(
+            "sfu_delegate_application_service_works",
+            "1 where all that the application service needs worked at the homeserver when it was last checked, at the start or a reload; else 0. "
+            "token: it is registered and may speak for users; membership: MSC4502; federation: MSC4512; proxy: clients' requests come here.",
+            ("homeserver", "part"),
+            registry=at,
         )
         self.tls_verified = Gauge(
             "sfu_delegate_federation_tls_verified",
@@ -202,6 +223,19 @@ class Metrics:
         """An OpenID token was checked, or could not be."""
         self._openid[self.label(homeserver), result].inc()
         self.openid_seconds.observe(seconds)
+
+    def service(self, homeserver: str, broken: Container[Part], checked: Iterable[Part]) -> None:
+        """What an application service needs was checked at a homeserver."""
+        for part in checked:
+            self.service_works.labels(self.label(homeserver), part.value).set(part not in broken)
+
+    def membership(self, homeserver: str, result: str) -> None:
+        """A homeserver was asked whether somebody is in a room."""
+        self.memberships.labels(self.label(homeserver), result).inc()
+
+    def removed(self, sfu: str) -> None:
+        """Somebody was removed from a call."""
+        self.removals.labels(sfu).inc()
 
     def change(self, old: DelayedEvent | None, new: DelayedEvent, now: float) -> None:
         """A row changed, durably."""

@@ -3,7 +3,7 @@
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import Any, cast
 
 import pytest
@@ -13,6 +13,7 @@ from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver, Homeservers, NotServed
 from sfu_delegate.matrix.management import Answer, ManagementClient
+from sfu_delegate.matrix.service import ApplicationService, Part
 from sfu_delegate.sealing import Sealer, new_key
 
 from tests.integration.daemon import captured_log
@@ -41,6 +42,7 @@ class Bench:
         self.reach = Means(
             cast(Homeservers, _Homeservers(self)),
             cast(ManagementClient, _Client(self)),
+            cast(ApplicationService, None),
             cast(RoomService, _RoomService(self)),
             self.sealer,
             {"main": Sfu(address, 5.0)},
@@ -63,6 +65,9 @@ class Bench:
 
     def look(self, sfu: str, outcome: str, seconds: float) -> None:
         self.told.append((sfu, "look", outcome))
+
+    def service(self, homeserver: str, broken: Container[Part], checked: Iterable[Part]) -> None:
+        self.told += [(homeserver, part.value, "broken" if part in broken else "works") for part in checked]
 
     async def result(self, task: Task) -> Answered | Looked:
         """Carry it out, and return what was handed in: exactly one input."""

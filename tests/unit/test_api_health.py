@@ -40,6 +40,7 @@ async def test_a_running_daemon_lives_and_is_ready() -> None:
             "database": "ok",
             "homeservers": {"example.org": "ok"},
             "sfus": {"main": "ok"},
+            "application_services": {},
         }
 
 

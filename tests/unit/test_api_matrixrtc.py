@@ -34,6 +34,7 @@ ROOM = "O8437W3+jmzMVjoIP3tNwbm+XxHQk2iKpOA7aqw3qSc"  # the proposal's vector: t
 LEGACY_ROOM = "F4oOprKFBq6JHqy2qYpq6UQQmR7hCvxkQQoUrd0+SbI"  # ["!roomid:example.com","m.call#ROOM"]
 HASHED = "CizOKvJrpZhNlacC1Yi9219oQD5u8rvD0gWGSO4rUG4"  # ["@alice:example.org","DEVICE","memberABC"]
 PLAIN = "@alice:example.org:DEVICE"
+TWIN = "q2Q2LBM5QFhJEWwe6h/T3vYfWS27jySJV+VwNlBNy84"  # ["@alice:example.org","memberABC"]
 EVENT = NewEvent(DELAY_ID, 3600.0, OnEnd.SEND)
 DELAY: Body = {"delay_id": DELAY_ID, "delay_timeout": 3_600_000, "delay_cs_api_url": "https://matrix.example.org"}
 PAGE = {"Origin": "https://call.example.org"}
@@ -138,9 +139,9 @@ async def test_a_delegation_alone() -> None:
 @pytest.mark.parametrize(
     ("ask", "accept"),
     [
-        (Ask(GET_TOKEN, True), Accept("", "main", ROOM, HASHED, SERVER, (EVENT,), alias=PLAIN, user=ALICE)),
+        (Ask(GET_TOKEN, True), Accept("", "main", ROOM, HASHED, SERVER, (EVENT,), alias=PLAIN, user=ALICE, twin=TWIN)),
         (Ask(SFU_GET, True), Accept("", "main", LEGACY_ROOM, PLAIN, SERVER, (EVENT,), alias=None, user=ALICE)),
-        (DELEGATES, Accept("", "main", ROOM, HASHED, SERVER, (EVENT,), alias=PLAIN, user=ALICE)),
+        (DELEGATES, Accept("", "main", ROOM, HASHED, SERVER, (EVENT,), alias=PLAIN, user=ALICE, twin=TWIN)),
     ],
     ids=str,
 )

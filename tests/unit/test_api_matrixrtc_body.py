@@ -15,6 +15,7 @@ from sfu_delegate.api.matrixrtc_body import (
     Delay,
     DelegateBody,
     GetTokenBody,
+    Identities,
     SfuGetBody,
     Wanted,
     read_delegate,
@@ -95,25 +96,26 @@ def bad(reader: Read, body: Body, settings: Settings = SETTINGS) -> str:
 @pytest.mark.parametrize(("reader", "body", "delay"), [(read_get_token, MINE, None), (read_delegate, MINE | DELAY, Delay(DELAY_ID, 3600.0))])
 def test_the_new_form(reader: Read, body: Body, delay: Delay | None) -> None:
     """Room and slot become LiveKit's room; who asks is claimed, and to be checked."""
-    assert understood(reader, body) == Wanted("example.com", TOKEN, "@alice:example.com", "DEVICE", ROOM, "memberABC", delay)
+    assert understood(reader, body) == Wanted("example.com", TOKEN, "@alice:example.com", "DEVICE", "!roomid:example.com", ROOM, "memberABC", delay)
 
 
 def test_the_legacy_form() -> None:
     """The slot is the room's call; nobody is claimed, and there is no member."""
     room = "F4oOprKFBq6JHqy2qYpq6UQQmR7hCvxkQQoUrd0+SbI"  # of ["!roomid:example.com","m.call#ROOM"]
-    assert understood(read_sfu_get, LEGACY) == Wanted("example.com", TOKEN, None, "DEVICE", room, None, None)
+    assert understood(read_sfu_get, LEGACY) == Wanted("example.com", TOKEN, None, "DEVICE", "!roomid:example.com", room, None, None)
     assert understood(read_sfu_get, LEGACY | DELAY).delay == Delay(DELAY_ID, 3600.0)
 
 
 def test_the_identities_of_the_new_form() -> None:
-    """The token is for the hashed identity; the same client may be connected under the plain one."""
-    wanted = understood(read_get_token, MINE)
-    assert wanted.identities("@alice:example.com") == ("lwZwzslDeNc9ntK/hT0YfCSFmepFF2SMMVNMTuwfnl4", "@alice:example.com:DEVICE")
+    """The token is for the hashed identity; the same client may be connected under the plain one, or the one that it gets through its homeserver."""
+    assert understood(read_get_token, MINE).identities("@alice:example.com") == Identities(
+        "lwZwzslDeNc9ntK/hT0YfCSFmepFF2SMMVNMTuwfnl4", "@alice:example.com:DEVICE", "M3VnsLXrkbxIDINXO64u8PZzFyD9ZYFiQULR2dshWYs"
+    )
 
 
 def test_the_identity_of_the_legacy_form() -> None:
     """The plain one; which hashed one the same client may have is not known."""
-    assert understood(read_sfu_get, LEGACY).identities("@alice:example.com") == ("@alice:example.com:DEVICE", None)
+    assert understood(read_sfu_get, LEGACY).identities("@alice:example.com") == Identities("@alice:example.com:DEVICE")
 
 
 @pytest.mark.parametrize(("reader", "body"), ALL)

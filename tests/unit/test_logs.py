@@ -14,7 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sfu_delegate.api.listener import AtOnce, Usual, _Request
 from sfu_delegate.api.plain import Answer, Asked, Asker
+from sfu_delegate.api.service_body import Asked as ServiceAsked
 from sfu_delegate.delegation.model import Action, Carried, DelayedEvent, NewEvent, OnEnd, Task
+from sfu_delegate.matrix.service import Federated
 from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import HIDDEN, Seldom, configure, get_logger, redact, set_level, short
 
@@ -259,8 +261,10 @@ USUAL: Usual = AtOnce(lambda asked, told: None, lambda: 1000)
 HOLDING_SECRETS = [
     row(delay_id="hunter2", token=b"hunter2"),
     NewEvent("hunter2", 60.0, OnEnd.SEND),
-    Carried(1, "D1", "alice", None, None, 60.0, OnEnd.SEND, b"hunter2", NOW, None),
+    Carried(1, "D1", "alice", None, None, None, 60.0, OnEnd.SEND, b"hunter2", NOW, None),
     Task(Action.SEND, 7, 3, "main", "room", delay_id="hunter2", token=b"hunter2"),
+    Federated(200, "", {"jwt": "hunter2"}),
+    ServiceAsked("wss://sfu.example.org", "!room", "slot", "member", None, None, None, "hunter2"),
     Asked(Asker("192.0.2.1", ()), "hunter2", "hunter2", b"hunter2"),
     Answer(200, {"Location": "hunter2"}, b"hunter2"),
     _Request(b"POST /hunter2 HTTP/1.1", USUAL, "hunter2", "hunter2", (), b"hunter2", 7),
@@ -281,7 +285,7 @@ def test_a_repr_shows_what_is_no_secret() -> None:
     assert "delay_id=…" in shown
     assert "token=None" in shown
     assert "room='the-room'" in shown
-    assert repr(NewEvent("hunter2", 60.0, OnEnd.SEND)) == f"NewEvent(delay_id=…, delay=60.0, on_end={OnEnd.SEND!r})"
+    assert repr(NewEvent("hunter2", 60.0, OnEnd.SEND)) == f"NewEvent(delay_id=…, delay=60.0, on_end={OnEnd.SEND!r}, running_since=None)"
 
 
 def changed_by_patterns(text: str) -> bool:
