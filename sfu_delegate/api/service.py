@@ -23,10 +23,11 @@ from sfu_delegate.api.services import Services, Settings
 from sfu_delegate.api.throttle import Throttle
 from sfu_delegate.delegation.model import Accept, NewEvent, OnEnd
 from sfu_delegate.livekit import tokens
+from sfu_delegate.livekit.names import device_in
 from sfu_delegate.livekit.room_service import SfuUnavailable
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver
 from sfu_delegate.matrix.names import server_of
-from sfu_delegate.matrix.service import CLIENT_PREFIXES, FEDERATION_PREFIXES, CannotAsk, Federated
+from sfu_delegate.matrix.service import CLIENT_PREFIXES, FEDERATION_PREFIXES, CannotAsk, Federated, Shown
 from sfu_delegate.observe.logs import Seldom
 
 USER_HEADER: Final = "X-Matrix-User-Identifier"
@@ -191,12 +192,14 @@ class ServiceEndpoints:
         sfu = self._sfu(asked.url)
         if services.stopping():
             raise stopping()
-        event = await self._event(await self._resolved(name), asked, asked.delay_id, user, settings)
-        identity, alias, twin = asked.identities(user)
+        shown = await self._event(await self._resolved(name), asked, asked.delay_id, user, settings)
+        # Without a device, the event may tell it: then a participant with a token of the legacy endpoint is known for this one.
+        identity, alias, twin = asked.identities(user, device_in(shown.state_key, user))
+        event = NewEvent(asked.delay_id, shown.delay, OnEnd.SEND, shown.running_since)
         await services.port.put(Accept(new_id(), sfu, asked.room, identity, name, (event,), alias, user, twin=twin))
         return {}
 
-    async def _event(self, homeserver: Homeserver, asked: Asked, delay_id: str, user: str, settings: Settings) -> NewEvent:
+    async def _event(self, homeserver: Homeserver, asked: Asked, delay_id: str, user: str, settings: Settings) -> Shown:
         """The delayed event as the homeserver has it. Raises MatrixError."""
         try:
             shown = await self._services.service.delayed_event(homeserver, user, delay_id, settings.request_timeout)
@@ -209,7 +212,7 @@ class ServiceEndpoints:
             least, most = round(settings.min_delay * 1000), round(settings.max_delay * 1000)
             sentence = f"delay_id: the delay of this event must be from {least} to {most} milliseconds; schedule it with such a delay."
             raise MatrixError(400, "M_INVALID_PARAM", sentence)
-        return NewEvent(delay_id, shown.delay, OnEnd.SEND, shown.running_since)
+        return shown
 
     # ── tokens ──
 

@@ -96,12 +96,15 @@ class Asked:
         """LiveKit's."""
         return names.room_name(self.room_id, self.slot_id)
 
-    def identities(self, user: str) -> Identities:
-        """The identity that the token is for, and the other forms in which the same client may have got one by a standalone endpoint."""
-        own = names.member_identity(user, self.member)
-        if self.device is None:
+    def identities(self, user: str, its_device: str | None = None) -> Identities:
+        """The identity that the token is for, and the other forms in which the same client may have got one by a standalone endpoint.
+
+        `its_device`: where the request does not tell it.
+        """
+        own, device = names.member_identity(user, self.member), self.device or its_device
+        if device is None:
             return Identities(own)
-        return Identities(own, names.plain_identity(user, self.device), names.identity(user, self.device, self.member))
+        return Identities(own, names.plain_identity(user, device), names.identity(user, device, self.member))
 
 
 def read_get_token(body: bytes) -> Asked:

@@ -48,6 +48,7 @@ class Shown(NamedTuple):
 
     room_id: str
     type: str
+    state_key: str | None
     delay: float
     running_since: float | None  # the countdown began no earlier than this, by our clock; None: the clocks contradict each other
 
@@ -250,14 +251,20 @@ def _shown(content: Mapping[str, Any] | None, date: str | None, sent_at: float, 
     """The event in an answer, with Synapse's names or the proposal's; None where it is not one."""
     if content is None:
         return None
-    room_id, kind = content.get("room_id"), content.get("type")
+    room_id, kind, state_key = content.get("room_id"), content.get("type"), content.get("state_key")
     delay_ms, since_ms = content.get("delay_ms", content.get("delay")), content.get("delayed_since_ts", content.get("running_since"))
     if not (isinstance(room_id, str) and isinstance(kind, str) and _is_number(delay_ms) and _is_number(since_ms)):
         return None
     delay = float(delay_ms) / 1000
     if not 0 <= delay <= LONGEST_DELAY:
         return None
-    return Shown(room_id, kind, delay, running_since(float(since_ms) / 1000, delay, date, sent_at, answered_at))
+    return Shown(
+        room_id,
+        kind,
+        state_key if isinstance(state_key, str) else None,
+        delay,
+        running_since(float(since_ms) / 1000, delay, date, sent_at, answered_at),
+    )
 
 
 def running_since(since: float, delay: float, date: str | None, sent_at: float, answered_at: float) -> float | None:
