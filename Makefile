@@ -13,7 +13,7 @@ ARGS   ?=
 MINUTES ?= 10
 # Most tests wait for something: three at a time take a third as long. Those of one file share what they start.
 PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
-.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling soak soak-daemon soak-instances docs lock clean
+.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling bench-departures soak soak-daemon soak-instances docs lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ bench-parts: $(VENV)/.test ## the engine alone (µs per input by batch size and 
 
 bench-scaling: $(VENV)/.test ## several instances on one PostgreSQL, and a million delegations: twenty minutes (ARGS="--only instances", --quick, --fill docs/scaling.md)
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+bench-departures: $(VENV)/.test ## 500 people leave at once, on a real Synapse, with the application service: five minutes (ARGS=--without: eight more)
+	$(BIN)/python -m benchmarks.departures $(ARGS)
 
 soak: $(VENV)/.test ## the simulation, with new seeds for MINUTES=10; prints a failing seed, and its history as small as it gets
 	$(BIN)/python -m tests.simulation.soak --minutes $(MINUTES) $(ARGS)
