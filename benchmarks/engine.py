@@ -67,7 +67,7 @@ def connected(id: int, policy: Policy, now: float, random: Random) -> DelayedEve
     room, identity = place(id)
     event = NewEvent(f"syd_{random.getrandbits(96):024x}", DELAY, OnEnd.SEND)
     accept = Accept(f"dlg_{random.getrandbits(128):032x}", "main", room, identity, "example.org", (event,))
-    row = lifecycle.delegate(None, id, accept, event, None, now, now, policy)
+    row = lifecycle.delegate(None, id, accept, event, None, now, now, policy, 0.0)
     since = now - random.random() * DELAY / 2
     return row._replace(
         presence=Presence.CONNECTED,

@@ -13,12 +13,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import PlainSerializer
 from pydantic.fields import FieldInfo
-from sfu_delegate.api import webhooks
+from sfu_delegate.api import service, webhooks
 from sfu_delegate.api.matrixrtc import Endpoint
 from sfu_delegate.config import Config, DepartureRule, Homeserver, Section, Sfu, format_duration, format_size
 from sfu_delegate.delegation.model import Action, Lane, Presence, State, Verdict
 from sfu_delegate.delegation.policy import DEPARTURES, Unasked
 from sfu_delegate.livekit.webhook import EVENTS
+from sfu_delegate.matrix.service import Part
 from sfu_delegate.observe.metrics import ENDED, Metrics
 
 DOCS: Final = Path(__file__).parent
@@ -154,7 +155,7 @@ def metrics() -> str:
             (_code("homeserver"), "all", "the `name` of the entry in `homeservers` that it matches; `(not configured)` where none does"),
             (_code("event"), "webhooks", _words([*sorted(EVENTS), "other", webhooks.UNKNOWN])),
             (_code("result"), "webhooks", _words(webhooks.RESULTS)),
-            (_code("endpoint"), "MatrixRTC requests", _words(Endpoint)),
+            (_code("endpoint"), "MatrixRTC requests", _words((*Endpoint, *service.Endpoint))),
             (_code("status"), "MatrixRTC requests", "the HTTP status of the answer"),
             (
                 _code("delegation"),
@@ -162,6 +163,8 @@ def metrics() -> str:
                 f"{_words(('yes', 'no'))}. Of a body that could not be read: `no` on the token endpoints, else `yes`; an empty one, a probe: `no`",
             ),
             (_code("result"), "OpenID checks", _words(("ok", "refused", "unavailable"))),
+            (_code("result"), "membership checks", _words(("joined", "not_joined", "cannot_tell", "unavailable"))),
+            (_code("part"), "application services", _words(Part)),
             (_code("action"), "actions", _words(action.value for action in Action if action is not Action.LOOK)),
             (_code("outcome"), "actions", _words(Verdict)),
             (_code("outcome"), "delegated events ended", _words(ENDED)),

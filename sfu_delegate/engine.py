@@ -965,7 +965,8 @@ class Engine:
                     old.verified_at,
                 )
                 carried.append(Carried(old.id, *before))
-            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy, self._random())
+            jitter = 0.0 if event.running_since is None else self._random()
+            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy, jitter)
             work.put(new, accept)
             made.append(new)
         if all(row.verified_at is not None for row in made):

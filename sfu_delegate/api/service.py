@@ -80,16 +80,17 @@ class ServiceEndpoints:
         """Answer a request that a homeserver passed on. Raises MatrixError."""
         services = self._services
         status = CLOSED
+        probes = not request.can_read_body  # how clients find out whether the endpoint is there, and we whether requests come here
         try:
             answer = await self._answers[endpoint](request, self._homeserver(request))
             status = 200
         except Exception as error:
             status, errcode, _ = form_of(error)
-            if errcode and (times := self._seldom.times(f"{endpoint} {status} {errcode}")):
+            if errcode and not (probes and status == 400) and (times := self._seldom.times(f"{endpoint} {status} {errcode}")):
                 services.log.info("matrixrtc_refused", endpoint=endpoint.value, status=status, errcode=errcode, times=times)
             raise
         finally:
-            services.hooks.on_matrixrtc(endpoint.value, status, endpoint is Endpoint.DELEGATE)
+            services.hooks.on_matrixrtc(endpoint.value, status, endpoint is Endpoint.DELEGATE and not probes)
         return json_response(answer)
 
     # ── what homeservers tell an application service ──

@@ -303,5 +303,5 @@ def _steps(homeserver: Homeserver, path: Path) -> Iterator[str]:
     yield "Put the keys for Synapse into its configuration, and restart it, with all of its workers."
     if _config_yaml(homeserver, path):
         yield "Put the key for the daemon into its configuration; `sfu-delegate check-config` tells whether all is well."
-    yield "Reload the daemon: systemctl reload sfu-delegate"
+    yield "Start the daemon, or reload it: systemctl reload sfu-delegate"
     yield f"Look into its log: application_service_works for {homeserver.name} means that all is well."

@@ -252,13 +252,14 @@ class MatrixRtc(Section):
 
     enabled: bool = Field(
         True,
-        description="Serve them: /get_token, /sfu/get and /delegate_delayed_leave, at the root and under `sfus.*.path_prefixes`? (/sfu_webhook and "
-        "/healthz are always there.)",
+        description="Serve the standalone ones: /get_token, /sfu/get and /delegate_delayed_leave, at the root and under `sfus.*.path_prefixes`? "
+        "(/sfu_webhook and /healthz are always there, and what homeservers pass on is always answered.)",
     )
     other_homeservers: bool = Field(
         True,
-        description="Do users of homeservers that are not served get tokens as well? Only for rooms that exist on the SFU, so they can join a call "
-        "that a served user has begun; they cannot delegate.",
+        description="Do users of homeservers that are not served get tokens as well? By the standalone endpoints only for rooms that exist on the "
+        "SFU, so they can join a call that a served user has begun; by federation, if they have joined the Matrix room, to listen. They cannot "
+        "delegate.",
     )
     openid_cache: Duration = Field(
         300.0, le=3600, description="How long a homeserver's word for an OpenID token is remembered; 0s: it is asked each time."

@@ -9,7 +9,7 @@ from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeservers
 from sfu_delegate.matrix.management import Answer, ManagementClient
-from sfu_delegate.matrix.service import ApplicationService, CannotAsk, Defect, Part
+from sfu_delegate.matrix.service import ApplicationService, CannotAsk, Defect, Findings, Part
 from sfu_delegate.observe.logs import frames, get_logger
 from sfu_delegate.sealing import CannotUnseal, Sealer
 
@@ -136,7 +136,7 @@ class Actions:
             task.cancel()
             if name not in homeservers:
                 self.conditions.pop(("application_service", name), None)
-                self._defects.pop(name, None)
+        self._defects.clear()  # whoever has the configuration read again wants to know
         self._service_checks = {name: asyncio.create_task(self._check_service(name, passes_on)) for name, passes_on in homeservers.items()}
 
     async def _check_service(self, name: str, passes_on: bool) -> None:
@@ -145,20 +145,21 @@ class Actions:
             try:
                 async with asyncio.timeout(3 * self.reach.timeout):
                     homeserver = await self.reach.homeservers.resolve(name)
-                    defects = await self.reach.service.defects(homeserver, self.reach.timeout, passes_on=passes_on)
+                    findings = await self.reach.service.check(homeserver, self.reach.timeout, passes_on=passes_on)
             except (CannotAsk, DiscoveryFailed, TimeoutError):
                 pause = CHECK_SERVICE_SOON  # that the homeserver does not answer is told by itself
             except Exception as error:
                 log.error("check_failed", homeserver=name, error=type(error).__name__, at=frames(error))
             else:
-                self._tell_of_service(name, defects, passes_on)
-                if not defects:
+                self._tell_of_service(name, findings, passes_on)
+                if not findings.defects:
                     return
             await asyncio.sleep(pause)
 
-    def _tell_of_service(self, name: str, defects: Sequence[Defect], passes_on: bool) -> None:
+    def _tell_of_service(self, name: str, findings: Findings, passes_on: bool) -> None:
+        defects = findings.defects
         self.conditions["application_service", name] = "; ".join(defect.problem for defect in defects)
-        self._observer.service(name, {defect.part for defect in defects}, Part if passes_on else [Part.TOKEN])
+        self._observer.service(name, {defect.part for defect in defects}, findings.tried)
         if self._defects.get(name) == defects:
             return
         self._defects[name] = defects

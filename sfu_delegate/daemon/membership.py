@@ -188,34 +188,37 @@ class Membership:
     async def _checked(self, admission: Admission, places: asyncio.Semaphore, rooms: "_Rooms") -> Admission | None:
         """When to check again; None: no token of it is good any more."""
         terms = self._terms()
+        soon = min(AGAIN, terms.interval) * (0.75 + self._random.random() / 2)
         try:
-            async with places:
-                there = await self._is_there(admission)
-            if not there:
-                await asyncio.sleep(CONFIRMED_AFTER)
-                async with places:
-                    there = await self._is_there(admission)
-                    if not there:
-                        await self._remove(admission, terms)
-        except CannotTell as cannot:
+            await self._check(admission, places, terms)
+        except CannotTell as cannot:  # it is looked after for as long as it can come back: perhaps somebody mends that
             self._tell(admission, str(cannot))
-            return self._next(admission, terms)
         except (CannotAsk, DiscoveryFailed, SfuUnavailable, TimeoutError) as error:
             self._tell(admission, str(error) or "it does not answer in time")
-            return admission._replace(due=self._clock() + min(AGAIN, terms.interval) * (0.75 + self._random.random() / 2))
-        if not there or self._clock() < admission.until:
-            return self._next(admission, terms)
+            return admission._replace(due=self._clock() + soon)
+        except Exception as error:  # a defect of ours must not hold up the others
+            log.error("membership_check_failed", error=type(error).__name__, at=frames(error))
+            return admission._replace(due=self._clock() + soon)
+        now = self._clock()
+        due = now + terms.interval * (0.9 + self._random.random() / 5)
+        if now < admission.until:
+            return admission._replace(due=due)
         # Its token is over, and whoever is in the call all the while has newer ones from the SFU.
         try:
             connected = admission.identity in await rooms.of(admission.sfu, admission.room)
         except SfuUnavailable:
-            return admission._replace(due=self._clock() + AGAIN)
-        now = self._clock()
-        return admission._replace(due=now + terms.interval, until=now + terms.interval + RENEWED) if connected else None
+            return admission._replace(due=now + soon)
+        return admission._replace(due=due, until=due + RENEWED) if connected else None
 
-    def _next(self, admission: Admission, terms: Terms) -> Admission | None:
-        now = self._clock()
-        return admission._replace(due=now + terms.interval * (0.9 + self._random.random() / 5)) if now < admission.until else None
+    async def _check(self, admission: Admission, places: asyncio.Semaphore, terms: Terms) -> None:
+        """See whether the user is in the Matrix room, and if not, remove it. Raises CannotAsk, DiscoveryFailed, TimeoutError, SfuUnavailable."""
+        async with places:
+            if await self._is_there(admission):
+                return
+        await asyncio.sleep(CONFIRMED_AFTER)
+        async with places:
+            if not await self._is_there(admission):
+                await self._remove(admission, terms)
 
     async def _is_there(self, admission: Admission) -> bool:
         """Is the user in the Matrix room? Raises CannotAsk, DiscoveryFailed, TimeoutError."""

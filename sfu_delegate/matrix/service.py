@@ -7,7 +7,7 @@ No token and no delay_id may be in an error.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -70,7 +70,7 @@ class Part(StrEnum):
     TOKEN = "token"  # noqa: S105 (it is a word, not a token)
     MEMBERSHIP = "membership"
     FEDERATION = "federation"
-    PROXY = "proxy"
+    PROXY = "proxy"  # the last one that is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,14 @@ class Defect:
     part: Part
     problem: str
     remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was tried at a homeserver, and what of it does not work."""
+
+    tried: frozenset[Part]
+    defects: tuple[Defect, ...]
 
 
 class ApplicationService:
@@ -157,16 +165,16 @@ class ApplicationService:
 
     # ── does it all work? ──
 
-    async def defects(self, homeserver: Homeserver, timeout: float, *, passes_on: bool) -> Sequence[Defect]:  # noqa: ASYNC109
-        """What does not work of all that an application service needs; only of its token, unless the homeserver `passes_on` requests. Asks for
-        nothing that changes anything. Raises CannotAsk.
+    async def check(self, homeserver: Homeserver, timeout: float, *, passes_on: bool) -> Findings:  # noqa: ASYNC109
+        """What works and what does not of all that an application service needs; only of its token, unless the homeserver `passes_on` requests. Asks
+        for nothing that changes anything. Raises CannotAsk.
         """
         deadline = asyncio.get_running_loop().time() + timeout
         nobody = f"@nobody:{homeserver.name}"
         _, whoami = await self._get(homeserver, f"/_matrix/client/v3/account/whoami?user_id={quote(nobody, safe='')}", deadline)
         if whoami.status == 401:
             remedy = "register it there (app_service_config_files) with the file that `sfu-delegate appservice` writes, and restart it"
-            return [Defect(Part.TOKEN, "it does not know the as_token", remedy)]
+            return _found([Part.TOKEN], Defect(Part.TOKEN, "it does not know the as_token", remedy))
         found: list[Defect] = []
         if whoami.status == 403 and "masquerade" in str((whoami.content or {}).get("error", "")).lower():
             remedy = "let namespaces.users in the registration match all users of this homeserver: `sfu-delegate appservice` writes it so"
@@ -174,16 +182,15 @@ class ApplicationService:
         elif whoami.status != 200 and (whoami.status, whoami.errcode) != (403, "M_FORBIDDEN"):  # there is no such user, as is to be expected
             raise _unexpected(whoami)
         if not passes_on:
-            return found
+            return _found([Part.TOKEN], *found)
         try:
             await self.is_joined(homeserver, nobody, f"!nowhere:{homeserver.name}", timeout)
         except CannotTell as cannot:
             found.append(Defect(Part.MEMBERSHIP, str(cannot), "until then get_token is not answered there, and membership not enforced"))
         if no_such_endpoint(await self._post(homeserver, FED_PROXY_PATHS[0], {}, deadline)):
             remedy = "set experimental_features.msc4512_enabled: true (Synapse 1.163 or later) and restart it; the standalone endpoints go on working"
-            found.append(Defect(Part.FEDERATION, "it does not pass requests on (MSC4512)", remedy))
-            return found
-        return [*found, *await self._defects_of_the_way_back(homeserver, timeout)]
+            return _found([*Part][:-1], *found, Defect(Part.FEDERATION, "it does not pass requests on (MSC4512)", remedy))
+        return _found(Part, *found, *await self._defects_of_the_way_back(homeserver, timeout))
 
     async def _defects_of_the_way_back(self, homeserver: Homeserver, timeout: float) -> Sequence[Defect]:  # noqa: ASYNC109
         """Does what clients send to the homeserver come here? Asked for as Element Call does: an empty body, which we refuse by 400."""
@@ -234,6 +241,10 @@ class ApplicationService:
         except HttpFailed as failed:
             raise CannotAsk(failed.reason) from None
         return read_reply(answer, self._now())
+
+
+def _found(tried: Iterable[Part], *defects: Defect) -> Findings:
+    return Findings(frozenset(tried), defects)
 
 
 def _unexpected(reply: Reply) -> CannotAsk:

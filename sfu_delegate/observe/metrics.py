@@ -108,7 +108,8 @@ class Metrics:
         )
         self.service_works = Gauge(
             "sfu_delegate_application_service_works",
-            "1 where all that the application service needs worked at the homeserver when it was last checked, at the start or a reload; else 0. "
+            "1 where all that the application service needs worked at the homeserver when it was last checked: at the start or a reload, and again "
+            "until it works; else 0. "
             "token: it is registered and may speak for users; membership: MSC4502; federation: MSC4512; proxy: clients' requests come here.",
             ("homeserver", "part"),
             registry=at,

@@ -42,12 +42,15 @@ class Op(NamedTuple):
 
 
 class Someone(NamedTuple):
-    """A person, and the delay of their delayed events in seconds. `restarts`: the client goes on restarting them itself."""
+    """A person, and the delay of their delayed events in seconds. `restarts`: the client goes on restarting them itself. `through`: it delegates
+    through its homeserver, mostly.
+    """
 
     name: str
     room: str
     delay: float
     restarts: bool = False
+    through: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Profile(NamedTuple):
     most_people: int = 5
     together: float = 0.0  # the probability that they come in the same moment, and that many leave in the same moment
     instances: tuple[int, ...] = (1,)  # of the daemon: one of these numbers
+    through: float = 0.0  # the probability of each person to delegate through the homeserver
 
 
 MOVES = MappingProxyType(
@@ -151,6 +155,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "limit": Profile(MOVES, {**LIMITS, "crash": 1.0}, limited=1.0, most_people=10),
         "crowd": Profile(MOVES, {"limit": 1.0, "crash": 1.0, "homeserver error": 1.0}, limited=1.0, most_people=24, together=0.8),
         "everything": Profile(MOVES, {**WEBHOOKS, **SFU_FAULTS, **SFU_LIES, **SFU_GOES, **MATRIX, **PROCESS, **LIMITS}, limited=0.3),
+        "service": Profile(MOVES, {**MATRIX, **PROCESS, **WEBHOOKS}, through=0.8),
+        "instances_service": Profile(MOVES, {**INSTANCES, **MATRIX}, instances=(2, 2, 3), through=0.8),
         "instances": Profile(MOVES, INSTANCES, instances=(2, 2, 3)),
         "instances_sfu": Profile(MOVES, {"no sfu": 4.0, "sfu silent": 3.0, "pause": 1.0, **WEBHOOKS}, instances=(2, 2, 3)),
         "instances_limited": Profile(MOVES, {**INSTANCES, **LIMITS}, limited=1.0, most_people=12, together=0.4, instances=(2, 2, 3)),
@@ -178,6 +184,9 @@ def make(seed: int, profile: str = "everything") -> History:
         Someone(f"p{number}", random.choice(rooms), random.choices(DELAYS, (3.0, 2.0, 2.0, 2.0, 1.0))[0], random.random() < 0.1)
         for number in range(random.randint(1, chosen.most_people))
     )
+    if chosen.through:
+        way = Random(f"{profile} {seed} way")
+        people = tuple(someone._replace(through=way.random() < chosen.through) for someone in people)
     ops = []
     for someone in people:
         ops.append(
@@ -283,7 +292,7 @@ class Play:
         self.judge.limits.append((self.world.now, limit))
         self._turns: Counter[str] = Counter()  # by kind of fault: which one is in force
         for someone in history.people:
-            self.world.person(someone.name, someone.room, delay=someone.delay, restarts=someone.restarts)
+            self.world.person(someone.name, someone.room, delay=someone.delay, restarts=someone.restarts, through=someone.through)
 
     def run(self) -> Judge:
         """Play it to its end. Raises Violation, or whatever else goes wrong."""

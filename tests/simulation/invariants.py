@@ -331,7 +331,8 @@ class Judge(Watch):
                 event = self.world.homeservers[change.new.homeserver].events[change.new.delay_id]
                 if world.agreed and change.new.running_since - world.offset > event.since + 1e-3 + apart:
                     raise Violation("countdown", f"{self.world.name_of(event.delay_id)} is believed to run longer than it does")
-                self._not_in_vain(event)
+                # Answers may be kept long after they came, many of one event at once.
+                self._not_in_vain(event, min(event.since, change.given.sent_at - world.offset))
         for task in step.tasks:
             if task.action is Action.LOOK:
                 self._looks[task.room] += 1
@@ -348,10 +349,10 @@ class Judge(Watch):
         if new.state is not old.state or (old.claimed and (new.claimed, new.due, new.lane) != (old.claimed, old.due, old.lane)):
             raise Violation("fence", f"row {old.id} went from {old.state}/{old.claimed} to {new.state}/{new.claimed} by the answer to an older claim")
 
-    def _not_in_vain(self, event: DelayedEvent) -> None:
+    def _not_in_vain(self, event: DelayedEvent, at: float) -> None:
         """A restart soon after the last one is good for nothing, but where the last one is not known of."""
-        soon = event.since - self._restarted.get(event.delay_id, -inf) < event.delay * EARLY
-        self._restarted[event.delay_id] = event.since
+        soon = at - self._restarted.get(event.delay_id, -inf) < event.delay * EARLY
+        self._restarted[event.delay_id] = at
         self._in_vain[event.delay_id] += soon
         if self._in_vain[event.delay_id] > IN_VAIN * self._lives:
             raise Violation("busy loop", f"{self.world.name_of(event.delay_id)} is restarted again and again")

@@ -17,19 +17,23 @@ if TYPE_CHECKING:
 SFU = "main"
 MEMBER = "org.matrix.msc3401.call.member"
 TRY_AGAIN = 3.0  # seconds between two tries of a client that does not get through
+THROUGH = 0.7  # of the delegations of those who delegate through their homeserver
 GIVES_UP = 60.0  # seconds after which a client stops looking for its SFU
 
 
 class Person:
-    """One participant. `restarts`: the client also restarts its event itself, which clients that delegate do not."""
+    """One participant. `restarts`: the client also restarts its event itself, which clients that delegate do not. `through`: it delegates through its
+    homeserver, and changes over to the other way and back; whichever it is, it is in the call under the identity of that other way.
+    """
 
-    def __init__(self, world: "World", name: str, room: str, homeserver: str, delay: float, *, restarts: bool = False) -> None:
+    def __init__(self, world: "World", name: str, room: str, homeserver: str, delay: float, *, restarts: bool = False, through: bool = False) -> None:
         self.world = world
         self.name = name
         self.room = room
         self.homeserver = homeserver
         self.delay = delay
         self.restarts = restarts
+        self.through = through
         self.user = f"@{name}:{homeserver}"
         self.identity = f"{self.user}:DEVICE"
         self.sid: str | None = None  # the session that the client has or tries to have
@@ -167,15 +171,12 @@ class Person:
         if attempt != self._delegating or event.end is not End.PENDING or self.asleep:
             return
         self._numbers += 1
-        accept = Accept(
-            f"{self.name}-{self._numbers}",
-            SFU,
-            self.room,
-            self.identity,
-            self.homeserver,
-            (NewEvent(event.delay_id, delay, OnEnd.SEND),),
-            user=self.user,
-        )
+        number, begun = self._numbers, None
+        if self.through and world.luck.random() < THROUGH:
+            if not world.reachable[self.homeserver]:  # which cannot be asked: 503
+                world.after(TRY_AGAIN, lambda: self._hand_over(attempt, event, delay))
+                return
+            begun = event.since - world.luck.random()  # by a clock that tells whole seconds
 
         def then(reply: Reply | Exception) -> None:
             if isinstance(reply, Accepted):
@@ -185,7 +186,22 @@ class Person:
             elif not isinstance(reply, TooMany):
                 world.after(TRY_AGAIN, lambda: self._hand_over(attempt, event, delay))
 
-        world.after(world.latency(), lambda: world.put(accept, then))
+        world.after(world.latency(), lambda: world.put(self._accept(number, event, delay, begun), then))
+
+    def _accept(self, number: int, event: DelayedEvent, delay: float, begun: float | None) -> Accept:
+        """As the daemon's API makes it: of somebody who delegates through its homeserver, if that has said when the countdown had `begun`."""
+        since = None if begun is None else self.world.daemons[0].clock() - (self.world.now - begun)
+        member = f"{self.identity}#member"
+        return Accept(
+            f"{self.name}-{number}",
+            SFU,
+            self.room,
+            self.identity if begun is None else member,
+            self.homeserver,
+            (NewEvent(event.delay_id, delay, OnEnd.SEND, since),),
+            user=self.user,
+            twin=None if not self.through else member if begun is None else self.identity,
+        )
 
     def withdraw(self) -> None:
         """Take the delegation of the newest event back; from then on the client restarts it itself."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from sfu_delegate.delegation import lifecycle, presence, urgency
-from sfu_delegate.delegation.model import Answered, DelayedEvent, Looked, Outcome, Presence, Seen, Sighting, State, Verdict
+from sfu_delegate.delegation.model import Accept, Answered, DelayedEvent, Looked, Outcome, Presence, Seen, Sighting, State, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.presence import Finding, Sign
 from sfu_delegate.delegation.reach import Reach
-from sfu_delegate.delegation.replies import Touched
-from sfu_delegate.engine import Engine
+from sfu_delegate.delegation.replies import Accepted, Touched
+from sfu_delegate.engine import Engine, _Work
 from sfu_delegate.store.sqlite import SqliteStore, SqliteTransaction
 
 from tests.simulation.daemon import Daemon
@@ -206,6 +206,26 @@ def believes_any_answer(patch: Patch) -> None:
     mistake_answers(patch, lambda row, answer, _: answer._replace(claim=row.claim))
 
 
+def countdown_from_now(patch: Patch) -> None:
+    """What a homeserver shows has begun just now."""
+    real = lifecycle._shown
+
+    def shown(row: DelayedEvent, _: float, now: float, policy: Policy, random: float) -> DelayedEvent:
+        return real(row, now, now, policy, random)
+
+    patch.setattr(lifecycle, "_shown", shown)
+
+
+def one_form_only(patch: Patch) -> None:
+    """Whoever delegates by another endpoint is somebody else."""
+    real = Engine._accept
+
+    def accepted(engine: Engine, work: _Work, accept: Accept) -> Accepted:
+        return real(engine, work, replace(accept, twin=None))
+
+    patch.setattr(Engine, "_accept", accepted)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A broken rule, the kind of trouble that shows it, and the promises that may be found broken."""
@@ -249,6 +269,8 @@ MUTANTS = [
     _mutant(clock_is_right, "process", "dropped by time", "forgotten", "busy loop"),
     _mutant(leases_for_ever, "process", "dropped by time", "forgotten"),
     _mutant(dropped_webhooks, "calm", "lost", "forgotten"),
+    _mutant(countdown_from_now, "service", "countdown", "dropped by time"),
+    _mutant(one_form_only, "service", "lost", *DROPPED),
     _mutant(cut_off_unaware, "instances", "dropped by time", seeds=200),
     _mutant(never_outvoted, coming_back_unheard, *DROPPED),
     _mutant(nothing_taken_over, "instances", "dropped by time", "forgotten"),

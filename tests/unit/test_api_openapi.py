@@ -45,7 +45,7 @@ def test_every_path_is_described_and_every_described_path_is_there() -> None:
     services: Services = Bench().services
     there = routes(Public(services).app) | routes(admin_app(AdminServices(ready, CollectorRegistry(), services.log)))
     described = {
-        (method.upper(), path) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post", "delete", "head")
+        (method.upper(), path) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post", "put", "delete", "head")
     }
     assert there == described
 

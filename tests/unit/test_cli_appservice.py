@@ -120,7 +120,7 @@ def test_people_are_told_the_same(desk: Desk) -> None:
     for part in (said["homeserver_yaml"], said["config"], *(f"{number}. {step}\n" for number, step in enumerate(said["next"], 1))):
         assert part in result.stdout
     assert "restart it" in result.stdout
-    assert "Reload the daemon" in result.stdout
+    assert "Start the daemon, or reload it" in result.stdout
     assert "application_service_works" in result.stdout
     assert [f"note: {note}" for note in said["notes"]] == result.stderr.splitlines()
 

@@ -255,6 +255,101 @@ def test_the_other_form_of_the_identity_is_the_same_participant() -> None:
     assert step.replies[0].rows[0].presence is Presence.CONNECTED
 
 
+# What one client may be known by: through its homeserver, by the deployed endpoints, and by the legacy one.
+MEMBER, DEPLOYED, PLAIN = "hash of user, member", "hash of user, device, member", "user:device"
+WAYS: dict[str, dict[str, Any]] = {
+    "through the homeserver": {"identity": MEMBER},
+    "through the homeserver, with the device": {"identity": MEMBER, "alias": PLAIN, "twin": DEPLOYED},
+    "by the deployed endpoint": {"identity": DEPLOYED, "alias": PLAIN, "twin": MEMBER},
+    "by the legacy endpoint": {"identity": PLAIN},
+}
+USER = "@alice:hs.test"
+
+
+def handed_over(way: str, delegation: str, *delay_ids: str, running_since: float | None = None) -> Accept:
+    """One membership, by one of the ways in which a client hands its event over."""
+    return replace(accept(delegation, *delay_ids, **WAYS[way], running_since=running_since), user=USER)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same event", "a new event"])
+@pytest.mark.parametrize(("before", "after"), [(one, other) for one in WAYS for other in WAYS if one != other])
+def test_a_client_that_changes_over_keeps_one_delegation(before: str, after: str, same: bool) -> None:
+    """Whichever way it came by first: one event is kept alive, and it is known to be connected under the identity that it joined with."""
+    neither_tells = {before, after} == {"through the homeserver", "by the legacy endpoint"}
+    if neither_tells and not same:
+        pytest.skip("nothing tells that these two are one")
+    engine = fresh()
+    under = WAYS[before]["identity"]
+    step = engine.step([handed_over(before, "D1", "X"), joined(identity=under)], NOW)
+    engine.step([reply_to(task) for task in step.tasks if task.action is Action.RESTART], NOW)
+    step = engine.step([handed_over(after, "D2", "X" if same else "Y")], NOW + 60.0)
+    step = engine.step([reply_to(task, sent_at=NOW + 60.0) for task in step.tasks if task.action is Action.RESTART], NOW + 60.0)
+    open_ones = [there for there in stored(engine) if there.state is State.LIVE]
+    assert [(there.delay_id, there.presence) for there in open_ones] == [("X" if same else "Y", Presence.CONNECTED)]
+    assert [task.delay_id for task in step.tasks if task.action is Action.CANCEL] == ([] if same else ["X"])
+    engine.step([left("S1", "PARTICIPANT_REMOVED", identity=under)], NOW + 61.0)
+    assert [there.state for there in stored(engine) if there.id == open_ones[0].id] == [State.ENDING]
+    assert_counts(engine)
+
+
+@pytest.mark.parametrize("form", [MEMBER, DEPLOYED, PLAIN])
+def test_a_participant_is_found_under_each_of_its_identities(form: str) -> None:
+    """By webhooks and by looks."""
+    engine = fresh()
+    engine.step([handed_over("by the deployed endpoint", "D1", "X"), joined(identity=form)], NOW)
+    assert only(engine).presence is Presence.CONNECTED
+    engine = fresh()
+    step = engine.step([handed_over("by the deployed endpoint", "D1", "X")], NOW)
+    step = engine.step([], NOW + POLICY.first_looks[0])
+    [look] = [task for task in step.tasks if task.action is Action.LOOK]
+    engine.step([Looked(SFU, look.room, look.claim, NOW + 1.0, (listed(identity=form),))], NOW + 1.0)
+    assert only(engine).presence is Presence.CONNECTED
+
+
+def test_two_devices_of_one_user_are_two_participants() -> None:
+    """An event of the same user is no reason to take another one's place, unless it is that very event."""
+    engine = fresh()
+    other = replace(accept("D1", "X", identity="another member", alias="another device"), user=USER)
+    step = engine.step([other, joined(identity="another member")], NOW)
+    engine.step([reply_to(task) for task in step.tasks], NOW)
+    step = engine.step([handed_over("through the homeserver", "D2", "Y", running_since=NOW)], NOW + 1.0)
+    assert [task.action for task in step.tasks if task.action is not Action.LOOK] == []
+    assert {there.delegation: there.presence for there in stored(engine)} == {"D1": Presence.CONNECTED, "D2": Presence.EXPECTED}
+
+
+def test_what_a_homeserver_says_of_somebody_elses_user_takes_nothing_over() -> None:
+    """The same user id, as another homeserver's delegation has it, is another user."""
+    engine = fresh()
+    engine.step([handed_over("through the homeserver", "D1", "X", running_since=NOW), joined(identity=MEMBER)], NOW)
+    engine.step([replace(accept("D2", "X", identity="elsewhere", homeserver="other.test"), user=USER)], NOW + 1.0)
+    assert {(there.delegation, there.identity, there.homeserver) for there in stored(engine)} == {
+        ("D1", MEMBER, "hs.test"),
+        ("D2", "elsewhere", "other.test"),
+    }
+
+
+def test_what_the_homeserver_has_shown_is_not_restarted_before_its_time() -> None:
+    """It is confirmed at once, counts for no doubt, and takes the place of what was delegated before; the restart is planned by its true age."""
+    engine = fresh(limits=Limits(max_per_user=1))
+    step = engine.step([handed_over("through the homeserver", "D1", "X", running_since=NOW - 600.0), joined(identity=MEMBER)], NOW)
+    assert [task.action for task in step.tasks if task.action is not Action.LOOK] == []
+    row = only(engine)
+    assert (row.verified_at, row.running_since, row.harm) == (NOW, NOW - 600.0, NOW - 600.0 + DELAY)
+    assert row.due is not None
+    assert row.due <= NOW - 600.0 + DELAY * POLICY.restart_at
+    step = engine.step([handed_over("through the homeserver", "D2", "Y", running_since=NOW)], NOW + 1.0)
+    assert isinstance(step.replies[0], Accepted)
+    assert [(task.action, task.delay_id) for task in step.tasks if task.action is not Action.LOOK] == [(Action.CANCEL, "X")]
+
+
+def test_a_goodbye_that_may_have_got_through_is_found_out_by_a_restart() -> None:
+    """Whatever the homeserver has shown before: the event may have been sent since."""
+    engine = holding(row(delegation="D1", delay_id="X", end_tried=True))
+    step = engine.step([accept("D2", "X", running_since=NOW - 1.0)], NOW)
+    assert (only(engine).verified_at, only(engine).delegation) == (None, "D2")
+    assert step.tasks == [] or step.tasks[0].action is Action.RESTART
+
+
 @pytest.mark.parametrize("before", [[aborted("S9")], []], ids=["asked before", "not asked before"])
 def test_an_event_that_is_taken_up_again_is_found_by_the_rest_of_its_batch(before: list[Input]) -> None:
     """Withdrawn earlier; a batch takes it up again, and hears that its participant joined, whatever it had heard before that."""
@@ -1230,7 +1325,8 @@ class Anything:
                 ids = random.sample([f"delay-{identity}-{n}" for n in range(4)], random.randint(1, 3))
                 delay = random.choice([30.0, 100.0, 3600.0])
                 alias = f"{identity}-hashed" if identity in "ab" else None
-                return accept(f"D{self.count}", *ids, identity=identity, room=room, homeserver=f"{identity > 'b'}.test", delay=delay, alias=alias)
+                made = accept(f"D{self.count}", *ids, identity=identity, room=room, homeserver=f"{identity > 'b'}.test", delay=delay, alias=alias)
+                return self.another_way(made)
             case 2 | 3 | 4:
                 return joined(sid, random.choice([0, 1000, 2000]), identity=random.choice([identity, f"{identity}-hashed"]), room=room)
             case 5 | 6:
@@ -1246,6 +1342,22 @@ class Anything:
                 return Due(random.randint(1, 20))
             case _:
                 return random.choice(self.answered) if self.answered else Find("none")
+
+    def another_way(self, made: Accept) -> Accept:
+        """The same by another endpoint, perhaps."""
+        plain = made.identity
+        since = self.random.choice([None, self.now, self.now - 20.0])
+        made = replace(made, user=f"@{plain}:{made.homeserver}", events=tuple(event._replace(running_since=since) for event in made.events))
+        forms = (f"{plain}-member", f"{plain}-hashed")
+        match self.random.randrange(4):
+            case 0:
+                return replace(made, identity=forms[0], alias=None)
+            case 1:
+                return replace(made, identity=forms[0], alias=plain, twin=forms[1])
+            case 2:
+                return replace(made, identity=forms[1], alias=plain, twin=forms[0])
+            case _:
+                return made
 
     def inputs(self) -> list[Input]:
         given: list[Input] = [self.input() for _ in range(self.random.choice([0, 0, 1, 2, 5]))]

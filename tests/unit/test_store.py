@@ -207,6 +207,7 @@ ROWS = st.builds(
     room=TEXT,
     identity=TEXT,
     alias=st.none() | TEXT,
+    twin=st.none() | TEXT,
     homeserver=TEXT,
     user=st.none() | TEXT,
     delay_id=TEXT,
@@ -340,6 +341,35 @@ def test_a_participant_is_found_by_either_identity(store: Store) -> None:
     assert ids("a", finished=True) == [1, 2, 3, 4]
     assert ids("b", finished=True) == [1, 2]
     assert ids("nobody", finished=True) == []
+
+
+def test_a_participant_is_found_by_its_third_identity(store: Store) -> None:
+    """As by the other two; each row once."""
+    save_rooms(store, [plain_room()])
+    insert(
+        store,
+        row(identity="a", alias="b", twin="c"),
+        row(identity="c", twin="a"),
+        row(identity="d", twin="d"),
+        row(identity="e", alias="c", twin="c"),
+    )
+    assert of_participants(store, [(SFU, ROOM, "c")], finished=False) == [1, 2, 4]
+    assert of_participants(store, [(SFU, ROOM, "a"), (SFU, ROOM, "d")], finished=False) == [1, 2, 3]
+
+
+def test_a_users_events_in_a_room(store: Store) -> None:
+    """Whatever their identities are; those that are not finished."""
+    save_rooms(store, [plain_room()])
+    mine: dict[str, Any] = {"user": "@alice:hs.test"}
+    insert(store, row(identity="a", **mine), row(identity="b", **mine), row(identity="c"), row(state=State.DONE, identity="d", **mine))
+
+    def found(tx: Transaction) -> list[int]:
+        tx.lock_rooms([(SFU, ROOM), (SFU, "elsewhere")], ())
+        assert tx.of_user(SFU, "elsewhere", "@alice:hs.test") == []
+        assert tx.of_user(SFU, ROOM, "@bob:hs.test") == []
+        return [there.id for there in tx.of_user(SFU, ROOM, "@alice:hs.test")]
+
+    assert store.atomically(found) == [1, 2]
 
 
 @pytest.mark.parametrize("others", [0, 1, 2, 3, MANY, MANY + 1])
