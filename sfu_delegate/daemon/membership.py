@@ -23,7 +23,7 @@ from sfu_delegate.store.base import Admission, Participant, Store, StoreUnavaila
 
 RENEWED: Final = 600.0  # seconds that the tokens are good which LiveKit gives to those who are in a room, for coming back
 AT_A_TIME: Final = 16  # that are checked
-BATCH: Final = 64  # that are claimed
+BATCH: Final = 64  # that are claimed together
 CONFIRMED_AFTER: Final = 2.0  # seconds between a homeserver's no and the question whether that is so
 AGAIN: Final = 10.0  # seconds until it is tried again, where something did not answer
 LEASE: Final = 120.0  # seconds that a check may take
@@ -172,17 +172,17 @@ class Membership:
         return 0.0
 
     async def _claimed(self, now: float) -> list[Admission]:
-        joined, self._joined = self._joined, {}
+        joined = list(self._joined)[:BATCH]
 
         def claim(store: Store) -> list[Admission]:
-            here = [one for participant in joined if (one := store.admission(participant, now + LEASE)) is not None]
-            return here + store.admissions_due(now, BATCH, now + LEASE)
+            here = store.admissions_of(joined, now + LEASE) if joined else []
+            return here + store.admissions_due(now, BATCH - len(here), now + LEASE)
 
-        try:
-            found: list[Admission] = await self._in_store(claim)
-        except StoreUnavailable:
-            self._joined = joined | self._joined
-            raise
+        found: list[Admission] = await self._in_store(claim)
+        for participant in joined:
+            self._joined.pop(participant, None)
+        if self._joined:
+            self._nudged.set()
         return found
 
     async def _checked(self, admission: Admission, places: asyncio.Semaphore, rooms: "_Rooms") -> Admission | None:

@@ -287,8 +287,8 @@ class Store(Protocol):
     def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
         """Those that are to be checked, which nobody else is told until `lease_ends`. Raises StoreUnavailable."""
 
-    def admission(self, participant: Participant, lease_ends: float) -> Admission | None:
-        """One of them, which is to be checked whenever it is due. Raises StoreUnavailable."""
+    def admissions_of(self, participants: Collection[Participant], lease_ends: float) -> list[Admission]:
+        """Those of these participants, which are to be checked whenever they are due, and are claimed likewise. Raises StoreUnavailable."""
 
     def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
         """Keep when they are to be checked next and until when they are good, which only grows; and forget those that are over, unless they have been

@@ -291,7 +291,11 @@ _ADMISSIONS_DUE = (
     "FOR NO KEY UPDATE SKIP LOCKED) w WHERE (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) "
     f"RETURNING {_columns(schema.admission, 'a')}"
 )
-_ADMISSION = f"UPDATE admission a SET due = %s WHERE a.sfu = %s AND a.room = %s AND a.identity = %s RETURNING {_columns(schema.admission, 'a')}"
+_ADMISSIONS_OF = (
+    "UPDATE admission a SET due = %s FROM (SELECT a.sfu, a.room, a.identity FROM unnest(%s::text[], %s::text[], %s::text[]) w(sfu, room, identity) "
+    "JOIN admission a ON (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) ORDER BY a.sfu, a.room, a.identity FOR NO KEY UPDATE OF a) w "
+    f"WHERE (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) RETURNING {_columns(schema.admission, 'a')}"
+)
 _CHECKED_ADMISSIONS = (
     "UPDATE admission a SET due = w.due, until = greatest(a.until, w.until) "
     "FROM unnest(%s::text[], %s::text[], %s::text[], %s::float8[], %s::float8[]) w(sfu, room, identity, until, due) "
@@ -1148,9 +1152,11 @@ class PostgresStore:
     def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
         return [Admission(*values) for values in self.atomically(partial(_run, _ADMISSIONS_DUE, (lease_ends, now, limit)))]
 
-    def admission(self, participant: Participant, lease_ends: float) -> Admission | None:
-        found = self.atomically(partial(_run, _ADMISSION, (lease_ends, *participant)))
-        return Admission(*found[0]) if found else None
+    def admissions_of(self, participants: Collection[Participant], lease_ends: float) -> list[Admission]:
+        storable = _storable(participants)
+        if not storable:
+            return []
+        return [Admission(*values) for values in self.atomically(partial(_run, _ADMISSIONS_OF, (lease_ends, *_transposed(storable))))]
 
     def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
         if checked:

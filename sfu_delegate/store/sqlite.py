@@ -678,11 +678,12 @@ class SqliteStore:
 
         return self.atomically(claimed)
 
-    def admission(self, participant: Participant, lease_ends: float) -> Admission | None:
-        def claimed(_: Transaction) -> Admission | None:
-            found = [Admission(*values) for values in self.execute(_ADMISSIONS.where(*_is_participant(participant)))]
+    def admissions_of(self, participants: Collection[Participant], lease_ends: float) -> list[Admission]:
+        def claimed(_: Transaction) -> list[Admission]:
+            rows = (self.execute(_ADMISSIONS.where(*_is_participant(participant))) for participant in participants)
+            found = [Admission(*values) for each in rows for values in each]
             self._put_off(found, lease_ends)
-            return found[0] if found else None
+            return found
 
         return self.atomically(claimed)
 
