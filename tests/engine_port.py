@@ -265,13 +265,14 @@ class AsService:
     trouble: CannotAsk | None = None
     asked: list[tuple[str, ...]] = field(default_factory=list)
     bodies: list[Mapping[str, Any]] = field(default_factory=list)
+    timeouts: list[float] = field(default_factory=list)
 
     async def delayed_event(self, homeserver: Homeserver, user: str, delay_id: str, timeout: float) -> Shown | None:  # noqa: ASYNC109
-        self._ask("event", homeserver.name, user)
+        self._ask(timeout, "event", homeserver.name, user)
         return self.events.get((user, delay_id))
 
     async def is_joined(self, homeserver: Homeserver, user: str, room_id: str, timeout: float) -> bool:  # noqa: ASYNC109
-        self._ask("joined", homeserver.name, user, room_id)
+        self._ask(timeout, "joined", homeserver.name, user, room_id)
         return (user, room_id) in self.members
 
     async def federated(
@@ -282,13 +283,14 @@ class AsService:
         body: Mapping[str, Any],
         timeout: float,  # noqa: ASYNC109
     ) -> Federated:
-        self._ask("federated", homeserver.name, destination, endpoint)
+        self._ask(timeout, "federated", homeserver.name, destination, endpoint)
         self.bodies.append(body)
         return self.remote
 
-    def _ask(self, *what: str) -> None:
+    def _ask(self, timeout: float, *what: str) -> None:
         self.course.append(what[0])
         self.asked.append(what)
+        self.timeouts.append(timeout)
         if self.trouble is not None:
             raise self.trouble
 

@@ -25,10 +25,10 @@ def _device(value: str) -> str:
     if ":" in value:
         # In `user:device`, `@a:example.org` with `8448:D` would be `@a:example.org:8448` with `D`.
         raise wrong("must not have a colon: the participant could be taken for another user's")
-    return plain_text(value)
+    return value
 
 
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(plain_text)]
 Device = Annotated[Name, AfterValidator(_device)]
 
 

@@ -174,6 +174,7 @@ class ServiceEndpoints:
         if not origin:
             sentence = f"The homeserver must say for which other one it asks, in one header {ORIGIN_HEADER}: it passes requests on (MSC4512)."
             raise MatrixError(401, "M_UNAUTHORIZED", sentence)
+        self._throttle.origin(origin.lower(), settings)
         asked = read_federated(await self._body(request))
         user = asked.claimed_user or ""
         served = self._services.homeservers.rule_for(origin) is not None

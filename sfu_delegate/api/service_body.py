@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from sfu_delegate.api.body import parse_object
+from sfu_delegate.api.errors import MatrixError
 from sfu_delegate.api.form import DelayId, Form, ServerName, plain_text, read, wrong
 from sfu_delegate.api.matrixrtc_body import MAX_MEMBER_ID, Device, Identities, Name
 from sfu_delegate.livekit import names
@@ -116,6 +117,8 @@ def read_get_token(body: bytes) -> Asked:
 def read_federated(body: bytes) -> Asked:
     """`claimed_user` is the user of the other homeserver. Raises MatrixError (400)."""
     form = read(FederatedBody, parse_object(body))
+    if form.member is not None and form.member.claimed_user_id not in (None, form.user_id):
+        raise MatrixError(400, "M_BAD_JSON", "user_id, member.claimed_user_id: are two users. Give one of them.")
     return _asked(form, user=form.user_id)
 
 

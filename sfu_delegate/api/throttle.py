@@ -65,6 +65,10 @@ class Throttle:
         """One more request of this user, whom somebody has vouched for. Raises MatrixError (429)."""
         self._check(f"user {user}", settings.user_rate, settings.user_burst, "This user makes too many requests.")
 
+    def origin(self, homeserver: str, settings: Settings) -> None:
+        """One more request that comes by federation from this homeserver, as another one vouches. Raises MatrixError (429)."""
+        self._check(f"origin {homeserver}", settings.client_rate, settings.client_burst, "Too many requests come from this homeserver.")
+
     def _check(self, key: str, rate: float, burst: int, sentence: str) -> None:
         wait = self.take(key, rate, burst)
         if wait > 0:

@@ -6,7 +6,8 @@ remove anybody; its no has to be given twice.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, Protocol, TypeVar
@@ -21,12 +22,15 @@ from sfu_delegate.matrix.service import ApplicationService, CannotAsk, CannotTel
 from sfu_delegate.observe.logs import Seldom, frames, get_logger
 from sfu_delegate.store.base import Admission, Participant, Store, StoreUnavailable
 
-RENEWED: Final = 600.0  # seconds that the tokens are good which LiveKit gives to those who are in a room, for coming back
-AT_A_TIME: Final = 16  # that are checked
-BATCH: Final = 64  # that are claimed together
+RENEWED: Final = 600.0 + LEEWAY  # seconds that the tokens are good which LiveKit gives to those who are in a room, for coming back
+AT_A_TIME: Final = 16  # questions to one homeserver
+PLACE_WITHIN: Final = 1.0  # seconds until one of its places has to be free: where it hangs, the others' users do not wait for it
+ROUNDS: Final = 8  # that are under way at the same time
+BATCH: Final = 64  # that are claimed for one
 CONFIRMED_AFTER: Final = 2.0  # seconds between a homeserver's no and the question whether that is so
 AGAIN: Final = 10.0  # seconds until it is tried again, where something did not answer
 LEASE: Final = 120.0  # seconds that a check may take
+FORGOTTEN_AFTER: Final = 86_400.0  # seconds beyond its time that somebody is watched whose SFU does not tell whether it is there
 LONGEST_PAUSE: Final = 30.0  # seconds
 JOINED_MOST: Final = 10_000  # that wait to be checked; those beyond are checked at the interval
 RETRY_AFTER: Final = 5.0
@@ -84,6 +88,8 @@ class Membership:
         self._keeping: asyncio.Task[None] | None = None
         self._joined: dict[Participant, None] = {}
         self._nudged = asyncio.Event()
+        self._rounds: set[asyncio.Task[None]] = set()
+        self._places: dict[str, asyncio.Semaphore] = {}  # by homeserver
         self._asked_all = False  # since the start: webhooks that came while nobody listened are lost
         self._seldom = Seldom()
 
@@ -95,7 +101,7 @@ class Membership:
         if not terms.enforce:
             return
         now = self._clock()
-        admission = Admission(sfu, room, identity, homeserver, user, room_id, now + PARTICIPANT_TTL + LEEWAY + RENEWED, now + terms.interval)
+        admission = Admission(sfu, room, identity, homeserver, user, room_id, now + PARTICIPANT_TTL + RENEWED, now + terms.interval)
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._new.append((admission, kept))
         if self._keeping is None or self._keeping.done():
@@ -135,44 +141,50 @@ class Membership:
 
     async def run(self) -> None:
         """Check those that are due, until it is cancelled."""
-        while True:
-            try:
-                pause = await self._round()
-            except StoreUnavailable:
-                pause = AGAIN  # the engine tells of it
-            except Exception as error:  # a defect of ours must not stop the daemon
-                log.error("membership_check_failed", error=type(error).__name__, at=frames(error))
-                pause = AGAIN
-            try:
-                async with asyncio.timeout(pause):
-                    await self._nudged.wait()
-            except TimeoutError:
-                continue
+        try:
+            while True:
+                pause = await self._begin_round()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._nudged.wait()
+        finally:
+            for task in self._rounds:
+                task.cancel()
 
-    async def _round(self) -> float:
-        """Check those that are due now; seconds until the next ones are."""
+    async def _begin_round(self) -> float:
+        """Begin to check those that are due now; seconds until the next ones are."""
         self._nudged.clear()
         if not self._terms().enforce:
             self._joined.clear()
             return LONGEST_PAUSE
+        if len(self._rounds) >= ROUNDS:  # the end of each is a nudge
+            return LONGEST_PAUSE
         now = self._clock()
-        if not self._asked_all:
-            await self._in_store(lambda store: store.ask_admissions(now))
-            self._asked_all = True
-        claimed = await self._claimed(now)
-        if not claimed:
-            at = await self._in_store(lambda store: store.next_admission())
-            return LONGEST_PAUSE if at is None else min(max(0.0, at - self._clock()), LONGEST_PAUSE)
-        rooms = _Rooms(self._listed)
-        places = asyncio.Semaphore(AT_A_TIME)
-        checked = await asyncio.gather(*(self._checked(admission, places, rooms) for admission in claimed))
-        over = [admission for admission, settled in zip(claimed, checked, strict=True) if settled is None]
-        going_on = [settled for settled in checked if settled is not None]
-        await self._in_store(lambda store: store.settle_admissions(going_on, over))
+        try:
+            if not self._asked_all:
+                await self._in_store(lambda store: store.ask_admissions(now))
+                self._asked_all = True
+            claimed = await self._claimed(now)
+            if not claimed:
+                at = await self._in_store(lambda store: store.next_admission())
+                return LONGEST_PAUSE if at is None else min(max(0.0, at - self._clock()), LONGEST_PAUSE)
+        except StoreUnavailable:
+            return AGAIN  # the engine tells of it
+        except Exception as error:  # a defect of ours must not stop the daemon
+            self._failed(error)
+            return AGAIN
+        task = asyncio.create_task(self._round(claimed))
+        self._rounds.add(task)
+        task.add_done_callback(self._round_ended)
         return 0.0
 
+    def _round_ended(self, task: asyncio.Task[None]) -> None:
+        self._rounds.discard(task)
+        self._nudged.set()
+
     async def _claimed(self, now: float) -> list[Admission]:
-        joined = list(self._joined)[:BATCH]
+        """Those who have joined first, but not only these."""
+        joined = list(self._joined)[: BATCH // 2]
 
         def claim(store: Store) -> list[Admission]:
             here = store.admissions_of(joined, now + LEASE) if joined else []
@@ -185,47 +197,76 @@ class Membership:
             self._nudged.set()
         return found
 
-    async def _checked(self, admission: Admission, places: asyncio.Semaphore, rooms: "_Rooms") -> Admission | None:
-        """When to check again; None: no token of it is good any more."""
+    async def _round(self, claimed: Sequence[Admission]) -> None:
+        rooms = _Rooms(self._listed)
+        checked = await asyncio.gather(*(self._checked(admission, rooms) for admission in claimed))
+        over = [admission for admission, settled in zip(claimed, checked, strict=True) if settled is None]
+        going_on = [settled for settled in checked if settled is not None]
+        try:
+            await self._in_store(lambda store: store.settle_admissions(going_on, over))
+        except StoreUnavailable:
+            pass  # they come again when their lease is over
+        except Exception as error:
+            self._failed(error)
+
+    async def _checked(self, admission: Admission, rooms: "_Rooms") -> Admission | None:
+        """When to check again, and until when; None: no token of it is good any more."""
         terms = self._terms()
         soon = min(AGAIN, terms.interval) * (0.75 + self._random.random() / 2)
+        wait = terms.interval * (0.9 + self._random.random() / 5)
+        removed = False
         try:
-            await self._check(admission, places, terms)
+            removed = await self._check(admission, terms)
         except CannotTell as cannot:  # it is looked after for as long as it can come back: perhaps somebody mends that
             self._tell(admission, str(cannot))
-        except (CannotAsk, DiscoveryFailed, SfuUnavailable, TimeoutError) as error:
+        except (CannotAsk, DiscoveryFailed, TimeoutError) as error:
             self._tell(admission, str(error) or "it does not answer in time")
-            return admission._replace(due=self._clock() + soon)
+            wait = soon
+        except SfuUnavailable as error:
+            self._tell(admission, error.sentence, of_sfu=True)
+            wait = soon
         except Exception as error:  # a defect of ours must not hold up the others
-            log.error("membership_check_failed", error=type(error).__name__, at=frames(error))
-            return admission._replace(due=self._clock() + soon)
+            self._failed(error)
+            wait = soon
         now = self._clock()
-        due = now + terms.interval * (0.9 + self._random.random() / 5)
-        if now < admission.until:
-            return admission._replace(due=due)
-        # Its token is over, and whoever is in the call all the while has newer ones from the SFU.
         try:
-            connected = admission.identity in await rooms.of(admission.sfu, admission.room)
+            until = now + RENEWED if removed else await self._good_until(admission, now, wait, rooms)
         except SfuUnavailable:
-            return admission._replace(due=now + soon)
-        return admission._replace(due=due, until=due + RENEWED) if connected else None
+            wait, until = soon, admission.until
+            if now >= until + FORGOTTEN_AFTER:
+                return None
+        else:
+            if now >= max(until, admission.until):
+                return None
+        return admission._replace(due=now + wait, until=max(until, admission.until))
 
-    async def _check(self, admission: Admission, places: asyncio.Semaphore, terms: Terms) -> None:
-        """See whether the user is in the Matrix room, and if not, remove it. Raises CannotAsk, DiscoveryFailed, TimeoutError, SfuUnavailable."""
-        async with places:
-            if await self._is_there(admission):
-                return
+    async def _good_until(self, admission: Admission, now: float, wait: float, rooms: "_Rooms") -> float:
+        """Until when a token of it may be good: whoever is in the call after its own has expired has newer ones from the SFU, of which the last may
+        come just before the next check. Raises SfuUnavailable.
+        """
+        if now + wait < admission.until - RENEWED:
+            return admission.until
+        connected = admission.identity in await rooms.of(admission.sfu, admission.room)
+        return now + wait + RENEWED if connected else admission.until
+
+    async def _check(self, admission: Admission, terms: Terms) -> bool:
+        """See whether the user is in the Matrix room, and if not, remove it from the call; was it there?
+
+        Raises CannotAsk, DiscoveryFailed, TimeoutError, SfuUnavailable.
+        """
+        if await self._is_there(admission):
+            return False
         await asyncio.sleep(CONFIRMED_AFTER)
-        async with places:
-            if not await self._is_there(admission):
-                await self._remove(admission, terms)
+        if await self._is_there(admission):
+            return False
+        return await self._remove(admission, terms)
 
     async def _is_there(self, admission: Admission) -> bool:
         """Is the user in the Matrix room? Raises CannotAsk, DiscoveryFailed, TimeoutError."""
         timeout = self._terms().timeout
         result = "unavailable"
         try:
-            async with asyncio.timeout(timeout):
+            async with self._place(admission.homeserver), asyncio.timeout(timeout):
                 homeserver = await self._homeservers.resolve(admission.homeserver)
                 joined = await self._service.is_joined(homeserver, admission.user, admission.room_id, timeout)
             result = "joined" if joined else "not_joined"
@@ -236,21 +277,37 @@ class Membership:
             self._observer.membership(admission.homeserver, result)
         return joined
 
-    async def _remove(self, admission: Admission, terms: Terms) -> None:
-        """Raises SfuUnavailable."""
+    @asynccontextmanager
+    async def _place(self, homeserver: str) -> AsyncIterator[None]:
+        """One of the homeserver's. Raises CannotAsk where none becomes free."""
+        places = self._places.get(homeserver)
+        if places is None:
+            places = self._places[homeserver] = asyncio.Semaphore(AT_A_TIME)
+        try:
+            async with asyncio.timeout(PLACE_WITHIN):
+                await places.acquire()
+        except TimeoutError:
+            raise CannotAsk("it takes too long to answer others") from None
+        try:
+            yield
+        finally:
+            places.release()
+
+    async def _remove(self, admission: Admission, terms: Terms) -> bool:
+        """Was it there? Raises SfuUnavailable."""
         sfu = terms.sfus.get(admission.sfu)
-        if sfu is None:
-            return
-        if await self._room_service.remove(sfu.address, admission.room, admission.identity, sfu.timeout):
-            self._observer.removed(admission.sfu)
-            log.info(
-                "participant_removed",
-                sfu=admission.sfu,
-                room=admission.room,
-                identity=admission.identity,
-                homeserver=admission.homeserver,
-                reason="its user is not in the Matrix room",
-            )
+        if sfu is None or not await self._room_service.remove(sfu.address, admission.room, admission.identity, sfu.timeout):
+            return False
+        self._observer.removed(admission.sfu)
+        log.info(
+            "participant_removed",
+            sfu=admission.sfu,
+            room=admission.room,
+            identity=admission.identity,
+            homeserver=admission.homeserver,
+            reason="its user is not in the Matrix room",
+        )
+        return True
 
     async def _listed(self, sfu: str, room: str) -> frozenset[str]:
         there = self._terms().sfus.get(sfu)
@@ -258,8 +315,12 @@ class Membership:
             return frozenset()
         return frozenset(listed.identity for listed in await self._room_service.look(there.address, room, there.timeout))
 
-    def _tell(self, admission: Admission, problem: str) -> None:
-        if times := self._seldom.times(f"{admission.sfu} {admission.homeserver}"):
+    def _failed(self, error: Exception) -> None:
+        if times := self._seldom.times("failed"):
+            log.error("membership_check_failed", error=type(error).__name__, at=frames(error), times=times)
+
+    def _tell(self, admission: Admission, problem: str, *, of_sfu: bool = False) -> None:
+        if times := self._seldom.times(f"{of_sfu} {admission.sfu} {admission.homeserver}"):
             log.warning("membership_not_checked", homeserver=admission.homeserver, sfu=admission.sfu, problem=problem, times=times)
 
 

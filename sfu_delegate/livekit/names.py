@@ -42,7 +42,7 @@ def device_in(state_key: str | None, user_id: str) -> str | None:
     """The device in the state key of a call membership, as deployed clients have it: `_@user:server_DEVICE_m.call`, or `@user:server_DEVICE`."""
     before, _, rest = (state_key or "").partition(f"{user_id}_")
     device = rest.removesuffix("_m.call")
-    return device if before in ("", "_") and device and ":" not in device else None
+    return device if before in ("", "_") and device and ":" not in device and device.isprintable() else None
 
 
 def plain_identity(user_id: str, device_id: str) -> str:

@@ -93,9 +93,15 @@ def _from_header(header: str | None, now: float) -> float | None:
     header = header.strip()
     if _SECONDS.fullmatch(header):
         return float(header)
+    at = read_date(header)
+    return None if at is None else at - now
+
+
+def read_date(header: str | None) -> float | None:
+    """A date as HTTP has it, in Unix seconds; None where it is none. Without a zone, it is UTC."""
     try:
-        at = parsedate_to_datetime(header)
-        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - now
+        at = parsedate_to_datetime(header or "")
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 

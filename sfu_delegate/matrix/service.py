@@ -9,14 +9,13 @@ No token and no delay_id may be in an error.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from pydantic_core import to_json
 
-from sfu_delegate.matrix.answers import Reply, no_such_endpoint, read_reply
+from sfu_delegate.matrix.answers import Reply, no_such_endpoint, read_date, read_reply
 from sfu_delegate.matrix.discovery import Homeserver
 from sfu_delegate.matrix.egress import Egress
 from sfu_delegate.matrix.http import Http, HttpAnswer, HttpFailed
@@ -120,6 +119,8 @@ class ApplicationService:
 
         Raises CannotAsk.
         """
+        if unspeakable(room_id, None):
+            return False  # such a room cannot be
         deadline = asyncio.get_running_loop().time() + timeout
         _, reply = await self._get(homeserver, f"{IS_JOINED.format(quote(room_id, safe=''))}?mxid={quote(user, safe='')}", deadline)
         if reply.status == 200 and reply.content is not None and type(reply.content.get("joined")) is bool:
@@ -128,7 +129,7 @@ class ApplicationService:
             return False  # a room id or a user id that cannot be
         if no_such_endpoint(reply):
             raise CannotTell("it does not tell who is in a room (MSC4502): Synapse needs experimental_features.msc4502_enabled: true")
-        if reply.status == 403:
+        if reply.status == 403 and reply.errcode:
             raise CannotTell(
                 "it does not tell us who is in a room: io.element.msc4502.scopes in the registration must have"
                 " urn:matrix:client:io.element.msc4502:rooms:is_joined"
@@ -169,39 +170,51 @@ class ApplicationService:
         """What works and what does not of all that an application service needs; only of its token, unless the homeserver `passes_on` requests. Asks
         for nothing that changes anything. Raises CannotAsk.
         """
+        try:
+            return await self._check(homeserver, timeout, passes_on)
+        except CannotTell as cannot:
+            return _found([Part.TOKEN], Defect(Part.TOKEN, str(cannot), "give the homeserver and the daemon the same registration"))
+
+    async def _check(self, homeserver: Homeserver, timeout: float, passes_on: bool) -> Findings:  # noqa: ASYNC109
         deadline = asyncio.get_running_loop().time() + timeout
         nobody = f"@nobody:{homeserver.name}"
         _, whoami = await self._get(homeserver, f"/_matrix/client/v3/account/whoami?user_id={quote(nobody, safe='')}", deadline)
-        if whoami.status == 401:
+        if whoami.status == 401 and whoami.errcode:
             remedy = "register it there (app_service_config_files) with the file that `sfu-delegate appservice` writes, and restart it"
             return _found([Part.TOKEN], Defect(Part.TOKEN, "it does not know the as_token", remedy))
         found: list[Defect] = []
         if whoami.status == 403 and "masquerade" in str((whoami.content or {}).get("error", "")).lower():
             remedy = "let namespaces.users in the registration match all users of this homeserver: `sfu-delegate appservice` writes it so"
             found.append(Defect(Part.TOKEN, "it does not let the application service speak for its users", remedy))
-        elif whoami.status != 200 and (whoami.status, whoami.errcode) != (403, "M_FORBIDDEN"):  # there is no such user, as is to be expected
-            raise _unexpected(whoami)
+        elif not (whoami.status == 403 and whoami.errcode == "M_FORBIDDEN") and not (whoami.status == 200 and "user_id" in (whoami.content or {})):
+            raise _unexpected(whoami)  # that there is no such user is to be expected
         if not passes_on:
             return _found([Part.TOKEN], *found)
         try:
             await self.is_joined(homeserver, nobody, f"!nowhere:{homeserver.name}", timeout)
         except CannotTell as cannot:
             found.append(Defect(Part.MEMBERSHIP, str(cannot), "until then get_token is not answered there, and membership not enforced"))
-        if no_such_endpoint(await self._post(homeserver, FED_PROXY_PATHS[0], {}, deadline)):
+        for path in FED_PROXY_PATHS:
+            if not no_such_endpoint(await self._post(homeserver, path, {}, deadline)):
+                break
+        else:
             remedy = "set experimental_features.msc4512_enabled: true (Synapse 1.163 or later) and restart it; the standalone endpoints go on working"
             return _found([*Part][:-1], *found, Defect(Part.FEDERATION, "it does not pass requests on (MSC4512)", remedy))
         return _found(Part, *found, *await self._defects_of_the_way_back(homeserver, timeout))
 
     async def _defects_of_the_way_back(self, homeserver: Homeserver, timeout: float) -> Sequence[Defect]:  # noqa: ASYNC109
         """Does what clients send to the homeserver come here? Asked for as Element Call does: an empty body, which we refuse by 400."""
-        url = homeserver.base_url + CLIENT_PREFIXES[1] + "/delegate_delayed_leave"
         unreached = "check proxy_url in the registration: the homeserver must reach `listen` there"
         deadline = asyncio.get_running_loop().time() + timeout
-        try:
-            answer = await self._way(homeserver).post(url, self._headers(homeserver), b"", deadline, ssl=homeserver.ssl)
-        except HttpFailed as failed:  # though it has just answered something else
-            return [Defect(Part.PROXY, f"it does not answer what it is to pass on to this service: {failed.reason}", unreached)]
-        reply = read_reply(answer, self._now())
+        for prefix in CLIENT_PREFIXES[::-1]:
+            url = f"{homeserver.base_url}{prefix}/delegate_delayed_leave"
+            try:
+                answer = await self._way(homeserver).post(url, self._headers(homeserver), b"", deadline, ssl=homeserver.ssl)
+            except HttpFailed as failed:  # though it has just answered something else
+                return [Defect(Part.PROXY, f"it does not answer what it is to pass on to this service: {failed.reason}", unreached)]
+            reply = read_reply(answer, self._now())
+            if not no_such_endpoint(reply):
+                break
         if reply.status == 400 and reply.errcode == "M_NOT_JSON":
             return []
         proxy = "io.element.msc4512.proxy_prefix and proxy_url"
@@ -282,11 +295,10 @@ def running_since(since: float, delay: float, date: str | None, sent_at: float, 
     """No later than when the countdown began, by our clock; None where that cannot be told.
 
     `since` is by the homeserver's clock, which may be wrong: its `Date`, in whole seconds, tells how old the countdown is. Believed is whichever
-    of the two, that and our own clock, makes it older.
+    of the two, that and our own clock, makes it older. A countdown that begins after the `Date` is by another clock than that one, of a proxy.
     """
-    try:
-        date_at = parsedate_to_datetime(date or "").timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
+    date_at = read_date(date)
+    if date_at is None or since >= date_at + 1.0:
         return None
     age = max(date_at + 1.0 - since, answered_at - since, 0.0)
     began = sent_at - age
