@@ -949,7 +949,10 @@ class Engine:
         by_delay_id = {row.delay_id: row for row in rows} | {row.delay_id: row for row in current}
         made = []
         carried = []
-        for event in accept.events:
+        newest = max((row.accepted_at for row in current), default=-inf)
+        for given in accept.events:
+            # Where the client has delegated something since the homeserver was asked, it may have ended this one before.
+            event = given._replace(running_since=None) if newest >= given.shown_at else given
             old = by_delay_id.get(event.delay_id)
             if old is not None and old.state is State.LIVE:
                 before = (

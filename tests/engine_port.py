@@ -193,7 +193,7 @@ class NoNetwork:
     async def get(self, *_: object, **__: object) -> Any:
         raise HttpFailed(True, "connection refused at 10.0.0.1")
 
-    post = get
+    post = put = get
 
     async def aclose(self) -> None:
         pass

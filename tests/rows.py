@@ -1,5 +1,6 @@
 """Rows and inputs for tests of the rules: one participant, one homeserver, and a time that is easy to read."""
 
+from math import inf
 from typing import Any
 
 from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK
@@ -151,8 +152,12 @@ def accept(
     alias: str | None = None,
     twin: str | None = None,
     running_since: float | None = None,
+    shown_at: float = inf,
 ) -> Accept:
-    events = tuple(NewEvent(delay_id, delay, on_end, running_since) for delay_id in delay_ids or (f"delay-of-{delegation}",))
+    events = tuple(
+        NewEvent(delay_id, delay, on_end, running_since, 0.0 if running_since is None else shown_at)
+        for delay_id in delay_ids or (f"delay-of-{delegation}",)
+    )
     return Accept(delegation, SFU, room, identity, homeserver, events, alias, twin=twin)
 
 

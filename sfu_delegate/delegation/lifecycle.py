@@ -239,7 +239,7 @@ def delegate(
     """
     if row is not None and row.state is State.LIVE:
         return _delegated_again(row, accept, event, now, accepted_at, policy, random)
-    alias, twin = _other_forms(row, accept)
+    alias, twin = _other_forms(accept, row, like)
     sessions: tuple[Session, ...] = like.sessions if like else ()
     if like is not None and like.state is State.DONE:
         # Nobody told it of the end of those that were live: a look finds those that go on. And none was seen under this delegation.
@@ -299,11 +299,12 @@ def _shown(row: DelayedEvent, running_since: float, now: float, policy: Policy, 
     return row._replace(running_since=running_since, verified_at=row.verified_at or now, due=due, harm=running_since + row.delay)
 
 
-def _other_forms(row: DelayedEvent | None, accept: Accept) -> tuple[str | None, str | None]:
-    """Alias and twin of what is handed over. Whoever names one form only may be in the call under those that the event was known by before."""
-    if row is None or accept.alias is not None:
+def _other_forms(accept: Accept, *before: DelayedEvent | None) -> tuple[str | None, str | None]:
+    """Alias and twin of what is handed over. Whoever names one form only may be in the call under those by which it was known `before`."""
+    if accept.alias is not None:
         return accept.alias, accept.twin
-    known = [form for form in row.forms if form not in (accept.identity, accept.twin)]
+    forms = dict.fromkeys(form for row in before if row is not None for form in row.forms)
+    known = [form for form in forms if form not in (accept.identity, accept.twin)]
     alias = known.pop(0) if known else None
     return alias, accept.twin or (known.pop(0) if known else None)
 
@@ -315,7 +316,7 @@ def _delegated_again(
     same = (row.delay, row.on_end) == (event.delay, event.on_end)
     sure = same and not _tried(row)  # else a goodbye may have got through, and only a restart tells
     # Delegated in another form of the identity: from now on it is waited for in all of them.
-    alias, twin = _other_forms(row, accept)
+    alias, twin = _other_forms(accept, row)
     row = row._replace(
         delegation=accept.delegation,
         identity=accept.identity,
@@ -645,6 +646,8 @@ def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float
     if old is None or (old.state is State.DONE and new.state is not State.DONE) or old.delegation != new.delegation:
         yield Note(new.id, now, "delegated", new.delegation)
     if old is None:
+        if new.verified_at is not None:
+            yield Note(new.id, now, "verified", "")
         return
     if new.presence is not old.presence or (new.presence is Presence.AWAY and new.reason != old.reason):
         yield Note(new.id, now, new.presence.value, new.reason)

@@ -312,6 +312,7 @@ class NewEvent(NamedTuple):
     delay: float
     on_end: OnEnd
     running_since: float | None = None  # the homeserver's word: the countdown began no earlier than this. None: nobody has asked it
+    shown_at: float = 0.0  # when it was asked, before the request was sent
 
     def __repr__(self) -> str:
         return _without_secrets(self)

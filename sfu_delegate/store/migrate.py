@@ -23,7 +23,7 @@ from sfu_delegate.store.schema import metadata
 VERSION_TABLE = "schema_version"
 OLDEST_KEY = "oldest_schema"
 
-OLDEST = {"0003": "0003", "0004": "0003"}
+OLDEST = {"0003": "0003", "0004": "0004"}
 """By schema version, from the first one that several instances can share: the oldest schema version whose program can work with it."""
 
 

@@ -79,6 +79,7 @@ delayed_event = Table(
     Index("uq_delayed_event_participant", "sfu", "room", "identity", "delay_id", unique=True),
     Index("ix_delayed_event_alias", "sfu", "room", "alias", **_where("alias IS NOT NULL")),
     Index("ix_delayed_event_twin", "sfu", "room", "twin", **_where("twin IS NOT NULL")),
+    Index("ix_delayed_event_user", "sfu", "room", "user", **_where('"user" IS NOT NULL')),
     Index("ix_delayed_event_schedule", "homeserver", "lane", "due", "harm", **_where("due IS NOT NULL")),
     Index("ix_delayed_event_delegation", "delegation"),
 )

@@ -171,7 +171,7 @@ class Person:
         if attempt != self._delegating or event.end is not End.PENDING or self.asleep:
             return
         self._numbers += 1
-        number, begun = self._numbers, None
+        number, begun, asked = self._numbers, None, world.now
         if self.through and world.luck.random() < THROUGH:
             if not world.reachable[self.homeserver]:  # which cannot be asked: 503
                 world.after(TRY_AGAIN, lambda: self._hand_over(attempt, event, delay))
@@ -186,11 +186,15 @@ class Person:
             elif not isinstance(reply, TooMany):
                 world.after(TRY_AGAIN, lambda: self._hand_over(attempt, event, delay))
 
-        world.after(world.latency(), lambda: world.put(self._accept(number, event, delay, begun), then))
+        world.after(world.latency(), lambda: world.put(self._accept(number, event, delay, begun, asked), then))
 
-    def _accept(self, number: int, event: DelayedEvent, delay: float, begun: float | None) -> Accept:
-        """As the daemon's API makes it: of somebody who delegates through its homeserver, if that has said when the countdown had `begun`."""
-        since = None if begun is None else self.world.daemons[0].clock() - (self.world.now - begun)
+    def _accept(self, number: int, event: DelayedEvent, delay: float, begun: float | None, asked: float) -> Accept:
+        """As the daemon's API makes it: of somebody who delegates through its homeserver, if that was `asked` and has said when the countdown had
+        `begun`.
+        """
+        clock = self.world.daemons[0].clock()
+        since = None if begun is None else clock - (self.world.now - begun)
+        asked_at = 0.0 if begun is None else clock - (self.world.now - asked)
         member = f"{self.identity}#member"
         return Accept(
             f"{self.name}-{number}",
@@ -198,7 +202,7 @@ class Person:
             self.room,
             self.identity if begun is None else member,
             self.homeserver,
-            (NewEvent(event.delay_id, delay, OnEnd.SEND, since),),
+            (NewEvent(event.delay_id, delay, OnEnd.SEND, since, asked_at),),
             user=self.user,
             twin=None if not self.through else member if begun is None else self.identity,
         )

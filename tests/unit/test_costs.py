@@ -106,7 +106,7 @@ own (`engine.PLANNED_MOST`). It takes one statement."""
 EDGES = {
     "a webhook that does not matter": Calls(56.0, 99.0),
     "a webhook that matters, without the engine": Calls(66.0, 104.0),
-    "a delegation, without the engine and the homeserver": Calls(116.0, 104.0),
+    "a delegation, without the engine and the homeserver": Calls(117.0, 117.0),
     "a request to a homeserver": Calls(39.0, 54.0),
 }
 

@@ -342,6 +342,18 @@ def test_what_the_homeserver_has_shown_is_not_restarted_before_its_time() -> Non
     assert [(task.action, task.delay_id) for task in step.tasks if task.action is not Action.LOOK] == [(Action.CANCEL, "X")]
 
 
+def test_what_was_shown_before_something_newer_was_delegated_takes_nothing_over() -> None:
+    """The client may have ended it, and delegated another one, while the homeserver's answer was on its way: a restart tells."""
+    engine = fresh()
+    engine.step([handed_over("through the homeserver", "D2", "newer", running_since=NOW), joined(identity=MEMBER)], NOW)
+    late = replace(accept("D1", "older", **WAYS["through the homeserver"], running_since=NOW - 60.0, shown_at=NOW - 1.0), user=USER)
+    step = engine.step([late], NOW + 1.0)
+    assert [(task.action, task.delay_id) for task in step.tasks if task.action is not Action.LOOK] == [(Action.RESTART, "older")]
+    engine.step([reply_to(task, Verdict.NOT_FOUND) for task in step.tasks if task.action is Action.RESTART], NOW + 2.0)
+    assert [(there.delay_id, there.state) for there in stored(engine) if there.state is not State.DONE] == [("newer", State.LIVE)]
+    assert_counts(engine)
+
+
 def test_a_goodbye_that_may_have_got_through_is_found_out_by_a_restart() -> None:
     """Whatever the homeserver has shown before: the event may have been sent since."""
     engine = holding(row(delegation="D1", delay_id="X", end_tried=True))
@@ -1434,11 +1446,11 @@ def fits(given_input: Input, reply: Reply | Exception) -> bool:
 
 
 def assert_agree(rows: Iterable[DelayedEvent]) -> None:
-    """The rows of one participant that are in force say the same of where it is."""
-    said: dict[tuple[str, str, str], set[Presence]] = {}
+    """The rows of one participant, known by the same identities, that are in force say the same of where it is."""
+    said: dict[tuple[str, str, frozenset[str]], set[Presence]] = {}
     for there in rows:
         if there.state not in (State.DONE, State.SUPERSEDED):
-            said.setdefault(there.participant, set()).add(there.presence)
+            said.setdefault((there.sfu, there.room, frozenset(there.forms)), set()).add(there.presence)
     assert all(len(presences) == 1 for presences in said.values()), said
 
 

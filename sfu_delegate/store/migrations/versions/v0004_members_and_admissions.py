@@ -1,4 +1,4 @@
-"""The third form of a participant's identity, and to whom access tokens were given."""
+"""The third form of a participant's identity, a user's events in a room, and to whom access tokens were given."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,12 +10,14 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add a column and a table."""
+    """Add a column, indexes and a table."""
     postgresql = op.get_bind().dialect.name == "postgresql"
     text = sa.String(collation="C") if postgresql else sa.String()
     op.add_column("delayed_event", sa.Column("twin", text))
     there = sa.text("twin IS NOT NULL")
     op.create_index("ix_delayed_event_twin", "delayed_event", ["sfu", "room", "twin"], sqlite_where=there, postgresql_where=there)
+    known = sa.text('"user" IS NOT NULL')
+    op.create_index("ix_delayed_event_user", "delayed_event", ["sfu", "room", "user"], sqlite_where=known, postgresql_where=known)
     op.create_table(
         "admission",
         sa.Column("sfu", text, nullable=False),
