@@ -22,17 +22,20 @@ from sfu_delegate.matrix.service import ApplicationService, CannotAsk, CannotTel
 from sfu_delegate.observe.logs import Seldom, frames, get_logger
 from sfu_delegate.store.base import Admission, Participant, Store, StoreUnavailable
 
-RENEWED: Final = 600.0 + LEEWAY  # seconds that the tokens are good which LiveKit gives to those who are in a room, for coming back
+LEASE: Final = 120.0  # seconds that a check may take
+# Seconds that the tokens are good which LiveKit gives to those who are in a room, for coming back; and a check may come so much later than planned.
+RENEWED: Final = 600.0 + LEEWAY + LEASE
 AT_A_TIME: Final = 16  # questions to one homeserver
-PLACE_WITHIN: Final = 1.0  # seconds until one of its places has to be free: where it hangs, the others' users do not wait for it
+PLACE_WITHIN: Final = 3.0  # seconds until one of its places has to be free: where it hangs, the others' users do not wait for it
 ROUNDS: Final = 8  # that are under way at the same time
 BATCH: Final = 64  # that are claimed for one
 CONFIRMED_AFTER: Final = 2.0  # seconds between a homeserver's no and the question whether that is so
 AGAIN: Final = 10.0  # seconds until it is tried again, where something did not answer
-LEASE: Final = 120.0  # seconds that a check may take
-FORGOTTEN_AFTER: Final = 86_400.0  # seconds beyond its time that somebody is watched whose SFU does not tell whether it is there
+TOGETHER: Final = 1.0  # seconds: what is due within that is checked in one round, if nobody waits for it
 LONGEST_PAUSE: Final = 30.0  # seconds
+KEPT_WITHIN: Final = 5.0  # seconds until somebody who is given a token is told that it cannot be kept
 JOINED_MOST: Final = 10_000  # that wait to be checked; those beyond are checked at the interval
+NEW_MOST: Final = 10_000  # that wait to be kept
 RETRY_AFTER: Final = 5.0
 
 log = get_logger(__name__)
@@ -100,13 +103,19 @@ class Membership:
         terms = self._terms()
         if not terms.enforce:
             return
+        if len(self._new) >= NEW_MOST:
+            raise Unavailable("The database does not keep up.", RETRY_AFTER)
         now = self._clock()
         admission = Admission(sfu, room, identity, homeserver, user, room_id, now + PARTICIPANT_TTL + RENEWED, now + terms.interval)
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._new.append((admission, kept))
         if self._keeping is None or self._keeping.done():
             self._keeping = asyncio.create_task(self._keep())
-        await kept
+        try:
+            async with asyncio.timeout(KEPT_WITHIN):
+                await kept
+        except TimeoutError:
+            raise Unavailable("The database does not answer.", RETRY_AFTER) from None
 
     async def _keep(self) -> None:
         """One transaction for all that come while the last one is under way."""
@@ -148,8 +157,10 @@ class Membership:
                     async with asyncio.timeout(pause):
                         await self._nudged.wait()
         finally:
-            for task in self._rounds:
+            rounds = list(self._rounds)
+            for task in rounds:
                 task.cancel()
+            await asyncio.gather(*rounds, return_exceptions=True)
 
     async def _begin_round(self) -> float:
         """Begin to check those that are due now; seconds until the next ones are."""
@@ -162,12 +173,15 @@ class Membership:
         now = self._clock()
         try:
             if not self._asked_all:
-                await self._in_store(lambda store: store.ask_admissions(now))
+                await self._in_store(lambda store: store.ask_admissions(now, now + RENEWED))
                 self._asked_all = True
             claimed = await self._claimed(now)
             if not claimed:
                 at = await self._in_store(lambda store: store.next_admission())
-                return LONGEST_PAUSE if at is None else min(max(0.0, at - self._clock()), LONGEST_PAUSE)
+                if self._rounds:  # when theirs are due again is seen when they have ended
+                    return TOGETHER
+                longest = min(LONGEST_PAUSE, self._terms().interval)  # so that nobody who is given a token meanwhile is due before
+                return longest if at is None else min(max(TOGETHER, at - self._clock()), longest)
         except StoreUnavailable:
             return AGAIN  # the engine tells of it
         except Exception as error:  # a defect of ours must not stop the daemon
@@ -176,19 +190,20 @@ class Membership:
         task = asyncio.create_task(self._round(claimed))
         self._rounds.add(task)
         task.add_done_callback(self._round_ended)
-        return 0.0
+        return 0.0 if len(claimed) >= BATCH // 2 else TOGETHER
 
     def _round_ended(self, task: asyncio.Task[None]) -> None:
+        if len(self._rounds) >= ROUNDS:
+            self._nudged.set()
         self._rounds.discard(task)
-        self._nudged.set()
 
     async def _claimed(self, now: float) -> list[Admission]:
-        """Those who have joined first, but not only these."""
+        """Those who have joined first, but not only these. They have been given a newer token by the SFU."""
         joined = list(self._joined)[: BATCH // 2]
 
         def claim(store: Store) -> list[Admission]:
-            here = store.admissions_of(joined, now + LEASE) if joined else []
-            return here + store.admissions_due(now, BATCH - len(here), now + LEASE)
+            here = store.admissions_of(joined, now + RENEWED, now + LEASE) if joined else []
+            return here + store.admissions_due(now + TOGETHER, BATCH - len(here), now + LEASE)
 
         found: list[Admission] = await self._in_store(claim)
         for participant in joined:
@@ -199,7 +214,10 @@ class Membership:
 
     async def _round(self, claimed: Sequence[Admission]) -> None:
         rooms = _Rooms(self._listed)
-        checked = await asyncio.gather(*(self._checked(admission, rooms) for admission in claimed))
+        try:
+            checked = await asyncio.gather(*(self._checked(admission, rooms) for admission in claimed))
+        finally:
+            rooms.stop()
         over = [admission for admission, settled in zip(claimed, checked, strict=True) if settled is None]
         going_on = [settled for settled in checked if settled is not None]
         try:
@@ -216,7 +234,7 @@ class Membership:
         wait = terms.interval * (0.9 + self._random.random() / 5)
         removed = False
         try:
-            removed = await self._check(admission, terms)
+            removed = await self._check(admission)
         except CannotTell as cannot:  # it is looked after for as long as it can come back: perhaps somebody mends that
             self._tell(admission, str(cannot))
         except (CannotAsk, DiscoveryFailed, TimeoutError) as error:
@@ -231,14 +249,14 @@ class Membership:
         now = self._clock()
         try:
             until = now + RENEWED if removed else await self._good_until(admission, now, wait, rooms)
-        except SfuUnavailable:
-            wait, until = soon, admission.until
-            if now >= until + FORGOTTEN_AFTER:
-                return None
-        else:
-            if now >= max(until, admission.until):
-                return None
-        return admission._replace(due=now + wait, until=max(until, admission.until))
+        except Exception as error:  # nobody could look whether it is in the call
+            if isinstance(error, SfuUnavailable):
+                self._tell(admission, error.sentence, of_sfu=True)
+            else:
+                self._failed(error)
+            until = now + wait + RENEWED
+        until = max(until, admission.until)
+        return None if now >= until else admission._replace(due=now + wait, until=until)
 
     async def _good_until(self, admission: Admission, now: float, wait: float, rooms: "_Rooms") -> float:
         """Until when a token of it may be good: whoever is in the call after its own has expired has newer ones from the SFU, of which the last may
@@ -249,7 +267,7 @@ class Membership:
         connected = admission.identity in await rooms.of(admission.sfu, admission.room)
         return now + wait + RENEWED if connected else admission.until
 
-    async def _check(self, admission: Admission, terms: Terms) -> bool:
+    async def _check(self, admission: Admission) -> bool:
         """See whether the user is in the Matrix room, and if not, remove it from the call; was it there?
 
         Raises CannotAsk, DiscoveryFailed, TimeoutError, SfuUnavailable.
@@ -257,9 +275,7 @@ class Membership:
         if await self._is_there(admission):
             return False
         await asyncio.sleep(CONFIRMED_AFTER)
-        if await self._is_there(admission):
-            return False
-        return await self._remove(admission, terms)
+        return not await self._is_there(admission) and await self._remove(admission)
 
     async def _is_there(self, admission: Admission) -> bool:
         """Is the user in the Matrix room? Raises CannotAsk, DiscoveryFailed, TimeoutError."""
@@ -293,9 +309,10 @@ class Membership:
         finally:
             places.release()
 
-    async def _remove(self, admission: Admission, terms: Terms) -> bool:
+    async def _remove(self, admission: Admission) -> bool:
         """Was it there? Raises SfuUnavailable."""
-        sfu = terms.sfus.get(admission.sfu)
+        terms = self._terms()  # of now
+        sfu = terms.sfus.get(admission.sfu) if terms.enforce else None
         if sfu is None or not await self._room_service.remove(sfu.address, admission.room, admission.identity, sfu.timeout):
             return False
         self._observer.removed(admission.sfu)
@@ -337,3 +354,14 @@ class _Rooms:
         if look is None:
             look = self._looks[sfu, room] = asyncio.create_task(self._look(sfu, room))
         return await asyncio.shield(look)
+
+    def stop(self) -> None:
+        """Nobody waits for them any more."""
+        for look in self._looks.values():
+            look.cancel()
+            look.add_done_callback(_no_matter)
+
+
+def _no_matter(look: asyncio.Task[frozenset[str]]) -> None:
+    if not look.cancelled():
+        look.exception()  # asked for, so that asyncio does not complain

@@ -9,6 +9,7 @@ from hashlib import sha256
 from json import JSONEncoder
 from typing import Final
 
+MAX_DEVICE: Final = 255  # characters; Matrix has no limit
 ROOM_SLOT: Final = "m.call#ROOM"
 """The slot of a room's one call, which the legacy endpoint `/sfu/get` always means."""
 
@@ -42,7 +43,7 @@ def device_in(state_key: str | None, user_id: str) -> str | None:
     """The device in the state key of a call membership, as deployed clients have it: `_@user:server_DEVICE_m.call`, or `@user:server_DEVICE`."""
     before, _, rest = (state_key or "").partition(f"{user_id}_")
     device = rest.removesuffix("_m.call")
-    return device if before in ("", "_") and device and ":" not in device and device.isprintable() else None
+    return device if before in ("", "_") and 0 < len(device) <= MAX_DEVICE and ":" not in device and device.isprintable() else None
 
 
 def plain_identity(user_id: str, device_id: str) -> str:

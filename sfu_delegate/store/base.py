@@ -77,6 +77,10 @@ class News(NamedTuple):
     namesake: bool = False  # another process is at work under the name of this one
 
 
+ADMITTED_FOR = 4500.0
+"""Seconds: no access token is good for longer, nor the last of those by which the SFU renews it."""
+
+
 class Admission(NamedTuple):
     """Somebody to whom an access token was given that may still be good. Times in Unix seconds."""
 
@@ -281,14 +285,15 @@ class Store(Protocol):
     # To whom access tokens were given, where membership of Matrix rooms is enforced.
 
     def admit(self, admissions: Sequence[Admission]) -> None:
-        """Keep that these were given access tokens, each participant once. What is there already is good no shorter than before, and is checked no
-        later. Raises StoreUnavailable."""
+        """Keep that these were given access tokens, each participant once. What is there already is good no shorter than before, is checked no later,
+        and by the homeserver that vouched for it first. Raises StoreUnavailable."""
 
     def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
         """Those that are to be checked, which nobody else is told until `lease_ends`. Raises StoreUnavailable."""
 
-    def admissions_of(self, participants: Collection[Participant], lease_ends: float) -> list[Admission]:
-        """Those of these participants, which are to be checked whenever they are due, and are claimed likewise. Raises StoreUnavailable."""
+    def admissions_of(self, participants: Collection[Participant], until: float, lease_ends: float) -> list[Admission]:
+        """Those of these participants, which are good until then at least, and are to be checked whenever they are due. They are claimed likewise.
+        Raises StoreUnavailable."""
 
     def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
         """Keep when they are to be checked next and until when they are good, which only grows; and forget those that are over, unless they have been
@@ -297,8 +302,8 @@ class Store(Protocol):
     def next_admission(self) -> float | None:
         """When the next one is to be checked. Raises StoreUnavailable."""
 
-    def ask_admissions(self, now: float) -> None:
-        """All of them are to be checked now. Raises StoreUnavailable."""
+    def ask_admissions(self, now: float, until: float) -> None:
+        """Nobody has watched for a while: all of them are to be checked now, and are good until then at least. Raises StoreUnavailable."""
 
     @property
     def is_log_large(self) -> bool:

@@ -45,6 +45,7 @@ from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
 from sfu_delegate.store import migrate, schema, statements
 from sfu_delegate.store.base import (
+    ADMITTED_FOR,
     GOES_ON,
     Admission,
     Heard,
@@ -93,7 +94,7 @@ _quoted = _DIALECT.identifier_preparer.quote
 _first = itemgetter(0)
 
 # What is wrong with a value, not with the database.
-_OF_ONE_INPUT = (psycopg.DataError, psycopg.IntegrityError, psycopg.NotSupportedError)
+_OF_ONE_INPUT = (psycopg.DataError, psycopg.IntegrityError, psycopg.NotSupportedError, errors.ProgramLimitExceeded)
 # The transaction can simply be made again.
 _AGAIN = (errors.SerializationFailure, errors.DeadlockDetected, errors.UniqueViolation)
 
@@ -277,14 +278,15 @@ _FORGET_ROOM_TIMES = (
     "FROM (SELECT sfu, name FROM room WHERE (sfu, name) > (%s, %s) ORDER BY sfu, name LIMIT %s FOR NO KEY UPDATE) w "
     "WHERE r.sfu = w.sfu AND r.name = w.name RETURNING r.sfu, r.name"
 )
+_ASK_ADMISSIONS = "UPDATE admission SET due = least(due, %s), until = greatest(until, %s) RETURNING 1"
+_FORGET_ADMISSION_TIMES = "UPDATE admission SET due = least(due, %s), until = %s RETURNING 1"
 _FORGET_SFU_TIMES = "UPDATE sfu SET heard_at = least(heard_at, %(now)s), answered_at = least(answered_at, %(now)s)"
 _WRITTEN = "INSERT INTO meta (key, value) VALUES ('written', '') ON CONFLICT (key) DO UPDATE SET value = '' RETURNING 1"
 _SAVE_MARK = "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING 1"
 _ADMISSION_COLUMNS = ", ".join(_quoted(name) for name in Admission._fields)
 _ADMIT = (
     f"INSERT INTO admission AS a ({_ADMISSION_COLUMNS}) SELECT * FROM unnest({_arrays(list(schema.admission.columns))}) "
-    'ON CONFLICT (sfu, room, identity) DO UPDATE SET homeserver = excluded.homeserver, "user" = excluded."user", room_id = excluded.room_id, '
-    "until = greatest(a.until, excluded.until), due = least(a.due, excluded.due) RETURNING 1"
+    "ON CONFLICT (sfu, room, identity) DO UPDATE SET until = greatest(a.until, excluded.until), due = least(a.due, excluded.due) RETURNING 1"
 )
 _ADMISSIONS_DUE = (
     "UPDATE admission a SET due = %s FROM (SELECT sfu, room, identity, due FROM admission WHERE due <= %s ORDER BY due LIMIT %s "
@@ -292,7 +294,8 @@ _ADMISSIONS_DUE = (
     f"RETURNING {_columns(schema.admission, 'a')}"
 )
 _ADMISSIONS_OF = (
-    "UPDATE admission a SET due = %s FROM (SELECT a.sfu, a.room, a.identity FROM unnest(%s::text[], %s::text[], %s::text[]) w(sfu, room, identity) "
+    "UPDATE admission a SET due = %s, until = greatest(a.until, %s) "
+    "FROM (SELECT a.sfu, a.room, a.identity FROM unnest(%s::text[], %s::text[], %s::text[]) w(sfu, room, identity) "
     "JOIN admission a ON (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) ORDER BY a.sfu, a.room, a.identity FOR NO KEY UPDATE OF a) w "
     f"WHERE (a.sfu, a.room, a.identity) = (w.sfu, w.room, w.identity) RETURNING {_columns(schema.admission, 'a')}"
 )
@@ -1114,6 +1117,7 @@ class PostgresStore:
             room = max(rooms, default=room)
             if len(rooms) < CHUNK:
                 break
+        self.atomically(partial(_run, _FORGET_ADMISSION_TIMES, (now, now + ADMITTED_FOR)))
         with self._telling() as cursor:
             cursor.execute(_FORGET_SFU_TIMES, {"now": now})
             cursor.execute("DELETE FROM instance WHERE alive_at > %s", (now + DEAD_AFTER,))  # who is alive says so again
@@ -1152,11 +1156,11 @@ class PostgresStore:
     def admissions_due(self, now: float, limit: int, lease_ends: float) -> list[Admission]:
         return [Admission(*values) for values in self.atomically(partial(_run, _ADMISSIONS_DUE, (lease_ends, now, limit)))]
 
-    def admissions_of(self, participants: Collection[Participant], lease_ends: float) -> list[Admission]:
+    def admissions_of(self, participants: Collection[Participant], until: float, lease_ends: float) -> list[Admission]:
         storable = _storable(participants)
         if not storable:
             return []
-        return [Admission(*values) for values in self.atomically(partial(_run, _ADMISSIONS_OF, (lease_ends, *_transposed(storable))))]
+        return [Admission(*values) for values in self.atomically(partial(_run, _ADMISSIONS_OF, (lease_ends, until, *_transposed(storable))))]
 
     def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
         if checked:
@@ -1169,8 +1173,8 @@ class PostgresStore:
             ((due,),) = cursor.execute("SELECT min(due) FROM admission").fetchall()
         return None if due is None else float(due)
 
-    def ask_admissions(self, now: float) -> None:
-        self.atomically(partial(_run, "UPDATE admission SET due = %s WHERE due > %s RETURNING 1", (now, now)))
+    def ask_admissions(self, now: float, until: float) -> None:
+        self.atomically(partial(_run, _ASK_ADMISSIONS, (now, until)))
 
     # ── the rest ──
 

@@ -39,6 +39,7 @@ from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
 from sfu_delegate.store import migrate, schema, statements
 from sfu_delegate.store.base import (
+    ADMITTED_FOR,
     Admission,
     DatabaseInUse,
     Heard,
@@ -565,6 +566,7 @@ class SqliteStore:
             )
         )
         self.execute(update(_event).where(c.state == State.DONE.value).values(due=func.min(c.due, now + (c.due - c.finished_at))))
+        self.execute(update(_admission).values(due=func.min(_admission.c.due, now), until=now + ADMITTED_FOR))
         self.execute(
             update(_room).values(
                 due=case((_room.c.due.is_not(None), now), else_=None),
@@ -662,9 +664,7 @@ class SqliteStore:
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         new = upsert(_admission)
-        keep: dict[str, Any] = {name: new.excluded[name] for name in ("homeserver", "user", "room_id")}
-        keep["until"] = func.max(_admission.c.until, new.excluded.until)
-        keep["due"] = func.min(_admission.c.due, new.excluded.due)
+        keep = {"until": func.max(_admission.c.until, new.excluded.until), "due": func.min(_admission.c.due, new.excluded.due)}
         sql = _sql(new.on_conflict_do_update(index_elements=["sfu", "room", "identity"], set_=keep), *Admission._fields)
         self.atomically(lambda _: self._connection.executemany(sql, admissions))
 
@@ -678,10 +678,11 @@ class SqliteStore:
 
         return self.atomically(claimed)
 
-    def admissions_of(self, participants: Collection[Participant], lease_ends: float) -> list[Admission]:
+    def admissions_of(self, participants: Collection[Participant], until: float, lease_ends: float) -> list[Admission]:
         def claimed(_: Transaction) -> list[Admission]:
             rows = (self.execute(_ADMISSIONS.where(*_is_participant(participant))) for participant in participants)
-            found = [Admission(*values) for each in rows for values in each]
+            known = (Admission(*values) for each in rows for values in each)
+            found = [one._replace(until=max(one.until, until)) for one in known]
             self._put_off(found, lease_ends)
             return found
 
@@ -689,7 +690,7 @@ class SqliteStore:
 
     def _put_off(self, admissions: Sequence[Admission], due: float) -> None:
         for one in admissions:
-            self.execute(update(_admission).where(*_is_participant(one[:3])).values(due=due))
+            self.execute(update(_admission).where(*_is_participant(one[:3])).values(due=due, until=one.until))
 
     def settle_admissions(self, checked: Sequence[Admission], over: Sequence[Admission]) -> None:
         def work(_: Transaction) -> None:
@@ -708,8 +709,10 @@ class SqliteStore:
             raise self.failed(error) from error
         return due
 
-    def ask_admissions(self, now: float) -> None:
-        self.atomically(lambda _: self.execute(update(_admission).where(_admission.c.due > now).values(due=now)))
+    def ask_admissions(self, now: float, until: float) -> None:
+        self.atomically(
+            lambda _: self.execute(update(_admission).values(due=func.min(_admission.c.due, now), until=func.max(_admission.c.until, until)))
+        )
 
     # ── housekeeping ──
 

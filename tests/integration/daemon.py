@@ -147,6 +147,7 @@ class Site:
     http: aiohttp.ClientSession
     log: io.StringIO
     changes: Mapping[str, Any]
+    of_homeserver: dict[str, Any] = field(default_factory=dict)  # what the configuration says of it besides its URL
     secrets: set[str] = field(default_factory=lambda: {SFU_SECRET})
     said: list[str] = field(default_factory=list)  # every error answer and every exposition of the metrics
     port: int = field(default_factory=lambda: free_ports(1)[0])
@@ -172,7 +173,7 @@ class Site:
             "admin": {"port": 0},
             **self.database.settings,
             "sfus": {"main": {"url": self.sfu.url.replace("http", "ws"), "keys": {SFU_KEY: SFU_SECRET}}},
-            "homeservers": [{"name": SERVER, "url": self.homeserver.url, "federation_url": self.homeserver.url}],
+            "homeservers": [{"name": SERVER, "url": self.homeserver.url, "federation_url": self.homeserver.url, **self.of_homeserver}],
         }
         return merged(QUICK, own, self.changes)
 

@@ -25,6 +25,9 @@ EXPECTED = {
     "sfu_delegate_actions": "counter",
     "sfu_delegate_action_seconds": "histogram",
     "sfu_delegate_looks": "counter",
+    "sfu_delegate_application_service_works": "gauge",
+    "sfu_delegate_membership_checks": "counter",
+    "sfu_delegate_participants_removed": "counter",
     "sfu_delegate_look_seconds": "histogram",
     "sfu_delegate_disconnect_to_end_seconds": "histogram",
     "sfu_delegate_delegated_events_accepted": "counter",
@@ -59,7 +62,8 @@ async def test_a_daemon_in_good_health(tmp_path: Path) -> None:
         live, ready = await site.admin("/health/live"), await site.admin("/health/ready")
         assert (live.status, live.body) == (200, {"status": "ok"})
         assert ready.status == 200
-        assert ready.body == {"status": "ok", "phase": "running", "database": "ok", "homeservers": {"hs.test": "ok"}, "sfus": {"main": "ok"}}
+        conditions = {"homeservers": {"hs.test": "ok"}, "sfus": {"main": "ok"}, "application_services": {}}
+        assert ready.body == {"status": "ok", "phase": "running", "database": "ok", **conditions}
         for path in ("/health/live", "/health/ready", "/metrics"):
             assert (await site.ask("GET", path)).status == 404
         assert (await site.admin("/v1/delegations")).status == 404

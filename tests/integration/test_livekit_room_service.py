@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,11 +26,14 @@ from livekit.protocol.room import ListParticipantsRequest
 from sfu_delegate.delegation.model import Listed
 from sfu_delegate.livekit import room_service
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
+from sfu_delegate.sandbox.server import SandboxSfu
+from sfu_delegate.sandbox.sfu import SfuModel
 
 from tests import recordings
 
 KEY, SECRET = "devkey", "devsecretdevsecretdevsecretdevsecret"
 LIST, CREATE = "/twirp/livekit.RoomService/ListParticipants", "/twirp/livekit.RoomService/CreateRoom"
+REMOVE = "/twirp/livekit.RoomService/RemoveParticipant"
 TIMEOUT = 20.0  # seconds; only where the answer comes at once
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -461,3 +465,117 @@ async def test_being_cancelled_is_not_a_failure_of_the_sfu() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         released.set()
+
+
+# ── removing somebody ──
+
+
+async def removal(handler: Handler) -> bool:
+    async with serving(handler) as address, RoomService() as service:
+        return await service.remove(sfu(address), "room-with-two", "bob", TIMEOUT)
+
+
+async def test_a_participant_is_removed() -> None:
+    """From that room only, and nobody else; who is not there, or is no more, is no error, and neither is a room that is not there."""
+    async with SandboxSfu(SfuModel({KEY: SECRET})) as server, RoomService() as service:
+        address = sfu(server.url.removeprefix("http://"))
+        for room in ("call", "elsewhere"):
+            await server.call("create_room", room)
+            for identity in ("alice", "bob"):
+                await server.call("join", room, identity, active_after=0)
+        assert await service.remove(address, "call", "alice", TIMEOUT) is True
+        assert {name: set(room.sessions) for name, room in server.model.rooms.items()} == {"call": {"bob"}, "elsewhere": {"alice", "bob"}}
+        assert await service.remove(address, "call", "alice", TIMEOUT) is False
+        assert await service.remove(address, "call", "nobody", TIMEOUT) is False
+        assert await service.remove(address, "nowhere", "bob", TIMEOUT) is False
+        assert {name: set(room.sessions) for name, room in server.model.rooms.items()} == {"call": {"bob"}, "elsewhere": {"alice", "bob"}}
+
+
+async def test_a_removal_is_asked_for_as_livekit_has_it() -> None:
+    """One POST, of the identity to the letter, with a token for that one room that may do no more than it must."""
+    seen: list[tuple[str, str, Any, str]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append((request.method, request.path, await request.json(), request.headers["Authorization"]))
+        return web.json_response({})
+
+    async with serving(handler) as address, RoomService() as service:
+        assert await service.remove(sfu(address), "Zürich", "@é/a b:example.org:D", TIMEOUT)
+    ((method, path, asked, authorization),) = seen
+    assert (method, path, asked) == ("POST", REMOVE, {"room": "Zürich", "identity": "@é/a b:example.org:D"})
+    claims = TokenVerifier(KEY, SECRET).verify(authorization.removeprefix("Bearer "))
+    assert claims.video is not None
+    assert (claims.video.room, claims.video.room_admin, claims.video.room_join) == ("Zürich", True, None)
+
+
+REMOVALS = [answer for answer in recordings.room_service_answers() if answer.call == "RemoveParticipant"]
+
+
+@pytest.mark.parametrize("answer", REMOVALS, ids=lambda answer: answer.case)
+async def test_recorded_answers_to_a_removal_are_read_rightly(answer: recordings.RecordedAnswer) -> None:
+    """Removed, not there, or nothing is known."""
+    handler = answering(answer.status, answer.body, answer.headers["Content-Type"])
+    if answer.status in {200, 404}:
+        assert await removal(handler) is (answer.status == 200)
+    else:
+        with pytest.raises(SfuUnavailable):
+            await removal(handler)
+
+
+def test_there_are_recorded_removals() -> None:
+    """Of somebody who was there, and of somebody who was not."""
+    assert {200, 404} <= {answer.status for answer in REMOVALS}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (200, "", Trouble.ANSWER),
+        (200, "<html>Please log in</html>", Trouble.ANSWER),
+        (200, "[]", Trouble.ANSWER),
+        (204, "", Trouble.ANSWER),
+        (302, "", Trouble.ANSWER),
+        (401, "invalid token: aaa.bbb.ccc", Trouble.REFUSED),
+        (403, '{"code":"not_found"}', Trouble.REFUSED),
+        (404, "<html>not found</html>", Trouble.ANSWER),
+        (404, '{"code":"bad_route","msg":"x"}', Trouble.ANSWER),
+        (404, '{"code":["not_found"]}', Trouble.ANSWER),
+        (500, '{"code":"internal","msg":"not_found"}', Trouble.ERROR),
+        (503, '{"code":"unavailable","msg":"x"}', Trouble.ERROR),
+        (503, "not_found", Trouble.ERROR),
+    ],
+)
+async def test_nothing_else_counts_as_removed_or_as_not_there(status: int, body: str, kind: Trouble) -> None:
+    """Somebody is in the call still, so it has to be tried again; and no word of the answer is told, least of all our token."""
+    with pytest.raises(SfuUnavailable) as error:
+        await removal(answering(status, body))
+    assert error.value.trouble is kind
+    assert "aaa.bbb" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [{"down": True}, {"error": 500}, {"hang": True}])
+async def test_an_sfu_that_fails_has_removed_nobody(fault: dict[str, Any]) -> None:
+    """Not listening, failing, or silent; the error holds neither the token nor the secret."""
+    async with SandboxSfu(SfuModel({KEY: SECRET})) as server, RoomService() as service:
+        await server.call("create_room", "call")
+        await server.call("join", "call", "alice", active_after=0)
+        address = sfu(server.url.removeprefix("http://"))
+        await server.call("faults", **fault)
+        with pytest.raises(SfuUnavailable) as error:
+            await service.remove(address, "call", "alice", 0.2)
+        await server.call("faults", down=False, error=None, hang=False)
+        assert set(server.model.rooms["call"].sessions) == {"alice"}
+    told = "".join(traceback.format_exception(error.value))
+    assert "eyJ" not in told
+    assert SECRET not in told
+
+
+async def test_with_a_wrong_secret_nobody_is_removed() -> None:
+    """The sentence says what to look at, and does not hold the token, which LiveKit quotes."""
+    async with SandboxSfu(SfuModel({KEY: SECRET})) as server, RoomService() as service:
+        await server.call("create_room", "call")
+        await server.call("join", "call", "alice", active_after=0)
+        with pytest.raises(SfuUnavailable, match="API key and secret") as error:
+            await service.remove(sfu(server.url.removeprefix("http://"), secret=SECRET[::-1]), "call", "alice", TIMEOUT)
+        assert set(server.model.rooms["call"].sessions) == {"alice"}
+    assert "eyJ" not in "".join(traceback.format_exception(error.value))
