@@ -14,5 +14,8 @@ class GetOnly:
     ) -> HttpAnswer:
         raise AssertionError("nothing is posted")
 
+    async def put(self, url: str, headers: Mapping[str, str], body: bytes, deadline: float, *, ssl: SSLContext | None = None) -> HttpAnswer:
+        raise AssertionError("nothing is put")
+
     async def aclose(self) -> None:
         pass

@@ -1,6 +1,6 @@
 """HTTP towards homeservers, as narrow as the callers need it: one request, one whole answer, or one kind of failure.
 
-Two verbs, no redirects, no cookies, no proxies from the environment, no streaming. The interface (`Http`) is this narrow because the four
+Three verbs, no redirects, no cookies, no proxies from the environment, no streaming. The interface (`Http`) is this narrow because the four
 management requests are all that is asked often; `keep_alive` has the client.
 
 What it must never do: repeat a request that is not safe to repeat, send anything elsewhere than it was told, or put a URL, a header or a
@@ -92,6 +92,9 @@ class Http(Protocol):
         `repeatable`: doing it twice does no harm, so that it is repeated at once, on a new connection, when a pooled one turns out to
         be closed.
         """
+
+    async def put(self, url: str, headers: Mapping[str, str], body: bytes, deadline: float, *, ssl: tls.SSLContext | None = None) -> HttpAnswer:
+        """PUT: doing it twice does no harm, so that it is repeated as a GET is."""
 
     async def aclose(self) -> None:
         """Close all connections."""

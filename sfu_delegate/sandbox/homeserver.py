@@ -161,7 +161,8 @@ class Errand(NamedTuple):
 
 @dataclass(slots=True)
 class HomeserverFaults:
-    """What is wrong. All may be changed while running; `probability` and `only` hold for all but `forbid_send` and the form of `Retry-After`.
+    """What is wrong. All may be changed while running; `probability` and `only` hold for all but `forbid_send`, `owner_limited` and the form of
+    `Retry-After`.
 
     A slow request is carried out when it arrives, and answered late.
     """
@@ -177,6 +178,7 @@ class HomeserverFaults:
     redirect: str | None = None  # 302 to this URL
     latency: dict[str, float] = field(default_factory=dict)  # seconds by kind of request; "*" for all others
     forbid_send: bool = False  # 403 M_FORBIDDEN on send; what runs out is dropped
+    owner_limited: bool = False  # 429 on send, by the limit that the event's owner has for messages; as with Synapse the event is dropped
     retry_after: str | None = None  # the header of a 429 in place of the true one; "" leaves it out
     retry_after_ms: Any = None  # the same for the body; "" leaves it out
     probability: float = 1.0  # of each request to be hit
@@ -364,6 +366,9 @@ class HomeserverModel:
                 self._end(event, End.DROPPED, now, by)
             self._check_joined(event.user, event.room)
             raise MatrixError(403, "M_FORBIDDEN", "You don't have permission to post that to the room.")
+        elif self.faults.owner_limited:
+            self._end(event, End.DROPPED, now, by)
+            raise MatrixError(429, "M_LIMIT_EXCEEDED", "Too Many Requests", held=5.0)
         else:
             self._deliver(event, End.SENT, now, by)
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,12 +50,13 @@ def register(directory: Path, name: str, url: str, port: int) -> Path:
 
 @dataclass(slots=True)
 class ServedCall:
-    """What a test plays with. `others` are further homeservers of the same daemon."""
+    """What a test plays with. `others` are further homeservers of the same daemon; `far` is one with another daemon, and another SFU."""
 
     call: Call
     synapse: Synapse
     url: str  # of the SFU
     others: list[Synapse] = field(default_factory=list)
+    far: "ServedCall | None" = None
 
     async def post(
         self, path: str, account: Account | None, body: Json, *, at: Synapse | None = None, headers: Mapping[str, str] = {}
@@ -101,19 +102,41 @@ class ServedCall:
 
 
 @asynccontextmanager
-async def served(
-    directory: Path, authority: Certificates, *, homeservers: int = 1, features: Mapping[str, Any] = ON, **sections: Any
-) -> AsyncIterator[ServedCall]:
-    """Synapses that know each other, registered with one daemon, and an SFU. `sections` go over the daemon's configuration."""
-    directory.mkdir(parents=True, exist_ok=True)
-    [listen, *ports] = free_ports(1 + homeservers)
+async def federation_of(directory: Path, authority: Certificates) -> AsyncIterator[ServedCall]:
+    """Three homeservers that know each other: two with the same daemon, and one with a daemon and an SFU of its own."""
+    ports = free_ports(3)
     names = [f"{HOST}:{port}" for port in ports]
-    federated = {"federation_domain_whitelist": names, "federation_custom_ca_list": [str(authority.ca_file)], "ip_range_blacklist": []}
+    async with (
+        served(directory / "near", authority, ports=ports[:2], known=names) as here,
+        served(directory / "far", authority, ports=ports[2:], known=names) as far,
+    ):
+        here.far = far
+        yield here
+
+
+@asynccontextmanager
+async def served(
+    directory: Path,
+    authority: Certificates,
+    *,
+    ports: Sequence[int] = (),
+    known: Sequence[str] = (),
+    features: Mapping[str, Any] = ON,
+    synapses_settings: Mapping[str, Any] = {},
+    **sections: Any,
+) -> AsyncIterator[ServedCall]:
+    """Synapses at these ports, registered with one daemon, and an SFU. `sections` go over the daemon's configuration."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ports = ports or free_ports(1)
+    [listen] = free_ports(1)
+    names = [f"{HOST}:{port}" for port in ports]
+    federated = {"federation_domain_whitelist": [*names, *known], "federation_custom_ca_list": [str(authority.ca_file)], "ip_range_blacklist": []}
     async with AsyncExitStack() as stack:
         synapses, entries = [], []
         for name, port in zip(names, ports, strict=True):
             registration = register(directory, name, "http://127.0.0.1:8008", listen)
             settings = {"app_service_config_files": [str(registration)], "experimental_features": dict(features), **federated}
+            settings |= synapses_settings
             federation = Federation(HOST, port, authority.file(HOST))
             synapse = Synapse(directory / f"synapse-{port}", server_name=name, settings=settings, federation=federation)
             synapses.append(await stack.enter_async_context(synapse))

@@ -23,7 +23,7 @@ from tests.e2e.call import running_call
 from tests.e2e.matrixrtc import DELEGATE as STANDALONE_DELEGATE
 from tests.e2e.matrixrtc import GET_TOKEN as STANDALONE_GET_TOKEN
 from tests.e2e.matrixrtc import SFU_GET, Json, RtcClient, ask, user_with_openid
-from tests.e2e.service import DELEGATE, GET_TOKEN, STABLE, UNSTABLE, ServedCall, answers, served
+from tests.e2e.service import DELEGATE, GET_TOKEN, STABLE, UNSTABLE, ServedCall, answers, federation_of, served
 from tests.integration.certificates import Certificates
 
 pytestmark = [pytest.mark.synapse, pytest.mark.asyncio(loop_scope="session")]
@@ -39,8 +39,8 @@ LOST = "sfu_delegate_events_lost_while_connected_total"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def here(authority: Certificates, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ServedCall]:
-    """Two homeservers that federate, and one daemon for both, for all tests that do not need another configuration."""
-    async with served(tmp_path_factory.mktemp("service"), authority, homeservers=2) as running:
+    """Two homeservers with one daemon, and one of another daemon, for all tests that do not need another configuration."""
+    async with federation_of(tmp_path_factory.mktemp("service"), authority) as running:
         yield running
 
 
@@ -282,7 +282,8 @@ async def test_nobody_can_say_that_it_is_somebody_else(here: ServedCall) -> None
 
 async def test_a_token_for_another_homeservers_sfu_comes_by_federation(here: ServedCall) -> None:
     """A user of one homeserver in a room of the other's: its own homeserver asks the other one, and the token is to listen with."""
-    [elsewhere] = here.others
+    assert here.far is not None
+    elsewhere = here.far.synapse
     await client_of(here)
     guest = await elsewhere.register(f"guest-{uuid.uuid4().hex[:8]}")
     body = {"url": here.url, "room_id": here.call.room_id, "slot_id": "m.call#ROOM", "member_id": "M", "server_name": here.synapse.server_name}
@@ -301,8 +302,28 @@ async def test_a_token_for_another_homeservers_sfu_comes_by_federation(here: Ser
     assert (status, answer["errcode"]) == (400, "M_INVALID_PARAM")
     status, answer = await here.post(UNSTABLE + GET_TOKEN, guest, body | {"server_name": "localhost:1"}, at=elsewhere)
     assert (status, answer["errcode"]) == (502, "M_UNKNOWN")
-    federated = await here.call.metric("sfu_delegate_matrixrtc_requests_total", 'endpoint="federation_get_token"', 'status="200"')
-    assert federated == 2
+    federated = ("sfu_delegate_matrixrtc_requests_total", 'endpoint="federation_get_token"', 'status="200"')
+    assert (await here.call.metric(*federated), await here.far.call.metric(*federated)) == (2, 0)
+
+
+async def test_homeservers_of_the_same_daemon_need_no_federation(here: ServedCall) -> None:
+    """Its SFU is theirs: a user of the one gets a token for it under the name of the other, with which it may speak, from its own homeserver."""
+    [other] = here.others
+    await client_of(here)
+    guest = await other.register(f"guest-{uuid.uuid4().hex[:8]}")
+    path = f"{V3}/join/{quote(here.call.room_id, safe='')}"
+    await other.client.call("POST", path, guest, {}, {"server_name": here.synapse.server_name})
+    federated = ("sfu_delegate_matrixrtc_requests_total", 'endpoint="federation_get_token"')
+    before = await here.call.metric(*federated)
+    body = {"url": here.url, "room_id": here.call.room_id, "slot_id": "m.call#ROOM", "member_id": "M", "server_name": here.synapse.server_name}
+    status, answer = await here.post(UNSTABLE + GET_TOKEN, guest, body, at=other)
+    assert (status, claims(answer["jwt"])["video"]["canPublish"]) == (200, True)
+    assert await here.call.metric(*federated) == before
+    # And nobody but its own homeserver has a word on it.
+    token = yaml.safe_load(Path(here.call.daemon.config["homeservers"][0]["registration_file"]).read_text())["hs_token"]
+    headers = {"Authorization": f"Bearer {token}", "X-Matrix-Origin": other.server_name}
+    url = f"{here.call.daemon.public_url}/_matrix/federation/v1/rtc/livekit/get_token"
+    assert await answers(here.call.http, url, {**body, "user_id": guest.user_id}, headers) == (403, "M_FORBIDDEN")
 
 
 # ── both ways side by side ──
@@ -406,6 +427,31 @@ async def test_a_token_that_synapse_does_not_know(synapse: Synapse, authority: C
         [line] = await call.until(told, "the daemon says that it is not registered")
         assert (line["part"], line["homeserver"]) == ("token", synapse.server_name)
         assert "app_service_config_files" in line["remedy"]
+
+
+# ── who has sent many messages ──
+
+
+async def test_the_owners_own_limit_does_not_keep_anybody_in_the_call(authority: Certificates, tmp_path: Path) -> None:
+    """Synapse counts the leave event for its owner's `rc_message`, and forgets an event that it refuses so: it is put in its owner's name then."""
+    async with served(tmp_path, authority, synapses_settings={"rc_message": {"per_second": 0.01, "burst_count": 12}}) as here:
+        client = await client_of(here)
+        await here.token(client)
+        await in_the_call(here, client)
+        await here.delegate(client)
+        await here.until_connected()
+        path = f"{V3}/rooms/{quote(here.call.room_id, safe='')}/send/m.room.message/"
+        statuses = set()
+        for number in range(14):
+            body = {"msgtype": "m.text", "body": str(number)}
+            url, headers = f"{here.synapse.url}{path}{number}", {"Authorization": f"Bearer {client.account.access_token}"}
+            async with here.call.http.put(url, json=body, headers=headers) as response:
+                statuses.add(response.status)
+        assert 429 in statuses
+        await left(here, client)
+        await nothing_is_open(here)
+        assert await here.call.metric(ENDED, 'outcome="sent"') == 1
+        assert await here.call.metric(*LIMITED) == 0
 
 
 # ── who is not in the room any more ──
