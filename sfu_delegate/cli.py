@@ -188,7 +188,8 @@ def appservice(
     """Write the daemon's registration as an application service of a homeserver, and tell what to put into Synapse's configuration, and into ours.
 
     With it the homeserver's limits do not hold for the daemon, clients reach the daemon through the homeserver (MSC4512), and the daemon can ask who
-    is in a room (MSC4502). A registration that is there keeps its tokens; running this again brings the rest up to date. No token is printed.
+    is in a room (MSC4502). A registration that is there keeps its tokens, unless they are placeholders; running this again brings the rest up to
+    date. No token is printed.
 
     Exits with 0 when the file is as it should be, 1 when it could not be written or the configuration has problems, and 2 when something else has to
     be asked for, such as one of several homeservers.
@@ -228,9 +229,11 @@ def appservice(
     for note in done.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"{done.action.capitalize()}: {done.file}, the registration for {done.homeserver}.")
-    typer.echo(f"\nFor Synapse (homeserver.yaml), beside what stands there under the same keys:\n\n{done.homeserver_yaml}")
+    typer.echo()
+    if done.action != "unchanged" or done.config:
+        typer.echo(f"For Synapse (homeserver.yaml), beside what stands there under the same keys:\n\n{done.homeserver_yaml}")
     if done.config:
-        typer.echo(f"For sfu-delegate ({config}), in the entry of this homeserver:\n\n{done.config}")
+        typer.echo(f"For sfu-delegate ({config}), to the entry of {done.homeserver}:\n\n    {done.config}")
     typer.echo("Now:")
     for number, step in enumerate(done.steps, 1):
         typer.echo(f"{number}. {step}")

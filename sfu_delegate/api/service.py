@@ -139,7 +139,8 @@ class ServiceEndpoints:
             remedy = "if these are a homeserver's requests, give it and the daemon the same registration"
             services.log.warning("hs_token_refused", remedy=remedy, times=times)
         sentence = "This is no hs_token of a homeserver that is configured here. Are the registration there and the one here the same?"
-        raise MatrixError(401, "M_UNKNOWN_TOKEN", sentence)
+        # Clients take this errcode, which may be passed on to them, for the word on their own token: let them keep what they have.
+        raise MatrixError(401, "M_UNKNOWN_TOKEN", sentence, soft_logout=True)
 
     def _user(self, request: web.Request, homeserver: str) -> str:
         """The user in whose name the homeserver asks. Raises MatrixError."""
@@ -164,7 +165,7 @@ class ServiceEndpoints:
         _check_claim(asked, user)
         homeserver = await self._resolved(name)
         await self._must_be_joined(homeserver, user, asked.room_id)
-        if asked.server is not None and asked.server != name:
+        if asked.server is not None and asked.server != name and not self._services.homeservers.has_service(asked.server):
             return await self._remote_token(homeserver, asked, user)
         return await self._token(asked, user, name, can_publish=True)
 
@@ -177,8 +178,10 @@ class ServiceEndpoints:
         self._throttle.origin(origin.lower(), settings)
         asked = read_federated(await self._body(request))
         user = asked.claimed_user or ""
-        served = self._services.homeservers.rule_for(origin) is not None
-        if (server_of(user) or "").lower() != origin.lower() or not (served or settings.other_homeservers):
+        homeservers = self._services.homeservers
+        allowed = settings.other_homeservers or homeservers.rule_for(origin) is not None
+        # One that has this service itself comes by itself: no other one has a word on its users.
+        if (server_of(user) or "").lower() != origin.lower() or homeservers.has_service(origin) or not allowed:
             raise _not_for_them()
         self._throttle.user(user, settings)
         await self._must_be_joined(await self._resolved(name), user, asked.room_id)
@@ -197,7 +200,7 @@ class ServiceEndpoints:
         shown = await self._event(await self._resolved(name), asked, asked.delay_id, user, settings)
         # Without a device, the event may tell it: then a participant with a token of the legacy endpoint is known for this one.
         identity, alias, twin = asked.identities(user, device_in(shown.state_key, user))
-        event = NewEvent(asked.delay_id, shown.delay, OnEnd.SEND, shown.running_since)
+        event = NewEvent(asked.delay_id, shown.delay, OnEnd.SEND, shown.running_since, shown.asked_at)
         await services.port.put(Accept(new_id(), sfu, asked.room, identity, name, (event,), alias, user, twin=twin))
         return {}
 
@@ -296,7 +299,8 @@ def _check_claim(asked: Asked, user: str) -> None:
 
 def _not_for_them() -> MatrixError:
     """One answer for everything: whether a room exists, or who is in it, is nobody's business."""
-    return MatrixError(403, "M_FORBIDDEN", "This is for users who have joined the room, by their own homeserver.")
+    sentence = "You have not joined this room, as far as the homeserver knows, or there is no such room. Join it, and ask again."
+    return MatrixError(403, "M_FORBIDDEN", sentence)
 
 
 def _cannot_ask() -> MatrixError:

@@ -4,13 +4,14 @@ Tokens that somebody may already work with are kept, a file that is something el
 """
 
 import contextlib
+import errno
 import ipaddress
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -19,11 +20,14 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from sfu_delegate.config.loading import read_text
 from sfu_delegate.config.model import Config, Homeserver
-from sfu_delegate.config.registration import SERVICE, NotARegistration, Registration, make, parse, scalar
-from sfu_delegate.config.risks import is_loopback
+from sfu_delegate.config.registration import SERVICE, NotARegistration, Registration, make, parse, scalar, speaks_for
+from sfu_delegate.config.risks import is_loopback, is_placeholder
 from sfu_delegate.config.values import ProxyUrl
 
 DEFAULT_FILE: Final = "sfu-delegate-registration.yaml"
+
+_TRIES: Final = 3  # where another run writes the same new file
+_NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems without hard links say
 
 
 class CannotRegister(Exception):
@@ -34,15 +38,18 @@ class CannotRegister(Exception):
         self.usage = usage
 
 
+_Action = Literal["written", "updated", "unchanged"]
+
+
 @dataclass(frozen=True, slots=True)
 class Registered:
     """What was done, and what is left to be done. Holds no token."""
 
     homeserver: str
     file: Path  # absolute
-    action: Literal["written", "updated", "unchanged"]
+    action: _Action
     homeserver_yaml: str  # for Synapse's configuration
-    config: str  # for ours; "" where it is there already
+    config: str  # the line for the homeserver's entry in ours; "" where it is there already
     notes: tuple[str, ...]
     steps: tuple[str, ...]
 
@@ -56,6 +63,20 @@ class _File:
     status: os.stat_result
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Those that are written. No repr shows them."""
+
+    as_token: str = field(repr=False)
+    hs_token: str = field(repr=False)
+    placeholders: tuple[str, ...]  # the names of those before that were none
+    renewed: bool  # there were others before
+
+
+class _Appeared(Exception):
+    """There is a file now where none was."""
+
+
 def register(
     config: Config, name: str | None = None, output: Path | None = None, proxy_url: str | None = None, *, new_tokens: bool = False
 ) -> Registered:
@@ -63,20 +84,30 @@ def register(
     homeserver = _chosen(config, name)
     given = _checked(proxy_url) if proxy_url is not None else None
     path = _path_for(config, homeserver, output)
+    for _ in range(1 if new_tokens else _TRIES):
+        with contextlib.suppress(_Appeared):  # what another run has written is read, and its tokens are kept
+            return _registered(config, homeserver, path, given, new_tokens)
+    raise CannotRegister(f"{path} was not there, and is now: another run has written it, or is about to. Run this again")
+
+
+def _registered(config: Config, homeserver: Homeserver, path: Path, given: str | None, new_tokens: bool) -> Registered:
+    """As `register`. Raises _Appeared as well."""
     there = _read(path)
+    if there is not None:
+        _check_whose(config, homeserver, path, there)
     url, notes = _url_for(config, given, there)
-    as_token, hs_token = _tokens_for(homeserver, there, new_tokens)
-    text = make(homeserver.name, as_token, hs_token, url)
-    action: Literal["written", "updated", "unchanged"] = "written" if there is None else "updated" if text != there.text else "unchanged"
+    tokens = _tokens_for(homeserver, there, new_tokens)
+    text = make(homeserver.name, tokens.as_token, tokens.hs_token, url)
+    action: _Action = "written" if there is None else "updated" if text != there.text else "unchanged"
     notes += _notes_on_url(url)
     if action != "unchanged":
         notes += _write(path, text, there.status if there else None)
     if there is not None:
         notes += _notes_on_file(path, there)
-    notes += _notes_on_tokens(homeserver, there, new_tokens, as_token, hs_token)
-    return Registered(
-        homeserver.name, path, action, _homeserver_yaml(path), _config_yaml(homeserver, path), tuple(notes), tuple(_steps(homeserver, path))
-    )
+    notes += _notes_on_tokens(homeserver, tokens)
+    line = _config_line(homeserver, path)
+    steps = _steps(homeserver, path, there, renewed=tokens.renewed, finished=action == "unchanged" and not line)
+    return Registered(homeserver.name, path, action, _homeserver_yaml(path), line, tuple(notes), tuple(steps))
 
 
 def _chosen(config: Config, name: str | None) -> Homeserver:
@@ -134,8 +165,20 @@ def _read(path: Path) -> _File | None:
     return _File(text, registration, status)
 
 
+def _check_whose(config: Config, homeserver: Homeserver, path: Path, there: _File) -> None:
+    """Raises CannotRegister where what is there is for another homeserver, to which its tokens would be lost."""
+    if speaks_for(there.registration, homeserver.name):
+        return
+    for other in config.homeservers:
+        if "*" not in other.name and speaks_for(there.registration, other.name):
+            raise CannotRegister(f"{path} is the registration for {other.name}: name another file with --output")
+
+
 def _write(path: Path, text: str, before: os.stat_result | None) -> list[str]:
-    """Put the text into the place of what is there, or leave that as it is and raise CannotRegister. Returns notes."""
+    """Put the text into the place of what is there, or leave that as it is and raise CannotRegister. Returns notes.
+
+    Raises _Appeared where something is there, though nothing was `before`.
+    """
     target = Path(os.path.realpath(path))  # a link stays one
     if not target.parent.is_dir():
         raise CannotRegister(f"there is no directory {target.parent}: make it, or name another file with --output")
@@ -148,13 +191,18 @@ def _write(path: Path, text: str, before: os.stat_result | None) -> list[str]:
                 file.flush()
                 notes = _keep(number, before)
                 os.fsync(number)
-            os.replace(draft, target)
-        except BaseException:
+            if before is None:
+                _publish(draft, target)
+            else:
+                os.replace(draft, target)
+        finally:
             with contextlib.suppress(OSError):
                 draft.unlink()
-            raise
+    except FileExistsError:
+        raise _Appeared from None
     except OSError as error:
-        raise CannotRegister(f"{path} cannot be written: {error.strerror}; it is as it was") from None
+        left = "nothing was written" if before is None else "it is as it was"
+        raise CannotRegister(f"{path} cannot be written: {error.strerror}; {left}") from None
     with contextlib.suppress(OSError):  # it is written, though a power failure might still undo it
         directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -162,6 +210,22 @@ def _write(path: Path, text: str, before: os.stat_result | None) -> list[str]:
         finally:
             os.close(directory)
     return notes
+
+
+def _publish(draft: Path, target: Path) -> None:
+    """Give a finished file its name, in a place where there is none: of several who try at the same time one succeeds. Raises FileExistsError."""
+    try:
+        os.link(draft, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # The name is taken first. Whoever comes before the file has its content finds no registration, and leaves it alone.
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        try:
+            os.replace(draft, target)
+        except BaseException:
+            target.unlink()
+            raise
 
 
 def _keep(number: int, before: os.stat_result | None) -> list[str]:
@@ -228,12 +292,13 @@ def _is_loopback(url: str) -> bool:
     return is_loopback(urlsplit(url).hostname or "")
 
 
-def _tokens_for(homeserver: Homeserver, there: _File | None, new_tokens: bool) -> tuple[str, str]:
-    if new_tokens:
-        return secrets.token_hex(32), secrets.token_hex(32)
-    if there is not None:
-        return there.registration.as_token, there.registration.hs_token
-    return _value(homeserver.as_token) or secrets.token_hex(32), _value(homeserver.hs_token) or secrets.token_hex(32)
+def _tokens_for(homeserver: Homeserver, there: _File | None, new_tokens: bool) -> _Tokens:
+    """Those of the file, or else of the configuration; new ones in place of what is missing, or a placeholder, which everybody can know."""
+    configured = (_value(homeserver.as_token), _value(homeserver.hs_token))
+    before = configured if there is None else (there.registration.as_token, there.registration.hs_token)
+    placeholders = tuple(name for name, token in zip(("as_token", "hs_token"), before, strict=True) if token and is_placeholder(token))
+    as_token, hs_token = (token if token and not new_tokens and not is_placeholder(token) else secrets.token_hex(32) for token in before)
+    return _Tokens(as_token, hs_token, placeholders, renewed=bool(placeholders) or (new_tokens and before != (None, None)))
 
 
 def _value(secret: SecretStr | None) -> str | None:
@@ -260,11 +325,15 @@ def _notes_on_file(path: Path, there: _File) -> Iterator[str]:
         yield f"Every user of this machine may read the tokens: chmod o= {path}"
 
 
-def _notes_on_tokens(homeserver: Homeserver, there: _File | None, new_tokens: bool, as_token: str, hs_token: str) -> Iterator[str]:
-    if new_tokens and (there is not None or homeserver.as_token is not None):
+def _notes_on_tokens(homeserver: Homeserver, tokens: _Tokens) -> Iterator[str]:
+    as_token, hs_token = tokens.as_token, tokens.hs_token
+    if tokens.placeholders:
+        were = "were placeholders, and are new ones now" if len(tokens.placeholders) > 1 else "was a placeholder, and is a new one now"
+        yield f"The {' and the '.join(tokens.placeholders)} that stood there {were}."
+    if tokens.renewed:
         yield (
-            "The tokens are new: restart Synapse, and then reload the daemon. Until both have them, the daemon cannot act at this homeserver, and "
-            "what users send through it is refused."
+            "Tokens are new, so keep to the order below. While Synapse and the daemon have different ones, the daemon cannot act at this homeserver, "
+            "and clients get 401 M_UNKNOWN_TOKEN through it, which they may take for the end of their session."
         )
     elif (_value(homeserver.as_token) or as_token, _value(homeserver.hs_token) or hs_token) != (as_token, hs_token):
         yield "The tokens in the file were kept; they are others than those in the daemon's configuration."
@@ -289,19 +358,31 @@ max_event_delay_duration: 24h
 """
 
 
-def _config_yaml(homeserver: Homeserver, path: Path) -> str:
+def _config_line(homeserver: Homeserver, path: Path) -> str:
     if homeserver.registration_file is not None and _same(path, homeserver.registration_file):
         return ""
-    return f"homeservers:\n  - name: {scalar(homeserver.name)}\n    registration_file: {scalar(str(path))}\n"
+    return f"registration_file: {scalar(str(path))}\n"
 
 
-def _steps(homeserver: Homeserver, path: Path) -> Iterator[str]:
+def _steps(homeserver: Homeserver, path: Path, there: _File | None, *, renewed: bool, finished: bool) -> Iterator[str]:
+    """What is left to be done; `finished`: nothing but to see whether it works."""
+    if there is None or not there.status.st_mode & stat.S_IRGRP:
+        yield (
+            f"Let Synapse's user and the daemon's read {path}, and nobody else. Where they have their usual names: "
+            f"chown matrix-synapse:sfu-delegate {path}; chmod 0440 {path}"
+        )
+    if _config_line(homeserver, path):
+        yield "Put the line for the daemon into its configuration; `sfu-delegate check-config` tells whether all is well."
+    unless = "" if there is None else ", unless they are there"
+    synapse = f"Put the keys for Synapse into its configuration{unless}, and restart it, with all of its workers."
+    if renewed:
+        yield "Stop the daemon, wherever there is an instance: systemctl stop sfu-delegate"
+        yield synapse
+        yield "Start the daemon: systemctl start sfu-delegate"
+    elif not finished:
+        yield synapse
+        yield "Start the daemon, or reload it: systemctl reload sfu-delegate"
     yield (
-        f"Let Synapse's user and the daemon's read {path}, and nobody else. Where they have their usual names: "
-        f"chown matrix-synapse:sfu-delegate {path}; chmod 0440 {path}"
+        f"Look into the daemon's log: application_service_works for {homeserver.name} means that all is well; application_service_failed says what "
+        "is not."
     )
-    yield "Put the keys for Synapse into its configuration, and restart it, with all of its workers."
-    if _config_yaml(homeserver, path):
-        yield "Put the key for the daemon into its configuration; `sfu-delegate check-config` tells whether all is well."
-    yield "Start the daemon, or reload it: systemctl reload sfu-delegate"
-    yield f"Look into its log: application_service_works for {homeserver.name} means that all is well."

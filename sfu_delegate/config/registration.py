@@ -110,18 +110,26 @@ def judge(registration: Registration, server_name: str) -> Iterator[tuple[str, s
     if said.get("rate_limited") is not False:
         yield "does not say `rate_limited: false`: the homeserver's limits hold for the daemon", "set it to false"
     users = _user_namespaces(said)
-    if not any(_matches(regex, f"@user:{server_name}") for regex, _ in users):
+    if not speaks_for(registration, server_name):
         problem = f"has no namespace that the users of {server_name} are in: Synapse does not let the daemon speak for them"
         yield problem, f"add to `namespaces`: `users: [{{exclusive: false, regex: {scalar(user_regex(server_name))}}}]`"
     if any(exclusive and _matches(regex, f"@user:{server_name}") for regex, exclusive in users):
         yield "claims the server's users for itself alone: Synapse lets nobody register or log in", "set `exclusive: false`"
-    if registration.proxy_prefix != PROXY_PREFIX or not registration.proxy_url:
+    if bool(registration.proxy_prefix) != bool(registration.proxy_url):
+        half = f"proxy_prefix and no {_URL_KEYS[0]}" if registration.proxy_prefix else f"proxy_url and no {_PREFIX_KEYS[0]}"
+        yield f"has a {half}, and Synapse does not start with it", again
+    elif registration.proxy_prefix != PROXY_PREFIX:
         problem = f"has {PROXY_PREFIX} forwarded nowhere ({_PREFIX_KEYS[0]}, proxy_url): clients cannot reach the daemon through the homeserver"
         yield problem, f"fine if it is there for the limits only; otherwise {again}"
     scopes = said.get(_SCOPES_KEY)
     if not isinstance(scopes, list) or IS_JOINED not in scopes:
         problem = "lacks the scope to ask who is in a room: memberships cannot be checked, and no token be given through the homeserver"
         yield problem, f"add it: `{_SCOPES_KEY}: ['{IS_JOINED}']`"
+
+
+def speaks_for(registration: Registration, server_name: str) -> bool:
+    """Are the users of that server in its namespaces?"""
+    return any(_matches(regex, f"@user:{server_name}") for regex, _ in _user_namespaces(registration.said))
 
 
 def _user_namespaces(said: Mapping[str, object]) -> list[tuple[str, bool]]:

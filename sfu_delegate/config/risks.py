@@ -8,6 +8,7 @@ import ipaddress
 import re
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ from pydantic import SecretStr
 
 from sfu_delegate.config.model import EXAMPLE_SECRET, Config, Level, Section
 from sfu_delegate.config.problems import HIDDEN, KeyPath, Problem, dotted, unique
+from sfu_delegate.config.registration import parse
 from sfu_delegate.config.values import format_duration
 from sfu_delegate.delegation.policy import DEPARTURES, MISSING, ROOM_MISSING, Unasked
 
@@ -24,7 +26,9 @@ _KNOWN_REASONS: Final = frozenset(DEPARTURES) | {"UNKNOWN_REASON", "SIP_TRUNK_FA
 
 
 # What people leave in place of a secret.
-_PLACEHOLDER: Final = re.compile(r"^(?:put|your|insert|replace|change)[-_ ]?(?:\w+[-_ ]|me|this)|example|placeholder|…|\.\.\.|^<", re.IGNORECASE)
+_PLACEHOLDER: Final = re.compile(
+    r"^(?:put|your|insert|replace|change)[-_ ]?(?:\w+[-_ ]|me|this)|^made-by-|example|placeholder|…|\.\.\.|^<", re.IGNORECASE
+)
 
 
 def warnings(config: Config) -> list[Problem]:
@@ -56,7 +60,7 @@ def _risks_of(config: Config) -> Iterator[Problem]:
             text = secret.get_secret_value()
             if (key, text) == ("devkey", "secret"):
                 yield Problem(f"{at}.keys.{key}", HIDDEN, "is the key that LiveKit uses with --dev and that everybody knows", "make a new one")
-            elif text == EXAMPLE_SECRET or _PLACEHOLDER.search(text):
+            elif text == EXAMPLE_SECRET or is_placeholder(text):
                 yield Problem(f"{at}.keys.{key}", HIDDEN, "is a placeholder, no secret", "put the SFU's own key and secret here")
             elif len(text) < 32:
                 problem = "is short for a secret: who guesses it can speak for the SFU and for every participant"
@@ -84,6 +88,8 @@ def _risks_of(config: Config) -> Iterator[Problem]:
             yield Problem(f"{at}.federation_url", federation_url, problem, "fine if it answers for all of them; otherwise an entry for each")
         yield from _risks_of_token(at, "as_token", homeserver.token_key, homeserver.as_token)
         yield from _risks_of_token(at, "hs_token", homeserver.hs_token_key, homeserver.hs_token)
+        if homeserver.registration_file is not None:
+            yield from _risks_of_proxy_url(config, f"{at}.registration_file", homeserver.registration_file)
         if homeserver.name == "*" and (url is None or paths):
             problem = "users of any homeserver in the world may " + ("create rooms on your SFU, and delegate" if paths else "delegate")
             yield Problem(f"{at}.name", "'*'", problem, "name the homeservers that you serve")
@@ -134,12 +140,33 @@ def _risks_of_token(at: str, name: str, key: str, secret: SecretStr | None) -> I
     token = "" if secret is None else secret.get_secret_value()
     which, remedy = "", f"put the {name} here that the registration has: `openssl rand -hex 32` makes one"
     if key == "registration_file":
-        which, remedy = f"its {name} ", "`sfu-delegate appservice --new-tokens` makes new ones"
-    if token and _PLACEHOLDER.search(token):
+        which, remedy = f"its {name} ", "`sfu-delegate appservice --new-tokens` makes new ones, and tells in which order to use them"
+    if is_placeholder(token):
         yield Problem(f"{at}.{key}", HIDDEN, f"{which}is a placeholder, no token", remedy)
     elif token and len(token) < 32:
         problem = f"{which}is short for a token: who guesses it can act as any user of the registration's namespaces"
         yield Problem(f"{at}.{key}", HIDDEN, problem, f"use one of 32 characters or more; {remedy}")
+
+
+def _risks_of_proxy_url(config: Config, at: str, path: Path) -> Iterator[Problem]:
+    """Does the homeserver, on this machine, forward requests to another port than ours?"""
+    from sfu_delegate.config.loading import read_text  # which needs this module
+
+    text, _ = read_text(path, at, "the registration")
+    try:
+        url = urlsplit(parse(text or "").proxy_url)
+        host, port = url.hostname or "", url.port or {"http": 80, "https": 443}.get(url.scheme, 0)
+    except ValueError:  # what is wrong with the file is told elsewhere
+        return
+    if is_loopback(host) and config.listen.port not in (0, port):
+        # Not the whole URL: anything may stand there.
+        there = f"{url.scheme}://{_in_url(host)}:{port}"
+        problem = f"its proxy_url is {there}, and the daemon listens on {_in_url(config.listen.host)}:{config.listen.port}"
+        yield Problem(at, str(path), problem, "fine if a proxy listens there; otherwise `sfu-delegate appservice` writes it anew")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _risks_of_sqlite(config: Config) -> Iterator[Problem]:
@@ -175,13 +202,18 @@ def _risks_of_postgresql(config: Config) -> Iterator[Problem]:
         problem = "the first host that answers is taken, though it be a standby, where nothing can be written"
         yield Problem("database", config.database, problem, "add target_session_attrs=read-write")
     password = config.postgresql.password
-    if password is not None and _PLACEHOLDER.search(password.get_secret_value()):
+    if password is not None and is_placeholder(password.get_secret_value()):
         yield Problem(f"postgresql.{config.postgresql.password_key}", HIDDEN, "is a placeholder, no password", "put the database's own password here")
 
 
 def _is_in_clear(url: str) -> bool:
     """Does what goes there cross a network unencrypted?"""
     return url.lower().startswith(("ws://", "http://")) and not is_loopback(urlsplit(url).hostname or "")
+
+
+def is_placeholder(secret: str) -> bool:
+    """Is it what people leave, or find in the documentation, in place of a secret?"""
+    return _PLACEHOLDER.search(secret) is not None
 
 
 def is_loopback(host: str) -> bool:

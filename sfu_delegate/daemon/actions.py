@@ -20,6 +20,7 @@ LASTED = 5.0  # seconds
 CHECKED_ROOM = "sfu-delegate-check"  # there need not be such a room: it is looked at to see whether the SFU answers
 CHECK_SERVICE_SOON = 20.0  # seconds until an application service is checked again, where the homeserver did not answer
 CHECK_SERVICE_AGAIN = 120.0  # … and where something is wrong with it
+CHECK_SERVICE_ALWAYS = 600.0  # … and where all is well: a registration may get lost at the homeserver
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
 
 log = get_logger(__name__)
@@ -129,7 +130,7 @@ class Actions:
             job.add_done_callback(self._checks.discard)
 
     def check_services(self, homeservers: Mapping[str, bool]) -> None:
-        """See whether the application service is set up well at each of these, now and until it is: what is wrong is mended there, while we run.
+        """See whether the application service is set up well at each of these, now and again and again: what is wrong is mended there, while we run.
         The value tells whether it is to pass requests on as well.
         """
         for name, task in self._service_checks.items():
@@ -153,7 +154,7 @@ class Actions:
             else:
                 self._tell_of_service(name, findings, passes_on)
                 if not findings.defects:
-                    return
+                    pause = CHECK_SERVICE_ALWAYS
             await asyncio.sleep(pause)
 
     def _tell_of_service(self, name: str, findings: Findings, passes_on: bool) -> None:

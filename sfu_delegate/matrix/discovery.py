@@ -195,6 +195,10 @@ class Homeservers:
         """Does any homeserver have an application service by which it passes requests on?"""
         return bool(self._rules.hs_tokens)
 
+    def has_service(self, name: str) -> bool:
+        """Does this homeserver, whatever the case of its name, pass requests on to us?"""
+        return any(name.lower() == served for _, served in self._rules.hs_tokens)
+
     def vouched_by(self, hs_token: str) -> str | None:
         """The homeserver whose `hs_token` this is. How long that takes tells nothing of the tokens."""
         given = hs_token.encode("utf-8", "surrogatepass")

@@ -399,6 +399,10 @@ class KeepAliveClient:
         """POST, repeated once on a new connection if it is repeatable and its kept connection was closed before an answer came."""
         return await self._ask("POST", url, headers, body, deadline, ssl, None, repeatable=repeatable)
 
+    async def put(self, url: str, headers: Mapping[str, str], body: bytes, deadline: float, *, ssl: tls.SSLContext | None = None) -> HttpAnswer:
+        """PUT, repeated once on a new connection when a kept one turns out to be closed."""
+        return await self._ask("PUT", url, headers, body, deadline, ssl, None, repeatable=True)
+
     async def aclose(self) -> None:
         """Close all connections; requests in flight fail."""
         self._closed = True

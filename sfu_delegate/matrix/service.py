@@ -29,6 +29,7 @@ CLIENT_PREFIXES: Final = (f"/_matrix/client/v1/{LIVEKIT}", f"/_matrix/client/uns
 FEDERATION_PREFIXES: Final = (f"/_matrix/federation/unstable/io.element.msc4195/{LIVEKIT}", f"/_matrix/federation/v1/{LIVEKIT}")
 """The unstable one first: the proposal is not part of the specification, and whoever has the endpoint has it there."""
 
+LONG_DELAY: Final = 600.0  # seconds: a quarter of that, by which restarts are early, is more than clocks are wrong by
 LONGEST_DELAY: Final = 10.0**9  # seconds; what is longer is no delay
 _TOO_LARGE: Final = 10**18  # milliseconds
 _JSON: Final = {"Content-Type": "application/json"}
@@ -49,7 +50,8 @@ class Shown(NamedTuple):
     type: str
     state_key: str | None
     delay: float
-    running_since: float | None  # the countdown began no earlier than this, by our clock; None: the clocks contradict each other
+    running_since: float | None  # the countdown began no earlier than this, by our clock; None: that is not to be relied on
+    asked_at: float  # by our clock, before the request was sent
 
 
 class Federated(NamedTuple):
@@ -128,7 +130,7 @@ class ApplicationService:
         if reply.status == 400 and reply.errcode == "M_INVALID_PARAM":
             return False  # a room id or a user id that cannot be
         if no_such_endpoint(reply):
-            raise CannotTell("it does not tell who is in a room (MSC4502): Synapse needs experimental_features.msc4502_enabled: true")
+            raise CannotTell("it does not tell who is in a room (MSC4502): Synapse needs experimental_features.msc4502_enabled: true, and a restart")
         if reply.status == 403 and reply.errcode:
             raise CannotTell(
                 "it does not tell us who is in a room: io.element.msc4502.scopes in the registration must have"
@@ -193,7 +195,8 @@ class ApplicationService:
         try:
             await self.is_joined(homeserver, nobody, f"!nowhere:{homeserver.name}", timeout)
         except CannotTell as cannot:
-            found.append(Defect(Part.MEMBERSHIP, str(cannot), "until then get_token is not answered there, and membership not enforced"))
+            remedy = "mend that, and restart it; until then get_token is not answered there, and membership not enforced"
+            found.append(Defect(Part.MEMBERSHIP, str(cannot), remedy))
         for path in FED_PROXY_PATHS:
             if not no_such_endpoint(await self._post(homeserver, path, {}, deadline)):
                 break
@@ -219,7 +222,8 @@ class ApplicationService:
             return []
         proxy = "io.element.msc4512.proxy_prefix and proxy_url"
         if no_such_endpoint(reply):
-            return [Defect(Part.PROXY, "it does not pass clients' requests on", f"let the registration have {proxy}: see `sfu-delegate appservice`")]
+            remedy = f"let the registration have {proxy}, and let that lead to `listen` here: something else at that URL may answer 404, too"
+            return [Defect(Part.PROXY, "it does not pass clients' requests on", remedy)]
         if reply.status == 401 and reply.errcode == "M_UNKNOWN_TOKEN":
             problem = "it passes clients' requests on with an hs_token that is not the configured one"
             return [Defect(Part.PROXY, problem, "give the homeserver and the daemon the same registration, and restart the homeserver")]
@@ -288,6 +292,7 @@ def _shown(content: Mapping[str, Any] | None, date: str | None, sent_at: float, 
         state_key if isinstance(state_key, str) else None,
         delay,
         running_since(float(since_ms) / 1000, delay, date, sent_at, answered_at),
+        sent_at,
     )
 
 
@@ -295,10 +300,11 @@ def running_since(since: float, delay: float, date: str | None, sent_at: float, 
     """No later than when the countdown began, by our clock; None where that cannot be told.
 
     `since` is by the homeserver's clock, which may be wrong: its `Date`, in whole seconds, tells how old the countdown is. Believed is whichever
-    of the two, that and our own clock, makes it older. A countdown that begins after the `Date` is by another clock than that one, of a proxy.
+    of the two, that and our own clock, makes it older. None: the clocks contradict each other, or the delay is so short that it would matter if a
+    clock is a little wrong, such as that of a homeserver behind a proxy that tells the `Date`: a restart costs less than that.
     """
     date_at = read_date(date)
-    if date_at is None or since >= date_at + 1.0:
+    if date_at is None or since >= date_at + 1.0 or since >= answered_at + 1.0 or delay < LONG_DELAY:
         return None
     age = max(date_at + 1.0 - since, answered_at - since, 0.0)
     began = sent_at - age

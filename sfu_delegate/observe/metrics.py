@@ -2,6 +2,7 @@
 
 from collections import Counter as Tally
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from math import inf
 from typing import Generic, TypeVar
 
@@ -108,8 +109,8 @@ class Metrics:
         )
         self.service_works = Gauge(
             "sfu_delegate_application_service_works",
-            "1 where all that the application service needs worked at the homeserver when it was last checked: at the start or a reload, and again "
-            "until it works; else 0. "
+            "1 where all that the application service needs worked at the homeserver when it was last tried, else 0; what "
+            "could not be tried has no value. "
             "token: it is registered and may speak for users; membership: MSC4502; federation: MSC4512; proxy: clients' requests come here.",
             ("homeserver", "part"),
             registry=at,
@@ -227,8 +228,13 @@ class Metrics:
 
     def service(self, homeserver: str, broken: Container[Part], checked: Iterable[Part]) -> None:
         """What an application service needs was checked at a homeserver."""
-        for part in checked:
-            self.service_works.labels(self.label(homeserver), part.value).set(part not in broken)
+        label, tried = self.label(homeserver), set(checked)
+        for part in Part:
+            if part in tried:
+                self.service_works.labels(label, part.value).set(part not in broken)
+            else:
+                with suppress(KeyError):
+                    self.service_works.remove(label, part.value)
 
     def membership(self, homeserver: str, result: str) -> None:
         """A homeserver was asked whether somebody is in a room."""

@@ -3,7 +3,8 @@
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -13,10 +14,11 @@ from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task
 from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver, Homeservers, NotServed
 from sfu_delegate.matrix.management import Answer, ManagementClient
-from sfu_delegate.matrix.service import ApplicationService, Part
+from sfu_delegate.matrix.service import ApplicationService, CannotAsk, Defect, Findings, Part
 from sfu_delegate.sealing import Sealer, new_key
 
 from tests.integration.daemon import captured_log
+from tests.unit.test_membership import time_flies
 
 NOW = 1000.0
 HOMESERVER = Homeserver("hs.test", "http://127.0.0.1:1")
@@ -33,6 +35,9 @@ class Bench:
         self.resolve: Callable[[], Awaitable[Homeserver]] = self._found
         self.act: Callable[..., Awaitable[Answer]] = self._done
         self.list: Callable[[], Awaitable[tuple[Listed, ...]]] = self._people
+        self.defects: dict[str, list[Sequence[Defect] | Exception | Callable[[], Any]]] = {}  # by homeserver: one after another, the last for ever
+        self.untried: set[Part] = set()  # what of it cannot be tried
+        self.checked: list[tuple[str, bool]] = []  # homeserver, and whether it passes requests on
         self.asked: list[dict[str, Any]] = []
         self.timeouts: list[float] = []
         self.given: list[Answered | Looked] = []
@@ -42,7 +47,7 @@ class Bench:
         self.reach = Means(
             cast(Homeservers, _Homeservers(self)),
             cast(ManagementClient, _Client(self)),
-            cast(ApplicationService, None),
+            cast(ApplicationService, _Service(self)),
             cast(RoomService, _RoomService(self)),
             self.sealer,
             {"main": Sfu(address, 5.0)},
@@ -107,8 +112,9 @@ class _Homeservers:
         return None
 
     async def resolve(self, name: str) -> Homeserver:
-        assert name == "hs.test"
-        return await self.bench.resolve()
+        assert name in {"hs.test", "other.test"}
+        found = await self.bench.resolve()
+        return replace(found, name=name)
 
 
 class _Client:
@@ -118,6 +124,24 @@ class _Client:
     async def act(self, homeserver: Homeserver, action: Action, delay_id: str, **more: Any) -> Answer:
         self.bench.asked.append({"homeserver": homeserver, "action": action, "delay_id": delay_id, **more})
         return await self.bench.act()
+
+
+class _Service:
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    async def check(self, homeserver: Homeserver, timeout: float, *, passes_on: bool) -> Findings:  # noqa: ASYNC109
+        assert timeout == self.bench.reach.timeout
+        self.bench.checked.append((homeserver.name, passes_on))
+        script = self.bench.defects.get(homeserver.name, [()])
+        found = script.pop(0) if len(script) > 1 else script[0]
+        if isinstance(found, Exception):
+            raise found
+        if callable(found):
+            await found()
+            raise AssertionError
+        tried = (set(Part) if passes_on else {Part.TOKEN}) - self.bench.untried
+        return Findings(frozenset(tried), tuple(found))
 
 
 class _RoomService:
@@ -387,3 +411,193 @@ async def test_at_the_end_what_takes_too_long_is_abandoned() -> None:
     assert await bench.actions.finish(0.01) == 2
     assert bench.given == []
     assert await bench.actions.finish(0.01) == 0
+
+
+# ── application services ──
+
+BY_TOKEN = Defect(Part.TOKEN, "it does not know the as_token", "register it there")
+BY_MEMBERSHIP = Defect(Part.MEMBERSHIP, "it does not tell who is in a room", "enable MSC4502")
+BY_PROXY = Defect(Part.PROXY, "it cannot reach this service", "check proxy_url")
+SERVICE = ("application_service", "hs.test")
+
+
+def said(log: io.StringIO) -> list[dict[str, Any]]:
+    """The log but for the time, and for what every line of it has."""
+    return [{key: value for key, value in json.loads(line).items() if key not in {"time", "logger", "level"}} for line in log.getvalue().splitlines()]
+
+
+async def checking(bench: Bench, seconds: float, homeservers: Mapping[str, bool] | None = None) -> None:
+    """So much time of checks passes, which takes none; without the homeservers those that were begun go on."""
+    if homeservers is not None:
+        bench.actions.check_services(homeservers)
+    await asyncio.sleep(seconds)
+
+
+@pytest.mark.parametrize(("passes_on", "parts"), [(True, list(Part)), (False, [Part.TOKEN])])
+async def test_an_application_service_that_works_is_told_once(passes_on: bool, parts: list[Part]) -> None:
+    """One line says so, and it is known for `/health/ready` and for the metrics: of what the homeserver is to do, and of nothing else. A registration
+    may get lost there, so it is tried again now and then.
+    """
+    bench = Bench()
+    with time_flies(), captured_log() as log:
+        await checking(bench, 2 * actions.CHECK_SERVICE_ALWAYS + 1.0, {"hs.test": passes_on})
+        assert bench.checked == [("hs.test", passes_on)] * 3
+        assert said(log) == [{"event": "application_service_works", "homeserver": "hs.test", "passes_on": passes_on}]
+    assert bench.actions.conditions == {SERVICE: ""}
+    assert sorted(bench.told) == sorted(("hs.test", part.value, "works") for part in parts * 3)
+
+
+async def test_a_registration_that_gets_lost_is_noticed() -> None:
+    """Though all was well before."""
+    bench = Bench()
+    bench.defects["hs.test"] = [[], [BY_TOKEN]]
+    with time_flies(), captured_log() as log:
+        await checking(bench, actions.CHECK_SERVICE_ALWAYS + 1.0, {"hs.test": True})
+        assert [line["event"] for line in said(log)] == ["application_service_works", "application_service_failed"]
+    assert bench.actions.conditions == {SERVICE: BY_TOKEN.problem}
+
+
+async def test_of_what_could_not_be_tried_nothing_is_told() -> None:
+    """Whether the way back works, say, where the homeserver passes nothing on."""
+    bench = Bench()
+    bench.untried = {Part.PROXY}
+    bench.defects["hs.test"] = [[BY_MEMBERSHIP]]
+    with time_flies(), captured_log():
+        await checking(bench, 1.0, {"hs.test": True})
+    assert sorted(bench.told) == [("hs.test", "federation", "works"), ("hs.test", "membership", "broken"), ("hs.test", "token", "works")]
+
+
+async def test_what_an_application_service_lacks_is_told_with_the_remedy() -> None:
+    """A line for each part, once however often it is checked; as long as anything is wrong it is, in two minutes each."""
+    bench = Bench()
+    both = [BY_MEMBERSHIP, BY_PROXY]
+    bench.defects["hs.test"] = [both, list(both), list(both), [BY_PROXY], [BY_PROXY], []]
+    with time_flies(), captured_log() as log:
+        await checking(bench, 1.0, {"hs.test": True})
+        failed = [
+            {"event": "application_service_failed", "homeserver": "hs.test", "part": one.part.value, "problem": one.problem, "remedy": one.remedy}
+            for one in both
+        ]
+        assert said(log) == failed
+        assert bench.actions.conditions == {SERVICE: "it does not tell who is in a room; it cannot reach this service"}
+        assert {part: how for _, part, how in bench.told} == {
+            "token": "works",
+            "membership": "broken",
+            "federation": "works",
+            "proxy": "broken",
+        }
+        await checking(bench, 2 * actions.CHECK_SERVICE_AGAIN)
+        assert len(bench.checked) == 3
+        assert said(log) == failed
+        await checking(bench, 2 * actions.CHECK_SERVICE_AGAIN)
+        assert len(bench.checked) == 5
+        assert said(log) == [*failed, failed[1]]
+        assert bench.actions.conditions == {SERVICE: "it cannot reach this service"}
+        bench.told.clear()
+        await checking(bench, actions.CHECK_SERVICE_AGAIN)
+        assert len(bench.checked) == 6
+        assert said(log)[3:] == [{"event": "application_service_works", "homeserver": "hs.test", "passes_on": True}]
+        assert bench.actions.conditions == {SERVICE: ""}
+        assert {how for _, _, how in bench.told} == {"works"}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "pause"),
+    [
+        (CannotAsk("it answers 502"), actions.CHECK_SERVICE_SOON),
+        (never, actions.CHECK_SERVICE_SOON + 30.0),
+    ],
+    ids=["cannot ask", "hangs"],
+)
+async def test_a_homeserver_that_does_not_answer_is_asked_again_silently(trouble: Any, pause: float) -> None:
+    """That it does not is told elsewhere. What was known of its application service stays."""
+    bench = Bench()
+    bench.defects["hs.test"] = [trouble, trouble, [BY_TOKEN], trouble, []]
+    with time_flies(), captured_log() as log:
+        await checking(bench, 2 * pause - 1.0, {"hs.test": True})
+        assert (len(bench.checked), said(log), bench.actions.conditions, bench.told) == (2, [], {}, [])
+        await checking(bench, 2.0)
+        assert [line["event"] for line in said(log)] == ["application_service_failed"]
+        await checking(bench, actions.CHECK_SERVICE_AGAIN)
+        assert len(bench.checked) == 4
+        assert bench.actions.conditions == {SERVICE: BY_TOKEN.problem}
+        await checking(bench, pause)
+        assert [line["event"] for line in said(log)] == ["application_service_failed", "application_service_works"]
+
+
+async def test_a_homeserver_that_is_not_found_is_looked_for_again_silently() -> None:
+    """Until it is."""
+    bench = Bench()
+    bench.resolve = failing(DiscoveryFailed("there is no .well-known"))
+    with time_flies(), captured_log() as log:
+        await checking(bench, 5 * actions.CHECK_SERVICE_SOON, {"hs.test": True})
+        assert (bench.checked, said(log), bench.actions.conditions) == ([], [], {})
+        bench.resolve = bench._found
+        await checking(bench, actions.CHECK_SERVICE_SOON)
+        assert [line["event"] for line in said(log)] == ["application_service_works"]
+
+
+async def test_a_defect_of_ours_does_not_end_the_checks() -> None:
+    """It is told without its text, and tried again."""
+    bench = Bench()
+    bench.defects["hs.test"] = [RuntimeError("holds as-secret"), []]
+    with time_flies(), captured_log() as log:
+        await checking(bench, 2 * actions.CHECK_SERVICE_AGAIN, {"hs.test": True})
+        assert [line["event"] for line in said(log)] == ["check_failed", "application_service_works"]
+        assert said(log)[0]["error"] == "RuntimeError"
+        assert "as-secret" not in log.getvalue()
+
+
+async def test_homeservers_are_checked_each_for_itself() -> None:
+    """One that hangs does not keep the other one's from being told, nor are their troubles mixed."""
+    bench = Bench()
+    bench.defects = {"hs.test": [never], "other.test": [[BY_PROXY]]}
+    with time_flies(), captured_log() as log:
+        await checking(bench, 1.0, {"hs.test": True, "other.test": True})
+        assert [(line["event"], line["homeserver"]) for line in said(log)] == [("application_service_failed", "other.test")]
+        assert bench.actions.conditions == {("application_service", "other.test"): BY_PROXY.problem}
+
+
+async def test_a_reload_checks_anew_and_tells_what_there_is() -> None:
+    """Also what had worked and was not checked any more, and what is known already; the checks from before do not go on beside."""
+    bench = Bench()
+    bench.defects["hs.test"] = [[], [], [BY_TOKEN]]
+    with time_flies(), captured_log() as log:
+        for _ in range(2):
+            await checking(bench, 1.0, {"hs.test": True})
+        assert [line["event"] for line in said(log)] == ["application_service_works"] * 2
+        for _ in range(2):
+            await checking(bench, 1.0, {"hs.test": True})
+            assert bench.actions.conditions == {SERVICE: BY_TOKEN.problem}
+        told = [*["application_service_works"] * 2, *["application_service_failed"] * 2]
+        assert [line["event"] for line in said(log)] == told
+        bench.checked.clear()
+        await checking(bench, 5 * actions.CHECK_SERVICE_AGAIN + 1.0)
+        assert len(bench.checked) == 5
+        assert len(said(log)) == len(told)
+
+
+async def test_an_application_service_that_is_configured_no_more_is_forgotten() -> None:
+    """It is not checked any more, and not in trouble; others are."""
+    bench = Bench()
+    bench.defects = {"hs.test": [[BY_TOKEN]], "other.test": [[BY_PROXY]]}
+    with time_flies(), captured_log() as log:
+        await checking(bench, 1.0, {"hs.test": True, "other.test": True})
+        await checking(bench, 1.0, {"other.test": True})
+        assert bench.actions.conditions == {("application_service", "other.test"): BY_PROXY.problem}
+        bench.checked.clear()
+        await checking(bench, 3600.0)
+        assert {name for name, _ in bench.checked} == {"other.test"}
+        assert [line["homeserver"] for line in said(log)] == ["hs.test", "other.test", "other.test"]
+
+
+async def test_at_the_end_nothing_is_checked_any_more() -> None:
+    """And nobody waits for a homeserver that hangs."""
+    bench = Bench()
+    bench.defects = {"hs.test": [[BY_TOKEN]], "other.test": [never]}
+    with time_flies():
+        await checking(bench, 1.0, {"hs.test": True, "other.test": True})
+        assert await bench.actions.finish(20.0) == 0
+        bench.checked.clear()
+        await checking(bench, 3600.0)
+        assert bench.checked == []

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def test_what_it_says_makes_a_configuration_that_works(desk: Desk) -> None:
         "experimental_features": {"msc4512_enabled": True, "msc4502_enabled": True},
         "max_event_delay_duration": "24h",
     }
-    desk.write(*yaml.safe_load(said["config"])["homeservers"])
+    desk.write({"name": said["homeserver"], **yaml.safe_load(said["config"])})
     config = load(desk.config)
     [homeserver] = config.homeservers
     assert homeserver.as_token is not None
@@ -115,8 +117,11 @@ def test_what_it_says_makes_a_configuration_that_works(desk: Desk) -> None:
 
 def test_people_are_told_the_same(desk: Desk) -> None:
     """The snippets, and the steps that are left, are on standard output; notes beside it."""
+    desk.run()
     result = desk.run()
     said = desk.said()
+    assert f"to the entry of {NAME}:\n\n    registration_file: {desk.file}\n" in result.stdout
+    assert "homeservers:" not in result.stdout
     for part in (said["homeserver_yaml"], said["config"], *(f"{number}. {step}\n" for number, step in enumerate(said["next"], 1))):
         assert part in result.stdout
     assert "restart it" in result.stdout
@@ -132,7 +137,7 @@ def test_a_configured_file_that_is_not_there_is_written(desk: Desk) -> None:
     said = desk.said()
     assert (said["file"], said["config"], said["action"]) == (str(file), "", "written")
     assert load(desk.config).homeservers[0].hs_token is not None
-    assert not any("configuration; `sfu-delegate check-config`" in step for step in said["next"])
+    assert not any("check-config" in step for step in said["next"])
     assert desk.said("--output", str(desk.file))["config"] != ""
 
 
@@ -181,8 +186,63 @@ def test_new_tokens_are_made_when_asked_for(desk: Desk) -> None:
     said = desk.said("--new-tokens")
     assert said["action"] == "updated"
     assert len({AS_TOKEN, HS_TOKEN, desk.registration.as_token, desk.registration.hs_token}) == 4
-    assert any("restart Synapse, and then reload the daemon" in note for note in said["notes"])
+    assert any("keep to the order" in note and "M_UNKNOWN_TOKEN" in note for note in said["notes"])
     assert not any("others than those" in note for note in said["notes"])
+    order = [
+        next(number for number, step in enumerate(said["next"]) if part in step) for part in ("Stop the daemon", "restart it", "Start the daemon")
+    ]
+    assert order == sorted(order)
+    assert not any("reload" in step for step in said["next"])
+
+
+@pytest.mark.parametrize(
+    ("before", "replaced"),
+    [
+        (
+            ("made-by-sfu-delegate-appservice", "made-by-sfu-delegate-appservice-too"),
+            "The as_token and the hs_token that stood there were placeholders",
+        ),
+        ((AS_TOKEN, "put-the-token-here"), "The hs_token that stood there was a placeholder"),
+    ],
+)
+def test_placeholders_are_replaced(before: tuple[str, str], replaced: str, desk: Desk) -> None:
+    """What stands in the documentation can be known to everybody; a true token beside it stays."""
+    desk.put(make(NAME, *before, URL))
+    desk.write({"name": NAME, "registration_file": str(desk.file)})
+    said = desk.said()
+    made = desk.registration
+    assert said["action"] == "updated"
+    assert any(note.startswith(replaced) for note in said["notes"])
+    assert any("Stop the daemon" in step for step in said["next"])
+    assert not any("were kept" in note for note in said["notes"])
+    assert (made.as_token == AS_TOKEN, len(made.hs_token)) == (before[0] == AS_TOKEN, 64)
+    assert warnings(load(desk.config)) == []
+    assert desk.said()["action"] == "unchanged"
+
+
+def test_placeholders_of_the_configuration_are_not_taken(desk: Desk) -> None:
+    """Nor from there."""
+    desk.write({"name": NAME, "as_token": "made-by-sfu-delegate-appservice", "hs_token": HS_TOKEN})
+    assert any(note.startswith("The as_token that stood there was a placeholder") for note in desk.said()["notes"])
+    assert len(desk.registration.as_token) == 64
+    assert desk.registration.hs_token == HS_TOKEN
+
+
+def test_when_nothing_changed_only_what_is_left_is_told(desk: Desk) -> None:
+    """What the configuration has, and the file's mode shows, has been done."""
+    desk.put(mode=0o640)
+    desk.write({"name": NAME, "registration_file": str(desk.file)})
+    result = desk.run()
+    assert result.stdout.startswith("Unchanged: ")
+    for done in ("homeserver.yaml", "registration_file:", "chown", "restart", "reload"):
+        assert done not in result.stdout
+    assert result.stdout.count("application_service_works") == 1
+    desk.file.chmod(0o600)
+    assert "chown" in desk.run().stdout
+    desk.write({"name": NAME})
+    result = desk.run()
+    assert "registration_file:" in result.stdout
+    assert "homeserver.yaml" in result.stdout
 
 
 # ── files ──
@@ -243,7 +303,7 @@ def test_a_file_that_everybody_can_read_is_told(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("call", ["fsync", "replace", "fchmod"])
+@pytest.mark.parametrize("call", ["fsync", "publish", "fchmod"])
 def test_nothing_is_half_written(call: str, there: bool, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the disk is full the old file is whole, a new one is not there, and no draft is left."""
 
@@ -252,10 +312,82 @@ def test_nothing_is_half_written(call: str, there: bool, desk: Desk, monkeypatch
 
     if there:
         desk.put()
-    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(os, ("replace" if there else "link") if call == "publish" else call, full)
     result = desk.run("--new-tokens", code=1)
-    assert "cannot be written: No space left on device" in result.stderr
+    left = "it is as it was" if there else "nothing was written"
+    assert f"cannot be written: No space left on device; {left}\n" in result.stderr
     assert (desk.file.read_text() if desk.file.exists() else None) == (OURS if there else None)
+
+
+@pytest.fixture(params=["links", "no links"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with and one without hard links."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def appears(desk: Desk, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run writes the file, after this one has seen that there is none."""
+    fsync = os.fsync
+
+    def other(number: int) -> None:
+        if not desk.file.exists():
+            desk.put(text)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", other)
+
+
+@pytest.mark.usefixtures("file_system")
+def test_of_two_runs_at_once_one_writes_the_file(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one finds what was written, and keeps its tokens."""
+    appears(desk, OURS, monkeypatch)
+    assert desk.said()["action"] == "unchanged"
+    assert desk.file.read_text() == OURS
+
+
+@pytest.mark.usefixtures("file_system")
+def test_what_appears_meanwhile_is_not_given_new_tokens(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run has just told somebody that it has written them."""
+    appears(desk, OURS, monkeypatch)
+    assert "was not there, and is now" in desk.run("--new-tokens", code=1).stderr
+    assert desk.file.read_text() == OURS
+
+
+@pytest.mark.usefixtures("file_system")
+def test_something_else_that_appears_meanwhile_is_left_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had been there before."""
+    appears(desk, "sfus: {}\n", monkeypatch)
+    assert "is not a registration" in desk.run(code=1).stderr
+    assert desk.file.read_text() == "sfus: {}\n"
+
+
+def test_a_place_that_was_taken_is_given_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without hard links, too, nothing is there when it cannot be written."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert desk.said()["action"] == "written"
+    desk.file.unlink()
+    monkeypatch.setattr(os, "replace", refuse)
+    assert "nothing was written" in desk.run(code=1).stderr
+    assert not desk.file.exists()
+
+
+def test_many_runs_at_once_agree_on_the_tokens(desk: Desk) -> None:
+    """Each in a process of its own; one says that it has written the file."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SFU_DELEGATE")}
+    command = [sys.executable, "-m", "sfu_delegate.cli", "appservice", "-c", str(desk.config), "--json"]
+    runs = [subprocess.Popen(command, cwd=desk.path, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    actions = sorted(json.loads(run.communicate(timeout=60)[0])["action"] for run in runs)
+    assert actions == ["unchanged"] * 5 + ["written"]
+    assert len(desk.registration.as_token) == 64
 
 
 def test_a_directory_that_is_not_there_is_told(desk: Desk) -> None:
@@ -315,6 +447,22 @@ def test_the_file_of_another_homeserver_is_not_taken(desk: Desk) -> None:
     desk.write({"name": "a.org", "registration_file": str(desk.file)}, {"name": "b.org"})
     assert "is the registration for a.org" in desk.run("--homeserver", "b.org", "--output", str(desk.file), code=2).stderr
     assert tokens(desk.file.read_text()) == [AS_TOKEN, HS_TOKEN]
+
+
+def test_a_file_that_is_for_another_homeserver_by_its_namespaces_is_not_taken(desk: Desk) -> None:
+    """Though the configuration does not name it; one that is for both, or for neither, is as good as any."""
+    desk.write({"name": "one.example"}, {"name": "two.example"}, {"name": "*.three.example"})
+    text = make("one.example", AS_TOKEN, HS_TOKEN, URL)
+    desk.put(text)
+    refused = f"{desk.file} is the registration for one.example: name another file with --output"
+    for more in ([], ["--new-tokens"]):
+        assert refused in desk.run("--homeserver", "two.example", "-o", str(desk.file), *more, code=1).stderr
+        assert desk.file.read_text() == text
+    desk.write({"name": "one.example"}, {"name": "two.example", "registration_file": str(desk.file)})
+    assert refused in desk.run("--homeserver", "two.example", code=1).stderr
+    for name in ("[a-z.]*", "four.example"):
+        desk.put(text.replace(r"one\.example", name))
+        assert desk.said("--homeserver", "two.example", "-o", str(desk.file))["action"] == "updated"
 
 
 # ── the URL ──

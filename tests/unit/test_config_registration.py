@@ -116,8 +116,13 @@ def test_no_token_is_in_a_repr() -> None:
         ({"namespaces": "users"}, "no namespace", r"'@.*:example\.org$'"),
         ({"namespaces": {"users": [{"exclusive": True, "regex": r"@.*:example\.org"}]}}, "nobody register", "exclusive: false"),
         ({"io__element__msc4512__proxy_prefix": "rtc"}, "cannot reach the daemon through the homeserver", "appservice"),
-        ({"io__element__msc4512__proxy_prefix": None}, "cannot reach the daemon through the homeserver", "appservice"),
-        ({"io__element__msc4512__proxy_url": None}, "cannot reach the daemon through the homeserver", "appservice"),
+        ({"io__element__msc4512__proxy_prefix": None}, "no io.element.msc4512.proxy_prefix, and Synapse does not start", "appservice"),
+        ({"io__element__msc4512__proxy_url": None}, "no io.element.msc4512.proxy_url, and Synapse does not start", "appservice"),
+        (
+            {"io__element__msc4512__proxy_prefix": None, "io__element__msc4512__proxy_url": None},
+            "cannot reach the daemon through the homeserver",
+            "appservice",
+        ),
         ({"io__element__msc4502__scopes": None}, "memberships cannot be checked", IS_JOINED),
         ({"io__element__msc4502__scopes": ["x"]}, "memberships cannot be checked", IS_JOINED),
         ({"io__element__msc4502__scopes": IS_JOINED}, "memberships cannot be checked", IS_JOINED),
@@ -276,6 +281,56 @@ def test_what_a_registration_lacks_is_warned_of(tmp_path: Path) -> None:
     assert {warning.key for warning in found} == {"homeservers[0].registration_file"}
     for part in ("every user of this machine", "rate_limited", "no namespace", "its as_token is short", "its hs_token is a placeholder"):
         assert sum(part in warning.problem for warning in found) == 1, part
+
+
+@pytest.mark.parametrize(
+    ("proxy_url", "listen", "said"),
+    [
+        (URL, {}, ""),
+        ("http://localhost:9999", {"port": 9999}, ""),
+        ("http://127.0.0.1:9999", {}, "its proxy_url is http://127.0.0.1:9999, and the daemon listens on 127.0.0.1:8080"),
+        ("http://[::1]:9999", {"host": "::1"}, "its proxy_url is http://[::1]:9999, and the daemon listens on [::1]:8080"),
+        ("http://localhost", {}, "its proxy_url is http://localhost:80, and"),
+        ("http://hunter2:hunter2@localhost/hunter2", {}, "its proxy_url is http://localhost:80, and"),
+        ("http://10.0.0.7:9999", {}, ""),
+        ("http://127.0.0.1:9999", {"port": 0}, ""),
+        ("http://127.0.0.1:99999", {}, ""),
+        ("hunter2", {}, ""),
+    ],
+)
+def test_requests_that_go_to_another_port_of_this_machine_are_warned_of(proxy_url: str, listen: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """A proxy may listen there; elsewhere than here nothing can be told."""
+    path = written(tmp_path / "r.yaml", make(NAME, AS_TOKEN, HS_TOKEN, proxy_url))
+    found = warnings(from_mapping(data({"name": NAME, "registration_file": path}, listen=listen)))
+    assert [(warning.key, warning.value) for warning in found] == [("homeservers[0].registration_file", path)] * bool(said)
+    for warning in found:
+        assert said in warning.problem
+        assert "fine if a proxy listens there; otherwise `sfu-delegate appservice` writes it anew" in warning.remedy
+        assert "hunter2" not in str(warning)
+
+
+def test_one_half_of_the_proxy_keeps_synapse_from_starting(tmp_path: Path) -> None:
+    """What is said of it is so: both or none."""
+    pytest.importorskip("synapse")
+    from synapse.config.appservice import load_appservices
+
+    path = tmp_path / "registration.yaml"
+    prefix, url = f"io.element.msc4512.proxy_prefix: {PROXY_PREFIX}\n", f"io.element.msc4512.proxy_url: {URL}\n"
+    path.write_text(GOOD.replace(prefix, "").replace(url, ""))
+    assert load_appservices(NAME, [str(path)])[0].proxy_url is None
+    for half in (prefix, url):
+        path.write_text(GOOD.replace(half, ""))
+        with pytest.raises(KeyError, match="set together"):
+            load_appservices(NAME, [str(path)])
+
+
+def test_the_readmes_tokens_are_placeholders(tmp_path: Path) -> None:
+    """Who copies its registration is told that everybody knows its tokens."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    as_token, hs_token = re.findall(r"^[ah]s_token: (\S+)", readme, re.MULTILINE)
+    text = make(NAME, as_token, hs_token, URL)
+    problems = [warning.problem for warning in warnings(from_mapping(data({"name": NAME, "registration_file": written(tmp_path / "r.yaml", text)})))]
+    assert problems == ["its as_token is a placeholder, no token", "its hs_token is a placeholder, no token"]
 
 
 def test_tokens_in_a_configuration_that_everybody_can_read_are_warned_of(tmp_path: Path) -> None:

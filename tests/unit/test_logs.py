@@ -285,7 +285,7 @@ def test_a_repr_shows_what_is_no_secret() -> None:
     assert "delay_id=…" in shown
     assert "token=None" in shown
     assert "room='the-room'" in shown
-    assert repr(NewEvent("hunter2", 60.0, OnEnd.SEND)) == f"NewEvent(delay_id=…, delay=60.0, on_end={OnEnd.SEND!r}, running_since=None)"
+    assert repr(NewEvent("hunter2", 60.0, OnEnd.SEND)) == f"NewEvent(delay_id=…, delay=60.0, on_end={OnEnd.SEND!r}, running_since=None, shown_at=0.0)"
 
 
 def changed_by_patterns(text: str) -> bool:
