@@ -74,7 +74,7 @@ bench-parts: $(VENV)/.test ## the engine alone (µs per input by batch size and 
 bench-scaling: $(VENV)/.test ## several instances on one PostgreSQL, and a million delegations: twenty minutes (ARGS="--only instances", --quick, --fill docs/scaling.md)
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
-bench-departures: $(VENV)/.test ## 500 people leave at once, on a real Synapse, with the application service: five minutes (ARGS=--without: eight more)
+bench-departures: $(VENV)/.test ## 500 people leave at once, on a real Synapse, with the application service: five minutes (ARGS="--alone --without": ten more)
 	$(BIN)/python -m benchmarks.departures $(ARGS)
 
 soak: $(VENV)/.test ## the simulation, with new seeds for MINUTES=10; prints a failing seed, and its history as small as it gets

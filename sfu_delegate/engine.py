@@ -954,6 +954,8 @@ class Engine:
             # Where the client has delegated something since the homeserver was asked, it may have ended this one before.
             event = given._replace(running_since=None) if newest >= given.shown_at else given
             old = by_delay_id.get(event.delay_id)
+            others = (row.accepted_at for row in current if old is not None and row.delegation != old.delegation)
+            doubtful = 0.0 < given.shown_at <= max(others, default=-inf)
             if old is not None and old.state is State.LIVE:
                 before = (
                     old.delegation,
@@ -969,7 +971,9 @@ class Engine:
                 )
                 carried.append(Carried(old.id, *before))
             jitter = 0.0 if event.running_since is None else self._random()
-            new = lifecycle.delegate(old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy, jitter)
+            new = lifecycle.delegate(
+                old, old.id if old else work.tx.new_id(), accept, event, like, work.now, stamp, self.policy, jitter, doubtful=doubtful
+            )
             work.put(new, accept)
             made.append(new)
         if all(row.verified_at is not None for row in made):

@@ -152,12 +152,10 @@ def accept(
     alias: str | None = None,
     twin: str | None = None,
     running_since: float | None = None,
-    shown_at: float = inf,
+    shown_at: float | None = None,
 ) -> Accept:
-    events = tuple(
-        NewEvent(delay_id, delay, on_end, running_since, 0.0 if running_since is None else shown_at)
-        for delay_id in delay_ids or (f"delay-of-{delegation}",)
-    )
+    shown = shown_at if shown_at is not None else 0.0 if running_since is None else inf
+    events = tuple(NewEvent(delay_id, delay, on_end, running_since, shown) for delay_id in delay_ids or (f"delay-of-{delegation}",))
     return Accept(delegation, SFU, room, identity, homeserver, events, alias, twin=twin)
 
 

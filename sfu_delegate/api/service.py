@@ -27,7 +27,7 @@ from sfu_delegate.livekit.names import device_in
 from sfu_delegate.livekit.room_service import SfuUnavailable
 from sfu_delegate.matrix.discovery import DiscoveryFailed, Homeserver
 from sfu_delegate.matrix.names import server_of
-from sfu_delegate.matrix.service import CLIENT_PREFIXES, FEDERATION_PREFIXES, CannotAsk, Federated, Shown
+from sfu_delegate.matrix.service import CLIENT_PREFIXES, FEDERATION_PREFIXES, CannotAsk, CannotBe, Federated, Shown
 from sfu_delegate.observe.logs import Seldom
 
 USER_HEADER: Final = "X-Matrix-User-Identifier"
@@ -274,6 +274,8 @@ class ServiceEndpoints:
         """Raises MatrixError."""
         try:
             joined = await self._services.service.is_joined(homeserver, user, room_id, self._services.settings().request_timeout)
+        except CannotBe:
+            joined = False
         except CannotAsk as error:
             raise self._not_asked(homeserver, error) from None
         if not joined:

@@ -36,7 +36,7 @@ def answered(task: Task, answer: Answer, sent_at: float, answered_at: float | No
         sent_at=sent_at,
         verdict=answer.verdict,
         retry_after=answer.retry_after,
-        alone=task.token is not None,
+        alone=task.token is not None or answer.of_owner,
         detail=answer.detail,
         answered_at=answered_at,
     )

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from random import Random
 from typing import Any, Final, Protocol, TypeVar
 
@@ -93,7 +94,8 @@ class Membership:
         self._nudged = asyncio.Event()
         self._rounds: set[asyncio.Task[None]] = set()
         self._places: dict[str, asyncio.Semaphore] = {}  # by homeserver
-        self._asked_all = False  # since the start: webhooks that came while nobody listened are lost
+        self._watched_at = -inf  # webhooks of those who join are heard since before: those that came while nobody listened are lost
+        self._reconsider = False
         self._seldom = Seldom()
 
     # ── who is given a token ──
@@ -121,7 +123,7 @@ class Membership:
         """One transaction for all that come while the last one is under way."""
         while self._new:
             batch, self._new = self._new, []
-            admissions = list({admission[:3]: admission for admission, _ in batch}.values())
+            admissions = list({admission[:3]: admission for admission, _ in reversed(batch)}.values())
             error: Exception | None = None
             try:
                 await self._in_store(lambda store, admissions=admissions: store.admit(admissions))  # type: ignore[misc]
@@ -143,7 +145,7 @@ class Membership:
 
     def reconsider(self) -> None:
         """The configuration has changed."""
-        self._asked_all = False
+        self._reconsider = True
         self._nudged.set()
 
     # ── whether they belong there ──
@@ -167,15 +169,17 @@ class Membership:
         self._nudged.clear()
         if not self._terms().enforce:
             self._joined.clear()
+            self._watched_at = -inf
             return LONGEST_PAUSE
         if len(self._rounds) >= ROUNDS:  # the end of each is a nudge
             return LONGEST_PAUSE
         now = self._clock()
         try:
-            if not self._asked_all:
-                await self._in_store(lambda store: store.ask_admissions(now, now + RENEWED))
-                self._asked_all = True
+            away = now - self._watched_at > max(LEASE, 2 * LONGEST_PAUSE)
+            if away or self._reconsider:
+                await self._ask_all(now, now + RENEWED if away else now)
             claimed = await self._claimed(now)
+            self._watched_at = now
             if not claimed:
                 at = await self._in_store(lambda store: store.next_admission())
                 if self._rounds:  # when theirs are due again is seen when they have ended
@@ -191,6 +195,14 @@ class Membership:
         self._rounds.add(task)
         task.add_done_callback(self._round_ended)
         return 0.0 if len(claimed) >= BATCH // 2 else TOGETHER
+
+    async def _ask_all(self, now: float, until: float) -> None:
+        self._reconsider = False
+        try:
+            await self._in_store(lambda store: store.ask_admissions(now, until))
+        except BaseException:
+            self._reconsider = True
+            raise
 
     def _round_ended(self, task: asyncio.Task[None]) -> None:
         if len(self._rounds) >= ROUNDS:

@@ -231,14 +231,17 @@ def delegate(
     accepted_at: float,
     policy: Policy,
     random: float,
+    *,
+    doubtful: bool = False,
 ) -> DelayedEvent:
     """The row of an event that is handed over: a new one, or `row` (the same `delay_id` of the same participant) taken up again.
 
     `like` is a row of the same participant whose presence it inherits: no `joined` will come for somebody who is in the call already.
     `accepted_at` is later than that of any other row of the participant, and else `now`. `random` is in [0, 1), for jitter.
+    `doubtful`: that the event was there is older than what its client has done since.
     """
     if row is not None and row.state is State.LIVE:
-        return _delegated_again(row, accept, event, now, accepted_at, policy, random)
+        return _delegated_again(row, accept, event, now, accepted_at, policy, random, doubtful=doubtful)
     alias, twin = _other_forms(accept, row, like)
     sessions: tuple[Session, ...] = like.sessions if like else ()
     if like is not None and like.state is State.DONE:
@@ -310,10 +313,10 @@ def _other_forms(accept: Accept, *before: DelayedEvent | None) -> tuple[str | No
 
 
 def _delegated_again(
-    row: DelayedEvent, accept: Accept, event: NewEvent, now: float, accepted_at: float, policy: Policy, random: float
+    row: DelayedEvent, accept: Accept, event: NewEvent, now: float, accepted_at: float, policy: Policy, random: float, *, doubtful: bool
 ) -> DelayedEvent:
     """A live event that another delegation had. It takes over what is asked for now; a restart shows whether that is right."""
-    same = (row.delay, row.on_end) == (event.delay, event.on_end)
+    same = (row.delay, row.on_end) == (event.delay, event.on_end) and not doubtful
     sure = same and not _tried(row)  # else a goodbye may have got through, and only a restart tells
     # Delegated in another form of the identity: from now on it is waited for in all of them.
     alias, twin = _other_forms(accept, row)

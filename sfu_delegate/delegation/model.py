@@ -392,7 +392,7 @@ class Answered(NamedTuple):
     sent_at: float  # before the request was sent
     verdict: Verdict
     retry_after: float | None = None  # seconds
-    alone: bool = False  # LIMITED concerns this event's user only, whose token it was done with
+    alone: bool = False  # LIMITED concerns this event's user only: it was done with the user's token, or is by the user's own limit
     detail: str = ""  # for people: status and errcode; never a token or a delay_id
     answered_at: float | None = None  # when that was known, which may be before it is kept; None: now
 

@@ -33,6 +33,7 @@ class Answer(NamedTuple):
     errcode: str  # "" where the answer is no Matrix error
     retry_after: float | None  # seconds to wait at least, as the server asked, without jitter: whoever plans the next try adds it
     detail: str  # for people: status, errcode and a remark; never a token, a delay_id or a URL
+    of_owner: bool = False  # LIMITED is, or may be, by the limit that the event's owner has, and says nothing of ours
 
 
 class Reply(NamedTuple):

@@ -31,7 +31,10 @@ __all__ = ["Answer", "Generation", "ManagementClient", "Scope", "generations_off
 CHOICE_LASTS: Final = 3600.0  # seconds that a homeserver's generation is remembered
 DELAYED_EVENTS_OFF: Final = "the homeserver has delayed events switched off (Synapse: set max_event_delay_duration)"
 OFF_LASTS: Final = 10.0  # seconds that it is remembered that a homeserver has delayed events off, or lacks the endpoint that it announces
-MAX_REMEMBERED: Final = 10_000  # homeservers
+MAX_REMEMBERED: Final = 10_000  # homeservers; or events that were refused
+MAX_REFUSED: Final = 4096  # bytes of one of these; what is larger is put at once, or never
+LOOK_WITHIN: Final = 2.0  # seconds for a look at an event that is to be sent, and for a last try to put it
+LEAST_WAIT: Final = 0.5  # seconds until an event is put again, where its owner's limit has refused it
 
 # Versions of the specification that contain MSC4140: none is known. Once one does, it and all later ones belong here.
 SPEC_VERSIONS_WITH_DELAYED_EVENTS: Final[frozenset[str]] = frozenset()
@@ -95,10 +98,23 @@ class _Event(NamedTuple):
     room_id: str
     type: str
     state_key: str
-    content: Mapping[str, Any]
+    content: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about."""
+        return sum(map(len, self))
 
     def __repr__(self) -> str:
         return "_Event()"
+
+
+class _Look(NamedTuple):
+    """What a homeserver shows of an event."""
+
+    there: bool | None  # None: it does not say
+    event: _Event | None = None
+    limited: bool = False  # by the limit that holds for us
 
 
 class _NotNegotiated(Exception):
@@ -172,6 +188,10 @@ class ManagementClient:
                 answer = await self._negotiated(request)
         except _NotNegotiated as unknown:
             return unknown.answer
+        if action is Action.RESTART and answer.verdict is Verdict.DONE:
+            self._refused.pop((homeserver.base_url, delay_id), None)
+        if own_token and user is None and action is Action.SEND and answer.verdict is Verdict.LIMITED:
+            answer = answer._replace(of_owner=True)
         if own_token and answer.status == 403 and answer.verdict is Verdict.FAILED and action is not Action.RESTART:
             return await self._why_forbidden(request, answer)
         return answer
@@ -184,54 +204,70 @@ class ManagementClient:
         forgotten, it is put as the state event that it was to become. Raises _NotNegotiated.
         """
         key = (request.homeserver.base_url, request.delay_id)
-        there, event = await self._look_at(request)
-        if there is False:
-            event = self._refused.get(key)
-            return Answer(Verdict.NOT_FOUND, 404, "M_NOT_FOUND", None, "404 M_NOT_FOUND") if event is None else await self._put(request, key, event)
+        look = await self._look_at(request)
+        if look.there:
+            self._refused.pop(key, None)
+        elif look.there is False and key in self._refused:
+            return await self._put(request, key, self._refused[key])
         answer = await self._negotiated(request)
-        if answer.verdict is not Verdict.LIMITED or there is None:
+        if answer.verdict is not Verdict.LIMITED:
             return answer
-        if event is not None:
+        event = look.event
+        if look.there is not None:
+            look = await self._look_at(request)
+        if look.there or look.limited:
+            return answer  # by our own limit
+        if event is not None and event.size <= MAX_REFUSED:
             keep(self._refused, key, event, MAX_REMEMBERED)
-        there, _ = await self._look_at(request)
-        if there is not False:
-            return answer
+        if look.there is None:
+            return answer._replace(of_owner=True)
         if event is None:
             lost = "429: the homeserver has refused to send it by its owner's limit (Synapse: rc_message), and forgotten it; nobody else can send it"
             return Answer(Verdict.NOT_FOUND, answer.status, answer.errcode, None, lost)
         return await self._put(request, key, event)
 
-    async def _look_at(self, request: _Request) -> tuple[bool | None, _Event | None]:
-        """Does the homeserver know the event (None: it does not say), and what is it? Only state events can be put again by anybody."""
+    async def _look_at(self, request: _Request) -> _Look:
+        """Does the homeserver know the event, and what is it? Only of state events that is told: nothing else can be put again by anybody."""
         path = _UNSTABLE + quote(request.delay_id, safe="") + request.query
+        now = asyncio.get_running_loop().time()
         try:
-            reply = await self._get(request.homeserver, path, request.headers, request.deadline)
+            # Where it hangs, there has to be time left for what matters.
+            reply = await self._get(request.homeserver, path, request.headers, now + min(LOOK_WITHIN, (request.deadline - now) / 4))
         except HttpFailed:
-            return None, None
+            return _Look(None)
         if reply.status == 404 and reply.errcode == "M_NOT_FOUND":
-            return False, None
+            return _Look(False)
         if reply.status != 200 or reply.content is None:
-            return None, None
+            return _Look(None, limited=reply.status == 429)
         room_id, kind, key, content = (reply.content.get(name) for name in ("room_id", "type", "state_key", "content"))
         if not (isinstance(room_id, str) and isinstance(kind, str) and isinstance(key, str) and isinstance(content, dict)):
-            return True, None
-        return True, _Event(room_id, kind, key, content)
+            return _Look(True)
+        return _Look(True, _Event(room_id, kind, key, to_json(content)))
 
     async def _put(self, request: _Request, key: tuple[str, str], event: _Event) -> Answer:
-        """Put the event into its room, as its owner."""
+        """Put the event into its room, as its owner, as soon as the owner's limit lets it."""
         homeserver = request.homeserver
         path = "/".join(quote(part, safe="") for part in (event.room_id, "state", event.type, event.state_key))
         way = self._egress.way(discovered=homeserver.discovered, stranger=homeserver.stranger)
-        try:
-            url = f"{homeserver.base_url}/_matrix/client/v3/rooms/{path}{request.query}"
-            reply = read_reply(await way.put(url, request.headers, to_json(event.content), request.deadline, ssl=homeserver.ssl), self._now())
-        except (HttpFailed, UnicodeEncodeError) as error:
-            return Answer(Verdict.FAILED, None, "", None, error.reason if isinstance(error, HttpFailed) else "it is not valid Unicode")
-        if reply.status == 200 and reply.content is not None:
-            self._refused.pop(key, None)
-            return DONE._replace(detail="200: put as its owner, since the homeserver had refused to send it by its owner's limit, and forgotten it")
-        meant = understand(reply, own_token=True)
-        return meant if meant.verdict in (Verdict.REFUSED, Verdict.LIMITED) else meant._replace(verdict=Verdict.FAILED)
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                url = f"{homeserver.base_url}/_matrix/client/v3/rooms/{path}{request.query}"
+                reply = read_reply(await way.put(url, request.headers, event.content, request.deadline, ssl=homeserver.ssl), self._now())
+            except (HttpFailed, UnicodeEncodeError) as error:
+                return Answer(Verdict.FAILED, None, "", None, error.reason if isinstance(error, HttpFailed) else "it is not valid Unicode")
+            if reply.status == 200 and reply.content is not None and isinstance(reply.content.get("event_id"), str):
+                self._refused.pop(key, None)
+                return DONE._replace(
+                    detail="200: put as its owner, since the homeserver had refused to send it by its owner's limit, and forgotten it"
+                )
+            meant = understand(reply, own_token=True)
+            if meant.verdict is not Verdict.LIMITED:
+                return meant if meant.verdict is Verdict.REFUSED else meant._replace(verdict=Verdict.FAILED)
+            wait = max(meant.retry_after or 0.0, LEAST_WAIT)
+            if loop.time() + wait >= request.deadline - LOOK_WITHIN:
+                return meant._replace(of_owner=True)
+            await asyncio.sleep(wait)
 
     async def check(self, homeserver: Homeserver, timeout: float) -> str:  # noqa: ASYNC109 - as in `act`
         """Can the homeserver be reached, and does it have delayed events? "" or a sentence for the operator. Costs one request at the most."""

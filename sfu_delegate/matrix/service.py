@@ -43,6 +43,10 @@ class CannotTell(CannotAsk):
     """It does not offer what is asked for, and will not before somebody changes its configuration."""
 
 
+class CannotBe(CannotAsk):
+    """It says that there can be no such room, or no such user."""
+
+
 class Shown(NamedTuple):
     """A delayed event as its homeserver has it. Times in seconds."""
 
@@ -119,16 +123,16 @@ class ApplicationService:
     async def is_joined(self, homeserver: Homeserver, user: str, room_id: str, timeout: float) -> bool:  # noqa: ASYNC109
         """Is the user, whose homeserver may be another one, in the room? A room that the homeserver does not know has nobody in it.
 
-        Raises CannotAsk.
+        Raises CannotAsk, and of it CannotBe where the homeserver takes no such name: that is no word on anybody who is in a call.
         """
         if unspeakable(room_id, None):
-            return False  # such a room cannot be
+            raise CannotBe("there can be no such room")
         deadline = asyncio.get_running_loop().time() + timeout
         _, reply = await self._get(homeserver, f"{IS_JOINED.format(quote(room_id, safe=''))}?mxid={quote(user, safe='')}", deadline)
         if reply.status == 200 and reply.content is not None and type(reply.content.get("joined")) is bool:
             return bool(reply.content["joined"])
         if reply.status == 400 and reply.errcode == "M_INVALID_PARAM":
-            return False  # a room id or a user id that cannot be
+            raise CannotBe("it takes the name of the room, or of the user, for impossible")
         if no_such_endpoint(reply):
             raise CannotTell("it does not tell who is in a room (MSC4502): Synapse needs experimental_features.msc4502_enabled: true, and a restart")
         if reply.status == 403 and reply.errcode:

@@ -1,5 +1,6 @@
 """Leave events that are sent in their owners' names: what a homeserver refuses by the owner's limit, and forgets, gets into the room nevertheless."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -143,3 +144,60 @@ async def test_where_it_cannot_be_looked_at_it_is_sent_all_the_same() -> None:
         d.model.faults.only, d.model.faults.status = frozenset({"read"}), 500
         assert (await d.act(delay_id)).verdict is Verdict.DONE
         assert d.in_room() == LEFT
+
+
+async def test_a_look_that_hangs_does_not_take_the_time_of_what_matters() -> None:
+    """The event is sent without it."""
+    async with desk() as d:
+        delay_id = await d.schedule()
+        d.model.faults.only, d.model.faults.hang = frozenset({"read"}), True
+        answer = await d.client.act(d.homeserver, Action.SEND, delay_id, user=ALICE, timeout=2.0)
+        assert (answer.verdict, d.in_room()) == (Verdict.DONE, LEFT)
+
+
+async def test_a_look_that_finds_nothing_is_not_believed_alone() -> None:
+    """Something on the way may answer it, or the owner may be another one: the event is sent by its id."""
+    async with desk() as d:
+        delay_id = await d.schedule()
+        assert (await d.act(delay_id, user="@bob:hs.test")).verdict is Verdict.DONE
+        assert d.in_room() == LEFT
+
+
+async def test_by_whose_limit_it_was_refused() -> None:
+    """The owner's says nothing of ours, and everybody else's event is managed as before. Where nobody can tell, it may be the owner's."""
+    async with desk(rate_limited=True) as d:
+        for _ in range(7):
+            answer = await d.act(await d.schedule())
+        assert (answer.verdict, answer.of_owner) == (Verdict.LIMITED, False)
+    async with desk() as d:
+        d.model.faults.owner_limited = True
+        answer = await d.act(await d.schedule(), user=None)
+        assert (answer.verdict, answer.of_owner) == (Verdict.LIMITED, True)
+        delay_id = await d.schedule()
+        d.model.faults.only, d.model.faults.status = frozenset({"read"}), 500
+        answer = await d.act(delay_id)
+        assert (answer.verdict, answer.of_owner) == (Verdict.LIMITED, True)
+
+
+async def test_what_was_sent_anew_by_its_client_is_not_put_over() -> None:
+    """An event that is there after it was refused was not forgotten: its end is its client's, which may have joined again."""
+    async with desk() as d:
+        delay_id = await d.schedule()
+        d.model.faults.only, d.model.faults.status = frozenset({"send"}), 429
+        assert (await d.act(delay_id)).verdict is Verdict.LIMITED
+        d.model.faults.only, d.model.faults.status = None, None
+        await d.sandbox.call("manage", delay_id, "cancel")
+        assert (await d.act(delay_id)).verdict is Verdict.NOT_FOUND
+        assert d.in_room() is None
+
+
+async def test_the_owners_limit_is_waited_for() -> None:
+    """While there is time: another instance, or the next start, would not know what the event was."""
+    async with desk() as d:
+        delay_id = await d.schedule()
+        d.model.faults.owner_limited, d.model.faults.only, d.model.faults.status = True, frozenset({"room"}), 429
+        acting = asyncio.create_task(d.act(delay_id))
+        while not d.model.answers["room", 429]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        d.model.faults.only, d.model.faults.status = None, None
+        assert ((await acting).verdict, d.in_room()) == (Verdict.DONE, LEFT)

@@ -13,7 +13,7 @@ from aiohttp import web
 from sfu_delegate.livekit import tokens
 from sfu_delegate.matrix.discovery import Homeserver, HomeserverRule
 from sfu_delegate.matrix.egress import Egress
-from sfu_delegate.matrix.service import ApplicationService, CannotAsk, CannotTell, Defect, Federated, Part, Shown
+from sfu_delegate.matrix.service import ApplicationService, CannotAsk, CannotBe, CannotTell, Defect, Federated, Part, Shown
 from sfu_delegate.sandbox.homeserver import HomeserverModel
 from sfu_delegate.sandbox.server import SandboxHomeserver
 
@@ -174,8 +174,8 @@ async def test_who_is_in_a_room() -> None:
             assert await d.joined(user)
         assert not await d.joined(BOB)
         assert not await d.joined(room="!unknown:example.org")
-        assert not await d.joined(room="no room")
-        assert not await d.joined(user="nobody")
+        assert isinstance(await unanswered(d.joined(room="no room"), d.as_token), CannotBe)
+        assert isinstance(await unanswered(d.joined(user="nobody"), d.as_token), CannotBe)
         await d.sandbox.call("leave", ALICE, ROOM)
         assert not await d.joined()
 

@@ -267,6 +267,16 @@ async def test_when_an_answer_came_comes_back_too(answer: Answer | Exception) ->
     assert (given.sent_at, given.answered_at) == (NOW, NOW + 3.0)
 
 
+@pytest.mark.parametrize("of_owner", [True, False])
+async def test_the_owners_own_limit_concerns_nobody_else(of_owner: bool) -> None:
+    """Else one who has sent many messages would slow everybody's restarts."""
+    bench = Bench()
+    bench.act = saying(Answer(Verdict.LIMITED, 429, "M_LIMIT_EXCEEDED", 5.0, "429", of_owner=of_owner))
+    given = await bench.result(SEND)
+    assert isinstance(given, Answered)
+    assert given.alone is of_owner
+
+
 async def test_a_look_comes_back_with_the_list() -> None:
     """And with the time of the SFU's own configuration."""
     bench = Bench()

@@ -18,7 +18,7 @@ from sfu_delegate.delegation.replies import TooMany
 from sfu_delegate.livekit import tokens
 from sfu_delegate.livekit.room_service import SfuUnavailable, Trouble
 from sfu_delegate.matrix.discovery import HomeserverRule
-from sfu_delegate.matrix.service import CannotAsk, CannotTell, Federated, Shown
+from sfu_delegate.matrix.service import CannotAsk, CannotBe, CannotTell, Federated, Shown
 from structlog.testing import capture_logs
 
 from tests import engine_port
@@ -551,6 +551,16 @@ async def test_who_has_this_service_comes_by_itself(user: str, origin: str) -> N
 
 
 # ── is it theirs? ──
+
+
+@pytest.mark.parametrize("ask", [*GET_TOKEN, *FEDERATED], ids=str)
+async def test_what_cannot_be_is_nobodys_room(ask: Ask) -> None:
+    """Where the homeserver takes the name of the room, or the user, for impossible: as for any room that the user has not joined."""
+    bench = bench_of()
+    bench.service.trouble = CannotBe("it takes the name of the room for impossible")
+    async with serving(bench) as client:
+        assert await error_of(await client.post(ask.path, json=ask.body(), headers=ask.headers())) == (403, "M_FORBIDDEN")
+        assert bench.tokens.given_to == []
 
 
 @pytest.mark.parametrize("ask", [*GET_TOKEN, *FEDERATED], ids=str)

@@ -354,6 +354,24 @@ def test_what_was_shown_before_something_newer_was_delegated_takes_nothing_over(
     assert_counts(engine)
 
 
+def test_an_older_event_that_is_delegated_again_late_does_not_end_a_newer_one() -> None:
+    """That it was there is older than the newer delegation. Nothing was shown of since when it runs; a restart tells whether it is there."""
+    engine = fresh()
+    step = engine.step([replace(accept("D1", "older", **WAYS["through the homeserver"], shown_at=NOW), user=USER), joined(identity=MEMBER)], NOW)
+    engine.step([reply_to(task) for task in step.tasks if task.action is Action.RESTART], NOW)
+    newer = replace(accept("D2", "newer", **WAYS["through the homeserver"], shown_at=NOW + 10.0), user=USER)
+    late = replace(accept("D3", "older", **WAYS["through the homeserver"], shown_at=NOW + 9.0), user=USER)
+    tasks = [*engine.step([newer], NOW + 11.0).tasks, *engine.step([late], NOW + 12.0).tasks]
+    assert [(task.action, task.delay_id) for task in tasks if task.action is not Action.LOOK] == [
+        (Action.RESTART, "newer"),
+        (Action.RESTART, "older"),
+    ]
+    gone = {"newer": Verdict.DONE, "older": Verdict.NOT_FOUND}
+    engine.step([reply_to(task, gone[task.delay_id], sent_at=NOW + 12.0) for task in tasks if task.action is Action.RESTART], NOW + 12.5)
+    assert [(there.delay_id, there.state) for there in stored(engine) if there.state is not State.DONE] == [("newer", State.LIVE)]
+    assert_counts(engine)
+
+
 def test_a_goodbye_that_may_have_got_through_is_found_out_by_a_restart() -> None:
     """Whatever the homeserver has shown before: the event may have been sent since."""
     engine = holding(row(delegation="D1", delay_id="X", end_tried=True))

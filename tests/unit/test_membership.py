@@ -1584,6 +1584,37 @@ async def test_a_result_that_cannot_be_kept_is_no_loss(log: io.StringIO, error: 
         assert len(stage.removals) == 2
 
 
+async def test_who_left_while_the_database_was_away_cannot_come_back_unseen() -> None:
+    """The SFU has given newer tokens all that time, and nobody could look."""
+    stage = Stage()
+    async with running(stage):
+        await stage.given("alice")
+        stage.joins("alice")
+        await until(stage, GOOD_FOR + 1000.0)
+        stage.store_error = StoreUnavailable("x")
+        await passes(GOOD_FOR)
+        stage.leaves("alice")
+        await passes(5.0)
+        stage.store_error = None
+        await passes(60.0)
+        assert stage.kept()["id-alice"][0] > 2 * GOOD_FOR + 1000.0
+        stage.said[user_of("alice")] = [False]
+        stage.joins("alice")
+        await passes(2 * CONFIRMED_AFTER + 1.0)
+        assert len(stage.removals) == 1
+
+
+async def test_reloads_have_nobody_watched_for_ever() -> None:
+    """Everybody is checked after each, and watched for as long as a token can be good."""
+    stage = Stage()
+    async with running(stage):
+        await stage.given("alice")
+        for _ in range(round(GOOD_FOR / 500.0) + 2):
+            stage.membership.reconsider()
+            await passes(500.0)
+        assert stage.kept() == {}
+
+
 # ── what is under way meanwhile ──
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from string import ascii_letters
 from typing import Any, TypeVar
 
 import psycopg
@@ -378,6 +379,16 @@ def test_nul_characters_find_nothing_and_spoil_nothing(url: str) -> None:
         assert isinstance(replies[3], ValueRefused)
         assert isinstance(replies[4], Accepted)
         assert [there.delegation for there in stored(store)] == ["good"]
+
+
+def test_a_name_that_no_index_takes_is_refused_alone(url: str) -> None:
+    """PostgreSQL's indexes take some 2.7 kB (compressed): that is a matter of this input, not of the database."""
+    noise = "".join(Random(1).choices(ascii_letters, k=9000))
+    with instances(url, "a") as (store,):
+        engine = engine_on(store)
+        replies = engine.step([accept("first"), accept("bad", noise, identity="mallory"), accept("good", "other", identity="bob")], NOW).replies
+        assert isinstance(replies[1], ValueRefused)
+        assert [there.delegation for there in stored(store)] == ["first", "good"]
 
 
 # ── the database goes and comes ──
