@@ -176,9 +176,8 @@ class Membership:
         now = self._clock()
         try:
             away = now - self._watched_at > max(LEASE, 2 * LONGEST_PAUSE)
-            if away or self._reconsider:
-                await self._ask_all(now, now + RENEWED if away else now)
-            claimed = await self._claimed(now)
+            all_until = now + RENEWED if away else now if self._reconsider else None
+            claimed = await self._claimed(now, all_until)
             self._watched_at = now
             if not claimed:
                 at = await self._in_store(lambda store: store.next_admission())
@@ -196,28 +195,29 @@ class Membership:
         task.add_done_callback(self._round_ended)
         return 0.0 if len(claimed) >= BATCH // 2 else TOGETHER
 
-    async def _ask_all(self, now: float, until: float) -> None:
-        self._reconsider = False
-        try:
-            await self._in_store(lambda store: store.ask_admissions(now, until))
-        except BaseException:
-            self._reconsider = True
-            raise
-
     def _round_ended(self, task: asyncio.Task[None]) -> None:
         if len(self._rounds) >= ROUNDS:
             self._nudged.set()
         self._rounds.discard(task)
 
-    async def _claimed(self, now: float) -> list[Admission]:
-        """Those who have joined first, but not only these. They have been given a newer token by the SFU."""
+    async def _claimed(self, now: float, all_until: float | None) -> list[Admission]:
+        """Those who have joined first, but not only these. They have been given a newer token by the SFU. With `all_until` everybody is due, and
+        good until then at least.
+        """
         joined = list(self._joined)[: BATCH // 2]
 
         def claim(store: Store) -> list[Admission]:
+            if all_until is not None:
+                store.ask_admissions(now, all_until)
             here = store.admissions_of(joined, now + RENEWED, now + LEASE) if joined else []
             return here + store.admissions_due(now + TOGETHER, BATCH - len(here), now + LEASE)
 
-        found: list[Admission] = await self._in_store(claim)
+        self._reconsider = False
+        try:
+            found: list[Admission] = await self._in_store(claim)
+        except BaseException:
+            self._reconsider = self._reconsider or all_until is not None
+            raise
         for participant in joined:
             self._joined.pop(participant, None)
         if self._joined:

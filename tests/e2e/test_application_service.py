@@ -126,7 +126,11 @@ async def test_from_the_access_token_to_the_leave_event(here: ServedCall, prefix
     assert (await here.call.member(client)).in_call
     await left(here, client)
     await nothing_is_open(here)
-    assert await here.call.metric(ENDED, 'outcome="sent"') - sent == 1
+
+    async def counted() -> bool:
+        return await here.call.metric(ENDED, 'outcome="sent"') - sent == 1
+
+    await here.call.until(counted, "it is counted as sent")
     assert await here.call.metric(LOST) == 0
 
 
