@@ -88,7 +88,8 @@ class AdminApi:
         query.no_more()
         rooms, counts = await self._questions.rooms(limit, after if any(after) else None, sfu=sfu, named=named)
         more = {"after_sfu": rooms[-1].sfu, "after": rooms[-1].name} if len(rooms) == limit else {}
-        return json_response({"rooms": [room_json(room, counts) for room in rooms], **more})
+        now = self._services.inspection.overview().now
+        return json_response({"now_ts": _ts(now), "rooms": [room_json(room, counts) for room in rooms], **more})
 
     async def explain(self, request: web.Request) -> web.Response:
         """Why it is, or was, so: the story of each delayed event of a room, or of a user."""
@@ -319,7 +320,9 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
 
     for server in overview.homeservers:
         if server.problem:
-            add(f"{server.name} cannot be asked: {_ended(server.problem)} Restarts and goodbyes there wait, and are repeated.", homeserver=server.name)
+            add(
+                f"{server.name} cannot be asked: {_ended(server.problem)} Restarts and goodbyes there wait, and are repeated.", homeserver=server.name
+            )
         if server.service:
             add(f"The application service does not work at {server.name}: {_ended(server.service)}", homeserver=server.name)
         if server.lateness > 0:
