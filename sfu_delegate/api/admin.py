@@ -286,12 +286,14 @@ class Questions:
     async def explained(self, wanted: Selection) -> dict[str, Any]:
         """The stories of what matches, by participant."""
 
-        def read(reader: Reader) -> tuple[list[DelayedEvent], list[Note], list[Room]]:
+        def read(reader: Reader) -> tuple[list[DelayedEvent], list[Note], list[Room], list[RoomCount]]:
             rows = reader.events(wanted, EXPLAINED_MOST)
-            rooms = reader.rooms(PAGE, named=sorted({row.room for row in rows})) if rows else []
-            return rows, reader.history([row.id for row in rows]), rooms
+            theirs = {(row.sfu, row.room) for row in rows}
+            rooms = reader.rooms(PAGE_MOST, named=sorted({room for _, room in theirs})) if rows else []
+            rooms = [room for room in rooms if (room.sfu, room.name) in theirs]
+            return rows, reader.history([row.id for row in rows]), rooms, reader.in_rooms([(room.sfu, room.name) for room in rooms])
 
-        rows, notes, rooms = await self._read(read)
+        rows, notes, rooms, counts = await self._read(read)
         overview = self.services.inspection.overview()
         people: dict[tuple[str, str, str], list[DelayedEvent]] = {}
         for row in sorted(rows, key=lambda row: row.id):
@@ -302,7 +304,7 @@ class Questions:
             "complete": len(rows) < EXPLAINED_MOST,
             "kept_s": overview.keep,
             "searched": list(wanted.rooms),
-            "rooms": [room_json(room, ()) for room in rooms],
+            "rooms": [room_json(room, counts) for room in rooms],
             "participants": [
                 {"sfu": sfu, "room": room, "user": theirs[-1].user, "identity": theirs[-1].identity, **story_json(theirs, notes, overview.now)}
                 for (sfu, room, _), theirs in people.items()

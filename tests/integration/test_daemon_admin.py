@@ -157,6 +157,7 @@ async def test_a_room_is_explained_by_its_people(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="name the room"):
             await get(at, "/explain")
     assert [person["identity"] for person in explained["participants"]] == ["alice", "bob"]
+    assert [(where["room"], where["participants"]["connected"]) for where in explained["rooms"]] == [(room, 2)]
     assert all(person["events"][0]["sentence"].startswith("In the call") for person in explained["participants"])
     assert [person["identity"] for person in one["participants"]] == ["bob"]
     assert (nobody["participants"], nobody["complete"]) == ([], True)
