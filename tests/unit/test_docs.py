@@ -139,7 +139,7 @@ def pattern(path: str) -> str:
 def test_every_path_that_is_called_exists() -> None:
     """What curl and the clients' code ask the daemon for is there, and described in docs/openapi.yaml."""
     services = cast(Services, SimpleNamespace(log=None, settings=lambda: None, paths={"": "main"}, stopping=lambda: False))
-    admin = cast(AdminServices, SimpleNamespace(log=None))
+    admin = cast(AdminServices, SimpleNamespace(log=None, token=None, operator=None, pages=None))
     served = paths_of(Public(services).app) | paths_of(admin_app(admin))
     described = set(yaml.safe_load((DOCS / "openapi.yaml").read_text())["paths"])
     called = set()
