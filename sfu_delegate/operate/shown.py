@@ -460,7 +460,7 @@ def explanation_lines(
     """For each participant how it is now, and what happened. `asked` says what was asked for, for the case that nothing is found."""
     people = explained["participants"]
     if not people:
-        yield from _nobody(explained, times, asked, around)
+        yield from _nobody(explained, times, asked, around, since)
         return
     rooms = {(person["sfu"], person["room"]) for person in people}
     yield Line(f"{count(len(people), 'participant')} in {count(len(rooms), 'room')}: {asked}. {times.said()}", heading=True)
@@ -495,13 +495,18 @@ def _person(person: Json, times: Times, around: Around | None, since: int | None
     yield from story_lines(person, times, around=around, since=since, limit=limit)
 
 
-def _nobody(explained: Json, times: Times, asked: str, around: Around | None) -> Iterator[Line]:
+def _nobody(explained: Json, times: Times, asked: str, around: Around | None, since: int | None) -> Iterator[Line]:
     kept = explained["kept_s"]
-    yield Line(f"Nothing is known of {asked}.", Tone.NOTICE, heading=True)
+    then = "" if around is None else f" within {span(NEAR)} of {times.when(around.at)}"
+    then = then if since is None else f" since {times.when(since)}"
+    yield Line(f"Nothing is known of {asked}{then}.", Tone.NOTICE, heading=True)
     for name in explained["searched"][1:]:
         yield Line(f"  Searched, too: {plain(name)}, which is the room of its call at LiveKit.")
     if around is not None and around.at < times.now - kept * 1000:
         yield Line(f"  That was {times.age(around.at)} ago, and delegations are kept for {span(kept)} after their end (history.keep).")
+        return
+    if then:
+        yield Line("  No delegation that is known was open then: the same without the time shows those of other times, if there are any.")
         return
     start = times.when(int(times.now - kept * 1000))
     yield Line(f"  Delegations are kept for {span(kept)} after their end (history.keep), so nobody has delegated there since {start}.")

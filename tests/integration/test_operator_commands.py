@@ -158,7 +158,7 @@ async def test_why_somebody_is_gone_is_explained(tmp_path: Path) -> None:
     assert re.search(r"\n> \d\d:\d\d:\d\d  Gone: the client hung up", then.stdout)
     assert "── the time that you ask about ──" in then.stdout
     assert (before.exit_code, since.exit_code) == (1, 0)
-    assert before.stdout.startswith("Nothing is known of user bob.")
+    assert before.stdout.startswith("Nothing is known of user bob within 5 min of ")
     assert "6 lines before" in since.stdout
     assert [line["what"] for line in data["participants"][0]["story"]][-1] == "sent"
 

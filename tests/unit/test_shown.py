@@ -368,6 +368,11 @@ def test_nobody_is_explained_too() -> None:
     assert "kept for 7 d after their end (history.keep), so nobody has delegated there since 2026-03-22 11:00:00 UTC+01:00" in text
     past = whole(shown.explanation_lines(explained(), TIMES, asked="x", around=Around(ms(NOON - 10 * 86_400))))
     assert "That was 10 d ago, and delegations are kept for 7 d" in past
+    other = whole(shown.explanation_lines(explained(), TIMES, asked="user x", around=Around(ms(at(10, 42)))))
+    assert other.startswith("Nothing is known of user x within 5 min of 10:42:00.")
+    assert "the same without the time shows those of other times" in other
+    assert "nobody has delegated there since" not in other
+    assert whole(shown.explanation_lines(explained(), TIMES, asked="x", since=ms(at(11, 0)))).startswith("Nothing is known of x since 11:00:00.")
 
 
 def test_causes_come_before_the_people() -> None:
