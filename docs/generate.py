@@ -20,7 +20,8 @@ from sfu_delegate.delegation.model import Action, Lane, Presence, State, Verdict
 from sfu_delegate.delegation.policy import DEPARTURES, Unasked
 from sfu_delegate.livekit.webhook import EVENTS
 from sfu_delegate.matrix.service import Part
-from sfu_delegate.observe.metrics import ENDED, Metrics
+from sfu_delegate.observe.metrics import ENDED, REASONS, Metrics
+from sfu_delegate.store.base import Disk
 
 DOCS: Final = Path(__file__).parent
 BEGIN: Final = "<!-- begin: written by docs/generate.py -->"
@@ -140,10 +141,13 @@ def metrics() -> str:
     """All metrics, and the values that their labels can have."""
     made = Metrics(lambda homeserver: homeserver)
     made.watch_states(lambda: {("example.org", State.LIVE.value, Presence.CONNECTED.value): 1})
+    made.watch_conditions(lambda: {("homeserver", "example.org"): "", ("sfu", "main"): ""})
+    made.watch_late(lambda: {"main": 0})
+    made.disk(Disk(0, 0))
     labels = {m._name: m._labelnames for m in vars(made).values() if isinstance(m, MetricWrapperBase)}
     rows = []
     for family in made.registry.collect():
-        names = labels.get(family.name) or (tuple(family.samples[0].labels) if family.type == "gauge" and family.samples else ())
+        names = labels.get(family.name) or (tuple(family.samples[0].labels) if family.type in ("gauge", "counter") and family.samples else ())
         name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         rows.append((_code(name), family.type, ", ".join(map(_code, names)), _prose(family.documentation)))
     lines = list(_table(("Metric", "Type", "Labels", "Meaning"), rows))
@@ -157,6 +161,7 @@ def metrics() -> str:
             (_code("result"), "webhooks", _words(webhooks.RESULTS)),
             (_code("endpoint"), "MatrixRTC requests", _words((*Endpoint, *service.Endpoint))),
             (_code("status"), "MatrixRTC requests", "the HTTP status of the answer"),
+            (_code("status"), "delegation requests", "the same"),
             (
                 _code("delegation"),
                 "MatrixRTC requests",
@@ -167,6 +172,7 @@ def metrics() -> str:
             (_code("part"), "application services", _words(Part)),
             (_code("action"), "actions", _words(action.value for action in Action if action is not Action.LOOK)),
             (_code("outcome"), "actions", _words(Verdict)),
+            (_code("reason"), "departures", _words(REASONS)),
             (_code("outcome"), "delegated events ended", _words(ENDED)),
             (_code("outcome"), "looks", _words(("done", "failed"))),
             (_code("state"), "delegated events", _words(State)),
