@@ -1,9 +1,10 @@
-"""Writes the tables of docs/configuration.md and docs/metrics.md from the program itself: `.venv/bin/python docs/generate.py`.
+"""Writes the tables of docs/configuration.md, docs/metrics.md and docs/alerts.md from the program itself: `.venv/bin/python docs/generate.py`.
 
 What stands between a page's two markers is written anew, and the rest of the page is left as it is. A test fails when a page is stale.
 It must never start anything of the daemon: it reads the model of the configuration, and asks an unused registry of metrics what it has.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -188,9 +189,34 @@ def _words(words: Iterable[str]) -> str:
     return ", ".join(_code(str(word)) for word in words)
 
 
+# ── the alerts ──
+
+
+def alerts() -> str:
+    """All alerts of config/alerts.yml, in its order."""
+    groups = yaml.safe_load((DOCS.parent / "config" / "alerts.yml").read_text(encoding="utf-8"))["groups"]
+    rows = [
+        (
+            f"[{rule['alert']}](#{rule['alert'].lower()})",
+            rule["labels"]["severity"],
+            rule.get("for", "at once"),
+            _summary(rule["annotations"]["summary"]),
+        )
+        for group in groups
+        for rule in group["rules"]
+    ]
+    return "\n".join(_table(("Alert", "Severity", "Fires after", "It says"), rows)).rstrip("\n")
+
+
+def _summary(text: str) -> str:
+    """With the names of labels in place of their values."""
+    text = re.sub(r"\{\{ with [^}]*\}\}.*?\{\{ end \}\}", "", text)
+    return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", text)
+
+
 # ── the pages ──
 
-PAGES: Final = {"configuration.md": configuration, "metrics.md": metrics}
+PAGES: Final = {"configuration.md": configuration, "metrics.md": metrics, "alerts.md": alerts}
 
 
 def page(name: str) -> str:

@@ -293,7 +293,7 @@ class Daemon:
         self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
         self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox, sharing)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
-        self.metrics.watch_conditions(lambda: self.actions.conditions)
+        self.metrics.watch_conditions(self._conditions)
         store = self._store
         self._membership = Membership(
             self._membership_terms,
@@ -378,6 +378,10 @@ class Daemon:
         sfus = {name: conditions.get(("sfu", name)) for name in self.config.sfus}
         services = {name: conditions.get(("application_service", name)) for name in _services(self.config)}
         return Readiness(self._phase, trouble, homeservers, sfus, services)
+
+    def _conditions(self) -> dict[tuple[str, str], str]:
+        """Of SFUs that are configured, and of all homeservers: those that are not have a label of their own."""
+        return {key: problem for key, problem in self.actions.conditions.items() if key[0] != "sfu" or key[1] in self.config.sfus}
 
     def _probed(self) -> "asyncio.Future[None]":
         """One write, under way for all who ask: those who have given up would otherwise leave theirs in the way of steps."""

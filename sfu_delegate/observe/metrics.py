@@ -306,6 +306,12 @@ class Metrics:
             self.late.labels(homeserver)
             self.rate.labels(homeserver)
             self.unsent.labels(homeserver)
+            self.to_end.labels(homeserver)
+            self.fraction.labels(homeserver)
+            self.actions.labels(homeserver, Action.SEND.value, "limited")
+            for lane in ("end", "restart"):
+                self.waiting.labels(homeserver, lane)
+                self.lateness.labels(homeserver, lane)
             for outcome in ENDED:
                 self.ended.labels(homeserver, outcome.value)
 
