@@ -126,7 +126,7 @@ async def test_a_real_prometheus_gets_answers_to_all_that_is_asked(tmp_path: Pat
     async with open_site(tmp_path) as site, prometheus(tmp_path, f"127.0.0.1:{site.daemon.admin_port}") as server:
         await until(lambda: server.holds('up{job="sfu-delegate"} == 1'), "the first scrape")  # before there is anything to count
         await a_life(site)
-        done = 'increase(sfu_delegate_departures_total{reason="CLIENT_INITIATED"}[1m]) > 0 and on () sfu_delegate_database_free_bytes'
+        done = "increase(sfu_delegate_disconnect_to_end_seconds_count[1m]) > 0 and on () sfu_delegate_database_free_bytes"
         await until(lambda: server.holds(done), "a departure in Prometheus")
         empty = set()
         for query in queries():
