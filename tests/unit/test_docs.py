@@ -323,7 +323,7 @@ def test_the_unit_and_the_image_agree_with_the_program() -> None:
 
     unit, image = (ROOT / "systemd" / "sfu-delegate.service").read_text(), (ROOT / "Dockerfile").read_text()
     assert f"ExecStart=/opt/sfu-delegate/bin/sfu-delegate serve --config {DEFAULT_CONFIG}\n" in unit
-    assert "ExecReload=/bin/kill -HUP $MAINPID\n" in unit
+    assert 'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"\n' in unit
     assert f'CMD ["serve", "--config", "{DEFAULT_CONFIG}"]' in image
 
 
