@@ -24,6 +24,7 @@ from sfu_delegate.delegation.model import (
     Carried,
     DelayedEvent,
     Due,
+    End,
     Find,
     Input,
     Lane,
@@ -111,6 +112,16 @@ class Step:
     company: int = 0  # something else does: so many answers free half of the places; 0: nothing waits
 
 
+class HomeserverPace(NamedTuple):
+    """How fast a homeserver may be asked, and by how many events."""
+
+    limit: Limit = Limit.UNKNOWN
+    rate: float = 0.0  # actions a second
+    burst: float = 0.0
+    exempt: bool = False
+    events: int = 0
+
+
 # ── the working set of one step ──
 
 
@@ -170,7 +181,7 @@ class _Work:
                     keys[row.sfu, row.room] = None
                 else:
                     events.add(given.event)
-            elif isinstance(given, Withdraw | Refuse | Find):
+            elif isinstance(given, Withdraw | End | Refuse | Find):
                 delegations.add(given.delegation)
         if events or delegations:
             keys.update((key, None) for key in self.tx.rooms_of(events, delegations))
@@ -728,7 +739,7 @@ class Engine:
                 return self._looked(work, given)
             case Accept():
                 return self._accept(work, given)
-            case Withdraw():
+            case Withdraw() | End():
                 rows = work.delegation(given.delegation)
                 return Withdrawn(tuple(self._advance(work, row, given) for row in rows))
             case Refuse():
@@ -1673,6 +1684,16 @@ class Engine:
     def rates(self) -> Mapping[str, tuple[Limit, float]]:
         """By homeserver: what is known about its rate limit, and the actions a second that it allows."""
         return {homeserver: (pace.limit, pace.rate) for homeserver, pace in self._paces.items()}
+
+    def paces(self) -> dict[str, "HomeserverPace"]:
+        """By homeserver: what it takes, and how many open events there are. May be called from any thread: numbers, for people to look at."""
+        paces = list(self._paces.items())
+        found = {name: HomeserverPace(pace.limit, pace.rate, pace.burst, bool(pace.exempt), self._open.get(name, 0)) for name, pace in paces}
+        return found | {name: HomeserverPace(events=count) for name, count in list(self._open.items()) if count and name not in found}
+
+    def reaches(self) -> dict[str, Reach]:
+        """By SFU, how it can be asked. May be called from any thread, and only looked at."""
+        return dict(self._reaches)
 
     @property
     def in_flight(self) -> int:

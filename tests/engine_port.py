@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -12,9 +12,13 @@ import structlog
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient, TestServer, get_port_socket
 from livekit.api import VideoGrants
+from prometheus_client import CollectorRegistry
 from sfu_delegate.api import port as api_port
-from sfu_delegate.api.app import Public, Services, Settings
+from sfu_delegate.api.app import AdminServices, Public, Readiness, Services, Settings
 from sfu_delegate.api.listener import Listener
+from sfu_delegate.api.overview import Overview, Promises
+from sfu_delegate.api.port import Unavailable
+from sfu_delegate.api.services import Probes
 from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Listed, Looked, Note, Seen, Task, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.replies import Reply
@@ -465,3 +469,23 @@ def delayed(delay_id: str = "syd_abcdefghijklmnopqrst", delay_ms: Any = 3_600_00
 def delegation(*events: dict[str, Any], homeserver: str = SERVER, **more: Any) -> dict[str, Any]:
     """The body of `POST /v1/delegations`."""
     return {"homeserver": homeserver, "delayed_events": list(events or (delayed(),)), **more}
+
+
+class Uninspected:
+    """A daemon of which nothing is known, with a database that cannot be read beside the engine."""
+
+    def overview(self) -> Overview:
+        """See `api.overview.Inspection`."""
+        return Overview("0", "", 1, NOW, NOW, "in memory", 60.0, Promises(0, {}, 0, None, None), {}, {}, {})
+
+    async def read(self, work: Callable[[Any], Any]) -> Any:
+        """See `api.overview.Inspection`."""
+        raise Unavailable("It is in memory.", 1.0)
+
+
+def admin_services(
+    readiness: Callable[[float], Awaitable[Readiness]], registry: CollectorRegistry | None = None, token: str | None = None
+) -> AdminServices:
+    """What the admin listener of such a daemon works with."""
+    bench = Bench()
+    return AdminServices(readiness, registry or CollectorRegistry(), bench.services.log, Uninspected(), bench.services.port, Probes(), token)

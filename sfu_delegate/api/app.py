@@ -6,6 +6,8 @@ from functools import partial
 
 from aiohttp import web
 
+from sfu_delegate.api.admin import admin_routes
+from sfu_delegate.api.admin_access import guarded
 from sfu_delegate.api.cors import cors
 from sfu_delegate.api.delegations import Delegations
 from sfu_delegate.api.errors import one_error_shape
@@ -60,10 +62,12 @@ class Public:
 
 
 def admin_app(services: AdminServices) -> web.Application:
-    """Health and metrics, each for GET and HEAD. There is no authentication: it must not be reachable from outside."""
-    app = web.Application(middlewares=[one_error_shape(services.log)])
+    """For operators: health and metrics (each for GET and HEAD), and their API, for those whom `admin_access` lets in."""
+    app = web.Application(middlewares=[one_error_shape(services.log), guarded(services.token)])
     health = Health(services)
     app.router.add_get("/health/live", health.live)
     app.router.add_get("/health/ready", health.ready)
     app.router.add_get("/metrics", health.metrics)
+    for method, path, handler in admin_routes(services):
+        app.router.add_route(method, path, handler)
     return app

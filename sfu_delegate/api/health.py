@@ -39,8 +39,7 @@ class Health:
     async def ready(self, _: web.Request) -> web.Response:
         """200 when delegations and webhooks can be taken, else 503; with the detail."""
         readiness = await self._services.readiness(READY_TIMEOUT)
-        ready = readiness.phase is Phase.RUNNING and not readiness.database
-        return json_response(_detail(readiness, ready), status=200 if ready else 503)
+        return json_response(detail_of(readiness), status=200 if is_ready(readiness) else 503)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """All metrics, as Prometheus reads them."""
@@ -48,10 +47,16 @@ class Health:
         return web.Response(body=encode(self._services.registry), headers={"Content-Type": content_type})
 
 
-def _detail(readiness: Readiness, ready: bool) -> dict[str, Any]:
+def is_ready(readiness: Readiness) -> bool:
+    """Can delegations and webhooks be taken?"""
+    return readiness.phase is Phase.RUNNING and not readiness.database
+
+
+def detail_of(readiness: Readiness) -> dict[str, Any]:
+    """What is told of it."""
     down = any(any(conditions.values()) for conditions in (readiness.homeservers, readiness.sfus, readiness.application_services))
     return {
-        "status": "unavailable" if not ready else "degraded" if down else _OK,
+        "status": "unavailable" if not is_ready(readiness) else "degraded" if down else _OK,
         "phase": readiness.phase.value,
         "database": readiness.database or _OK,
         "homeservers": {name: _condition(problem) for name, problem in readiness.homeservers.items()},

@@ -4,12 +4,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry
 from structlog.stdlib import BoundLogger
 
 from sfu_delegate.api.client import Network
+from sfu_delegate.api.overview import Inspection
 from sfu_delegate.api.port import Port
 from sfu_delegate.delegation.model import Seen
 from sfu_delegate.livekit.keys import SfuKey
@@ -113,6 +114,39 @@ class TokenCheck(Protocol):
         """Is it really a scoped token?"""
 
 
+class Probe(NamedTuple):
+    """A webhook about a room that was made to see whether it comes. `at` in Unix seconds."""
+
+    at: float
+    sfu: str
+    event: str
+
+
+class Probes:
+    """Webhooks about rooms that `sfu-delegate doctor` makes: the last ones, in memory. Only what an SFU has signed gets here."""
+
+    MOST: Final = 32  # rooms
+
+    def __init__(self) -> None:
+        self._by_room: dict[str, list[Probe]] = {}
+
+    def heard(self, room: str, probe: Probe) -> None:
+        """One came."""
+        told = self._by_room.setdefault(room, [])
+        if len(told) < self.MOST:
+            told.append(probe)
+        while len(self._by_room) > self.MOST:
+            del self._by_room[next(iter(self._by_room))]
+
+    def of(self, room: str) -> list[Probe]:
+        """What came about a room."""
+        return list(self._by_room.get(room, ()))
+
+
+PROBE_ROOMS: Final = "sfu-delegate-doctor-"
+"""What the names of such rooms begin with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What the public listener works with. `settings` and `stopping` are asked anew for every request."""
@@ -131,6 +165,7 @@ class Services:
     settings: Callable[[], Settings]
     hooks: Hooks
     log: BoundLogger
+    probes: Probes = field(default_factory=Probes)
     stopping: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.time  # the wall clock, in Unix seconds, by which tokens expire
 
@@ -161,3 +196,7 @@ class AdminServices:
     readiness: Callable[[float], Awaitable[Readiness]]  # answers within so many seconds, whatever hangs
     registry: CollectorRegistry
     log: BoundLogger
+    inspection: Inspection
+    port: Port
+    probes: Probes
+    token: str | None = field(default=None, repr=False)  # `admin.token`

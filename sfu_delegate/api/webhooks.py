@@ -15,7 +15,7 @@ from sfu_delegate.api.body import read_body
 from sfu_delegate.api.errors import MatrixError, logged
 from sfu_delegate.api.plain import DONE, Answer, Asked, Asker, Told, refusal
 from sfu_delegate.api.port import Overloaded, Unavailable
-from sfu_delegate.api.services import Services
+from sfu_delegate.api.services import PROBE_ROOMS, Probe, Services
 from sfu_delegate.delegation.model import Missed, Seen, Sighting
 from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.livekit import webhook
@@ -78,6 +78,8 @@ class Webhooks:
             self._refuse(refused, sfu, answer)
             return
         event = webhook.label(decoded.event)
+        if decoded.room.startswith(PROBE_ROOMS):
+            services.probes.heard(decoded.room, Probe(services.clock(), sfu, event))
         given = webhook.to_input(sfu, decoded)
         if given is None:
             services.hooks.on_webhook(sfu, event, IGNORED)

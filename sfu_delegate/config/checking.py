@@ -16,7 +16,16 @@ from pydantic_core import ErrorDetails
 
 from sfu_delegate.config.model import Config, Homeserver, all_keys, type_at
 from sfu_delegate.config.problems import HIDDEN, NOT_SET, KeyPath, Problem, dotted, kind_of, place_of, related
-from sfu_delegate.config.values import DURATION_REMEDY, SIZE_REMEDY, format_duration, format_size, read_duration, read_size, shown_database
+from sfu_delegate.config.values import (
+    DURATION_REMEDY,
+    MAKE_A_TOKEN,
+    SIZE_REMEDY,
+    format_duration,
+    format_size,
+    read_duration,
+    read_size,
+    shown_database,
+)
 from sfu_delegate.delegation.policy import DEPARTURES
 from sfu_delegate.sealing import key_bytes
 
@@ -270,12 +279,31 @@ def contradictions(config: Config) -> Iterator[_Found]:
         yield _one(("restart", "spread"), str(config.restart.spread), problem, "0.1 is usual", ("restart", "at"))
     if list(config.presence.first_looks) != sorted(config.presence.first_looks):
         yield _one(("presence", "first_looks"), "", "must be in ascending order", "such as [1s, 3s, 8s, 20s, 45s]")
-    if config.listen.port == config.admin.port != 0 and _overlap(config.listen.host, config.admin.host):
-        value = f"{config.admin.host}:{config.admin.port}"
+    yield from _of_admin(config)
+
+
+SOCKET_PATH_MOST: Final = 107
+"""Bytes that the path of a Unix socket may have on Linux."""
+
+
+def _of_admin(config: Config) -> Iterator[_Found]:
+    admin, socket = config.admin, config.admin.socket
+    if admin.tcp and config.listen.port == admin.port != 0 and _overlap(config.listen.host, admin.host):
+        value = f"{admin.host}:{admin.port}"
         yield _one(("admin", "port"), value, "is the address of listen, too", "give each its own port", ("listen",), ("admin",))
-
-
-_MAKE_ONE: Final = "`openssl rand -hex 32` makes one"
+    if not admin.tcp and socket is None:
+        remedy = "give a socket, such as /run/sfu-delegate/admin.sock, or leave tcp on"
+        yield _one(("admin", "tcp"), "false", "leaves no way to ask for health and metrics", remedy, ("admin", "socket"))
+    if socket is not None and not socket.is_absolute():
+        yield _one(("admin", "socket"), str(socket), "is not an absolute path", "such as /run/sfu-delegate/admin.sock")
+    elif socket is not None and len(os.fsencode(socket)) > SOCKET_PATH_MOST:
+        problem = f"is longer than the {SOCKET_PATH_MOST} bytes that the path of a Unix socket may have"
+        yield _one(("admin", "socket"), str(socket), problem, "take a shorter one, such as /run/sfu-delegate/admin.sock")
+    token = admin.token.get_secret_value() if admin.token else None
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        shown = HIDDEN if admin.token_file is None else str(admin.token_file)
+        problem = "cannot be sent: it has a character that is no printable ASCII, or none at all"
+        yield _one(("admin", admin.token_key), shown, problem, f"put a token there, in one line: {MAKE_A_TOKEN}")
 
 
 def _of_tokens(config: Config, number: int) -> Iterator[_Found]:
@@ -290,7 +318,7 @@ def _of_tokens(config: Config, number: int) -> Iterator[_Found]:
     for token, where in ((as_token, as_at), (hs_token, hs_at)):
         if token is not None and not re.fullmatch(r"[!-~]+", token):
             problem = "cannot be sent: it has a character that is not ASCII"
-            yield _one(where, HIDDEN, problem, f"put the token here that the registration has: {_MAKE_ONE}")
+            yield _one(where, HIDDEN, problem, f"put the token here that the registration has: {MAKE_A_TOKEN}")
     if "*" in homeserver.name and vouches:
         problem = f"vouches for the users of one server, and {homeserver.name} stands for several"
         yield _one(hs_at, _place(homeserver, hs_at), problem, "name the one homeserver, in an entry of its own", (*at, "name"))
@@ -302,7 +330,7 @@ def _of_tokens(config: Config, number: int) -> Iterator[_Found]:
         yield _one(hs_at, HIDDEN, problem, "give its as_token as well, or the registration_file", (*at, "as_token"), (*at, "as_token_file"))
     if hs_token and hs_token == as_token:
         problem = "is the same as the as_token: who is sent the one could pose as the other"
-        yield _one(hs_at, _place(homeserver, hs_at), problem, f"give each its own, in the registration as well: {_MAKE_ONE}", as_at)
+        yield _one(hs_at, _place(homeserver, hs_at), problem, f"give each its own, in the registration as well: {MAKE_A_TOKEN}", as_at)
     for first, other in enumerate(config.homeservers[:number]):
         shared = homeserver.registration_file is not None and homeserver.registration_file == other.registration_file
         if shared or (hs_token and other.hs_token and hs_token == other.hs_token.get_secret_value()):

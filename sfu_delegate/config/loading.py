@@ -18,11 +18,11 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 
 from sfu_delegate.config.checking import FERNET_REMEDY, contradictions, validate
-from sfu_delegate.config.model import Config, Homeserver, Sfu, type_at
+from sfu_delegate.config.model import Admin, Config, Homeserver, Sfu, type_at
 from sfu_delegate.config.problems import HIDDEN, ConfigInvalid, KeyPath, Problem, dotted, kind_of, located, place_of, related, unique
 from sfu_delegate.config.registration import MAKE_ONE, NotARegistration, judge, parse
 from sfu_delegate.config.risks import warnings
-from sfu_delegate.config.values import ODD_REMEDY, odd_character
+from sfu_delegate.config.values import MAKE_A_TOKEN, ODD_REMEDY, odd_character
 from sfu_delegate.config.yaml_text import NOTHING, parse_yaml
 from sfu_delegate.livekit.keys import parse_key_file
 from sfu_delegate.sealing import key_bytes, parse_keys
@@ -50,12 +50,43 @@ def load(path: Path, environ: Mapping[str, str] = MappingProxyType({}), *, regis
         tokens = ((homeserver.token_key, homeserver.as_token), (homeserver.hs_token_key, homeserver.hs_token))
         inline += [f"homeservers[{number}].{key}" for key, token in tokens if token and not key.endswith("_file")]
     inline += ["encryption.keys"] if config.encryption.keys and config.encryption.keys_file is None else []
+    inline += ["admin.token"] if config.admin.token and config.admin.token_file is None else []
     inline += ["postgresql.password"] if config.postgresql.password and config.postgresql.password_file is None else []
     if inline and _world_readable(path):
         config._risks += (
             Problem("", str(path), f"holds secrets ({', '.join(inline)}) and every user of this machine may read it", f"chmod o= {path}"),
         )
     return config
+
+
+def load_admin(path: Path, environ: Mapping[str, str] = MappingProxyType({})) -> Admin:
+    """The section `admin` alone, for those who ask a running daemon: they need not be able to read its secrets. Raises ConfigInvalid.
+
+    Other sections are not looked at. A `token_file` that cannot be read leaves the token away: over the socket nobody asks for it.
+    """
+    text, problems = read_text(path, "", "the configuration file", piped=True)
+    if text is None:
+        raise ConfigInvalid(problems)
+    parsed = parse_yaml(text)
+    if not isinstance(parsed.data, dict):
+        raise ConfigInvalid(
+            parsed.problems or [Problem("", kind_of(parsed.data), "must be keys with values", "begin with the output of example-config")]
+        )
+    where: dict[KeyPath, str] = {path: f"line {line}" for path, line in parsed.lines.items()}
+    plain = _plain({key: value for key, value in parsed.data.items() if key == "admin"}, (), frozenset(), problems, where)
+    prefix = f"{PREFIX}ADMIN"
+    plain, _ = _overlay(plain, {name: value for name, value in environ.items() if name.upper().split("__")[0] == prefix}, problems, where)
+    if directory := environ.get(CREDENTIALS):
+        plain = _with_credentials(plain, (), directory)
+    config, _ = validate(plain, problems, where)
+    if config is None or problems:
+        raise ConfigInvalid(unique(problems))
+    admin = config.admin
+    if admin.token is None and admin.token_file is not None:
+        token, _ = read_text(admin.token_file, "admin.token_file", "the token's file")
+        if token and token.strip():
+            admin = admin.model_copy(update={"token": SecretStr(token.strip())})
+    return admin
 
 
 def from_text(text: str, environ: Mapping[str, str] = MappingProxyType({}), *, registrations_needed: bool = True) -> Config:
@@ -363,6 +394,15 @@ def _read_secrets(
             _, wrong = read_text(Path(given), "database", what)
             problems.extend(located(problem, ("database",), where) for problem in wrong)
 
+    admin, at = config.admin, ("admin", "token_file")
+    if admin.token_file is not None and admin.token is not None:
+        both(("admin", "token"), "token_file")
+    elif admin.token_file is not None and (text := read(admin.token_file, at, "the token's file")) is not None:
+        if not text.strip():
+            unusable(at, admin.token_file, "is empty", f"put the token into it: {MAKE_A_TOKEN}")
+        else:
+            admin = admin.model_copy(update={"token": SecretStr(text.strip())})
+
     encryption = config.encryption
     if encryption.keys_file is not None and encryption.keys:
         both(("encryption", "keys"), "keys_file")
@@ -459,4 +499,5 @@ def _read_secrets(
     if config.federation.ca_file is not None:
         check_certificates(config.federation.ca_file, ("federation", "ca_file"))
 
-    return config.model_copy(update={"postgresql": postgresql, "encryption": encryption, "sfus": sfus, "homeservers": tuple(homeservers)})
+    read_in: dict[str, object] = {"admin": admin, "postgresql": postgresql, "encryption": encryption}
+    return config.model_copy(update={**read_in, "sfus": sfus, "homeservers": tuple(homeservers)})

@@ -86,8 +86,29 @@ class Listen(Section):
 class Admin(Section):
     """The listener for operators."""
 
-    host: Host = Field("127.0.0.1", description="Address to listen on. There is no password: never make it reachable from outside.")
+    host: Host = Field(
+        "127.0.0.1",
+        description="Address to listen on. Health and metrics need no token here: never make it reachable from outside.",
+    )
     port: Port = Field(8081, description="Port to listen on.")
+    tcp: bool = Field(True, description="Listen on host and port at all? false: only on the socket.")
+    socket: Path | None = Field(
+        None,
+        description="Listen on this Unix socket, too. Whoever may open it (the daemon's user and group: mode 0660) may do everything, without a "
+        "token.",
+        examples=["/run/sfu-delegate/admin.sock"],
+    )
+    token: Secret | None = Field(
+        None,
+        description="The pages and the operator's commands need this token over host and port: as a bearer token, or as the password in a browser. "
+        "Without it they are read-only there, and open to whoever reaches the address; changes are made over the socket only.",
+    )
+    token_file: Path | None = Field(None, description="The same in a file, which is read at the start.", examples=["/etc/sfu-delegate/admin-token"])
+
+    @property
+    def token_key(self) -> str:
+        """The key that gives the token."""
+        return "token" if self.token_file is None else "token_file"
 
 
 class Postgresql(Section):

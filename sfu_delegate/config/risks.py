@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from sfu_delegate.config.model import EXAMPLE_SECRET, Config, Level, Section
 from sfu_delegate.config.problems import HIDDEN, KeyPath, Problem, dotted, unique
 from sfu_delegate.config.registration import parse
-from sfu_delegate.config.values import format_duration
+from sfu_delegate.config.values import MAKE_A_TOKEN, format_duration
 from sfu_delegate.delegation.policy import DEPARTURES, MISSING, ROOM_MISSING, Unasked
 
 _TAKEOVERS: Final = ("DUPLICATE_IDENTITY", "MIGRATION", "SERVER_SHUTDOWN", MISSING, ROOM_MISSING)
@@ -44,8 +44,7 @@ def _risks_of(config: Config) -> Iterator[Problem]:
             "is reached without TLS by everybody who reaches this address",
             "fine inside a container or behind a firewall; otherwise listen on 127.0.0.1 behind your reverse proxy",
         )
-    if not is_loopback(config.admin.host):
-        yield Problem("admin.host", config.admin.host, "metrics and health are open to everybody who reaches this address", "listen on 127.0.0.1")
+    yield from _risks_of_admin(config)
     for number, network in enumerate(config.listen.trusted_proxies):
         if network.prefixlen == 0:
             problem = "everybody can claim any address, and limits.client_rate stops nobody"
@@ -224,6 +223,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _risks_of_admin(config: Config) -> Iterator[Problem]:
+    admin = config.admin
+    if admin.tcp and not is_loopback(admin.host):
+        open_to_all = "metrics and health are" if admin.token else "metrics, health and the pages that show who is in which call are"
+        remedy = "listen on 127.0.0.1" if admin.token else "listen on 127.0.0.1, or give admin.token_file"
+        yield Problem("admin.host", admin.host, f"{open_to_all} open to everybody who reaches this address", remedy)
+    if admin.token is not None and len(admin.token.get_secret_value()) < 32:
+        remedy = f"use a random one of 32 characters or more: {MAKE_A_TOKEN}"
+        yield Problem(f"admin.{admin.token_key}", HIDDEN, "has less than 32 characters, and can be guessed", remedy)
+    if admin.token is not None and not admin.tcp:
+        yield Problem(f"admin.{admin.token_key}", HIDDEN, "is not asked for: over the socket nobody needs it", "remove it, or leave admin.tcp on")
 
 
 _FIXED: Final = ("listen", "admin", "database", "postgresql", "encryption", "log.format", "timeouts.connect", "matrixrtc.enabled")

@@ -353,6 +353,7 @@ def _network(value: object) -> object:
     return network
 
 
+MAKE_A_TOKEN: Final = "`openssl rand -hex 32` makes one"  # noqa: S105 (it is none)
 ODD_REMEDY: Final = "write it in one line and nothing beside it; if it really has this in it, make a new one"
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import uvloop
 from aiohttp import web
@@ -28,10 +28,12 @@ from sfu_delegate.config import reloadable_changes as changes_of
 from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
+from sfu_delegate.daemon.inspecting import Inspecting, Survey
 from sfu_delegate.daemon.membership import Membership
 from sfu_delegate.daemon.membership import Terms as MembershipTerms
 from sfu_delegate.daemon.notify import Notifier, Progress
 from sfu_delegate.daemon.sharing import Sharing, instance_name, meet
+from sfu_delegate.delegation.lifecycle import RESTARTED
 from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Presence, State, Task
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
@@ -76,6 +78,7 @@ class _Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self.survey = Survey()
         self._late: set[str] = set()  # homeservers where restarts will be late
 
     def step(self, step: Step, inputs: int, seconds: float, now: float) -> None:
@@ -87,14 +90,17 @@ class _Observer:
             self._metrics.change(change.old, change.new, now if at is None else at)
             rows[change.new.id] = change.new
         if step.notes:
-            logs.lines(__name__, "delegation", [_line(rows[note.event], note) for note in step.notes if note.event in rows], ours=_OUR_WORDS)
+            told = [_line(rows[note.event], note) for note in step.notes if note.event in rows and note.what != RESTARTED]
+            logs.lines(__name__, "delegation", told, ours=_OUR_WORDS)
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """See `inbox.Observer`."""
+        self.survey.backlog = counted
         self._metrics.backlog(counted, now)
 
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         """See `inbox.Observer`."""
+        self.survey.lateness = lateness
         self._metrics.forecast(lateness, rates)
         over = {homeserver: 0.0 for homeserver in self._late if homeserver not in lateness}
         for homeserver, seconds in {**lateness, **over}.items():
@@ -217,6 +223,7 @@ class Daemon:
         self._probe: asyncio.Future[None] | None = None
         self._reconfiguring: asyncio.Future[None] | None = None
         self._progress = Progress(lambda: self.inbox.progress, lambda: self.inbox.where)
+        self._socket: _UnixSocket | None = None
         self.public_port = 0
         self.admin_port = 0
 
@@ -287,9 +294,21 @@ class Daemon:
         reach = Means(self.homeservers, self.client, self._service, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         sharing = None if shared is None else Sharing(self.engine, shared, clock)
         self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
-        self.inbox = Inbox(self.engine, clock, self._carry_out, _Observer(self.metrics), config.limits.inbox, sharing)
+        observer = _Observer(self.metrics)
+        self.inbox = Inbox(self.engine, clock, self._carry_out, observer, config.limits.inbox, sharing)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
         store = self._store
+        self.inspecting = Inspecting(
+            lambda: self.config,
+            self.engine,
+            store,
+            self.metrics,
+            observer.survey,
+            self.actions.conditions,
+            clock,
+            instance=_name(config) if store.shared else "",
+            label=self._label,
+        )
         self._membership = Membership(
             self._membership_terms,
             lambda work: self.inbox.in_thread(lambda: work(store)),
@@ -335,21 +354,36 @@ class Daemon:
             log=log,
             stopping=lambda: self._phase is Phase.STOPPING,
         )
-        admin = AdminServices(readiness=self._readiness, registry=self.metrics.registry, log=log)
+        admin = AdminServices(
+            readiness=self._readiness,
+            registry=self.metrics.registry,
+            log=log,
+            inspection=self.inspecting,
+            port=self.inbox,
+            probes=services.probes,
+            token=config.admin.token.get_secret_value() if config.admin.token else None,
+        )
         public = Public(services)
         sock = _bound(config.listen.host, config.listen.port, "listen")
         self._public = Listener(public.app, public.usual, log, closed_within=CLOSED_WITHIN)
         await self._public.start(sock)
         self.public_port = int(sock.getsockname()[1])
-        sock = _bound(config.admin.host, config.admin.port, "admin")
         self._admin = web.AppRunner(admin_app(admin), access_log=None, handle_signals=False, shutdown_timeout=CLOSED_WITHIN)
         await self._admin.setup()
-        await web.SockSite(self._admin, sock, backlog=BACKLOG).start()
-        self.admin_port = int(sock.getsockname()[1])
+        places = []
+        if config.admin.tcp:
+            sock = _bound(config.admin.host, config.admin.port, "admin")
+            await web.SockSite(self._admin, sock, backlog=BACKLOG).start()
+            self.admin_port = int(sock.getsockname()[1])
+            places.append(f"{config.admin.host}:{self.admin_port}")
+        if config.admin.socket is not None:
+            self._socket = _bound_to(config.admin.socket)
+            await web.SockSite(self._admin, self._socket.sock, backlog=BACKLOG).start()
+            places.append(str(config.admin.socket))
         self._phase = Phase.RUNNING
         self.actions.check(_named(config), config.sfus)
         self.actions.check_services(_services(config))
-        log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=f"{config.admin.host}:{self.admin_port}")
+        log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=", ".join(places))
 
     # ── while it runs ──
 
@@ -508,6 +542,9 @@ class Daemon:
             await self._public.close()
         if self._admin is not None:
             await self._admin.cleanup()
+        if self._socket is not None:
+            self._socket.remove()
+        self.inspecting.close()
         await self._federation.aclose()
         await self.homeservers.aclose()
         await self.client.aclose()
@@ -532,6 +569,56 @@ def _bound(host: str, port: int, key: str) -> socket.socket:
             f"Cannot listen on {host}:{port}: {error.strerror}. Another program may use it; change `{key}.host` or `{key}.port`."
         ) from error
     return sock
+
+
+class _UnixSocket(NamedTuple):
+    """A Unix socket that we listen on."""
+
+    sock: socket.socket
+    path: Path
+    inode: int
+
+    def remove(self) -> None:
+        """Take it away, unless another process has put its own there meanwhile."""
+        with suppress(OSError):
+            if self.path.stat().st_ino == self.inode:
+                self.path.unlink()
+
+
+def _bound_to(path: Path) -> _UnixSocket:
+    """A Unix socket for the daemon's user and group; one that a process has left behind is replaced. Raises CannotStart."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            if _answers(path):
+                raise CannotStart(f"Cannot listen on {path}: another process does. Stop that one first, or change `admin.socket`.")
+            path.unlink()
+        before = os.umask(0o117)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        return _UnixSocket(sock, path, path.stat().st_ino)
+    except OSError as error:
+        sock.close()
+        raise CannotStart(
+            f"Cannot listen on {path}: {error.strerror}. Its directory must exist and be writable for the daemon, and nothing else may be there; "
+            "or change `admin.socket`."
+        ) from error
+    except CannotStart:
+        sock.close()
+        raise
+
+
+def _answers(path: Path) -> bool:
+    """Does somebody listen there?"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1.0)
+        try:
+            sock.connect(str(path))
+        except OSError as error:
+            return isinstance(error, TimeoutError | PermissionError | BlockingIOError)
+        return True
 
 
 # ── from the configuration to what each part takes ──

@@ -28,6 +28,7 @@ from sfu_delegate.delegation.model import (
     Answered,
     DelayedEvent,
     Due,
+    End,
     Lane,
     Looked,
     NewEvent,
@@ -44,7 +45,7 @@ from sfu_delegate.delegation.model import (
     Verdict,
     Withdraw,
 )
-from sfu_delegate.delegation.policy import SFU_LOST, Policy
+from sfu_delegate.delegation.policy import ENDED_BY_OPERATOR, SFU_LOST, Policy
 from sfu_delegate.delegation.presence import Finding, Sign
 from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
 
@@ -53,6 +54,12 @@ ADRIFT_CHECK = 60.0
 
 PAST_DEADLINE = 5.0
 """Seconds, at the most, between tries of a restart whose deadline has passed as far as we know, for another delay."""
+
+RESTARTS_TOLD = 600.0
+"""Seconds of delay from which on each restart is told in the history: some ten lines an hour at the most."""
+
+RESTARTED = "restarted"
+"""What the history says of a restart, at the time when its request was sent."""
 
 VANISHED_WAITS = 10
 """How often an event that the homeserver no longer knows waits for a look at the SFU, before the worst is assumed."""
@@ -64,6 +71,7 @@ PRESENCE: dict[tuple[Presence, Sign], Presence] = {
     (Presence.EXPECTED, Sign.ARRIVED): Presence.CONNECTED,
     (Presence.EXPECTED, Sign.CONNECTING): Presence.EXPECTED,  # the join timeout begins anew
     (Presence.EXPECTED, Sign.DEPARTED): Presence.AWAY,
+    (Presence.EXPECTED, Sign.REMOVED): Presence.GONE,
     (Presence.EXPECTED, Sign.ABSENT): Presence.EXPECTED,
     (Presence.EXPECTED, Sign.GIVEN_UP): Presence.GONE,
     (Presence.EXPECTED, Sign.UNASKED): Presence.EXPECTED,
@@ -170,7 +178,7 @@ EVENTS: dict[tuple[State, Happening], State] = {
 LEAST_LEASE = 1.0
 """Seconds for which a restart is left to whoever has claimed it, however little time is left."""
 
-Given = Seen | RoomChanged | SfuLost | SfuFound | Looked | Answered | Withdraw | Due | Accept
+Given = Seen | RoomChanged | SfuLost | SfuFound | Looked | Answered | Withdraw | End | Due | Accept
 """What one row is told of."""
 
 
@@ -208,6 +216,10 @@ def advance(row: DelayedEvent, given: Given, now: float, policy: Policy, random:
             return _answered(row, given, now, policy, random)
         case Withdraw():
             return _happen(row, Happening.WITHDRAWN, now, policy, random)
+        case End():
+            # A list that still shows its sessions does not bring it back; a session that comes later does.
+            ended = tuple(session._replace(live=False) for session in row.sessions)
+            return _apply(row, Finding(Sign.REMOVED, ended, ENDED_BY_OPERATOR), now, policy, random)
         case Due():
             return _time_up(row, now, policy, random)
 
@@ -645,7 +657,7 @@ def _time_up(row: DelayedEvent, now: float, policy: Policy, random: float) -> De
 
 
 def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float) -> Iterator[Note]:
-    """What the history says of one change. Restarts are counted in the row and leave no line each."""
+    """What the history says of one change. Restarts are counted in the row; those of events with a short delay leave no line each."""
     if old is None or (old.state is State.DONE and new.state is not State.DONE) or old.delegation != new.delegation:
         yield Note(new.id, now, "delegated", new.delegation)
     if old is None:
@@ -656,6 +668,8 @@ def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float
         yield Note(new.id, now, new.presence.value, new.reason)
     if new.verified_at is not None and old.verified_at is None:
         yield Note(new.id, now, "verified", "")
+    if new.restarts > old.restarts and old.verified_at is not None and new.delay >= RESTARTS_TOLD:
+        yield Note(new.id, max(new.running_since, new.accepted_at), RESTARTED, "")
     if new.state is old.state:
         if new.attempts == 1 and old.attempts == 0 and isinstance(given, Answered):
             yield Note(new.id, now, f"{given.action.value}_failed", given.detail)

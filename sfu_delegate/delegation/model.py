@@ -365,6 +365,13 @@ class Carried(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """The operator has a delegation ended now, wherever its participant is: its events are sent, or cancelled, as its client had asked for."""
+
+    delegation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     """A delegation turned out to be wrong while its client still waits for the answer: it ends, and only its history remains.
 
@@ -404,7 +411,7 @@ class Due:
     event: int
 
 
-Input = Accept | Withdraw | Refuse | Find | Seen | RoomChanged | Missed | SfuLost | SfuFound | Looked | Answered | Due
+Input = Accept | Withdraw | End | Refuse | Find | Seen | RoomChanged | Missed | SfuLost | SfuFound | Looked | Answered | Due
 
 
 # ── outputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,8 @@ NEVER_JOINED = "NEVER_JOINED"  # delegated, and not in the call when the join ti
 OTHER = "OTHER"  # every reason that the table does not name
 LOST_AFTER = 600.0  # seconds; the default of `Policy.lost`
 STABLE_INTERVALS = 10  # a room is looked at less and less often with every so many intervals in which nothing changed
-OWN_REASONS = frozenset({MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST, NEVER_JOINED, OTHER})
+ENDED_BY_OPERATOR = "ENDED_BY_OPERATOR"  # no word of the SFU: the operator had the delegation ended
+OWN_REASONS = frozenset({ENDED_BY_OPERATOR, MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST, NEVER_JOINED, OTHER})
 
 
 class Unasked(StrEnum):

@@ -34,7 +34,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The reply to a Withdraw, empty when there is no such delegation."""
+    """The reply to a Withdraw or an End: its rows as they are by then; empty when there is no such delegation."""
 
     rows: tuple[DelayedEvent, ...]
 

@@ -1,7 +1,7 @@
 """What Prometheus scrapes. Labels come from the configuration and from our own words only, never from what a client sent."""
 
 from collections import Counter as Tally
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import inf
 from typing import Generic, TypeVar
@@ -207,6 +207,29 @@ class Metrics:
             for outcome in ENDED:
                 self.ended.labels(homeserver, outcome.value)
 
+    # ── what operators ask for ──
+
+    def counted(self, metric: Counter) -> dict[tuple[str, ...], int]:
+        """A counter's values by its labels, as far as there are any."""
+        (family,) = metric.collect()
+        names = metric._labelnames
+        return {tuple(s.labels[name] for name in names): round(s.value) for s in family.samples if s.name.endswith("_total") and s.value}
+
+    def observed(self, metric: Histogram) -> int:
+        """How much a histogram has seen, over all its labels."""
+        return round(sum(s.value for family in metric.collect() for s in family.samples if s.name.endswith("_count")))
+
+    def quantiles(self, metric: Histogram, *wanted: float) -> list[float | None]:
+        """Quantiles of a histogram over all its labels, interpolated within a bucket as Prometheus does; None where nothing was observed."""
+        buckets: dict[float, float] = {}
+        for family in metric.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_bucket"):
+                    bound = float(sample.labels["le"])
+                    buckets[bound] = buckets.get(bound, 0.0) + sample.value
+        total = buckets.get(inf, 0.0)
+        return [_quantile(sorted(buckets.items()), total, part) if total else None for part in wanted]
+
     # ── what is told ──
 
     def on_webhook(self, sfu: str, event: str, result: str) -> None:
@@ -318,3 +341,13 @@ class Metrics:
             self.waiting.labels(*key).set(count)
             self.lateness.labels(*key).set(max(0.0, now - oldest))
         self._backlogs |= set(tally)
+
+
+def _quantile(buckets: Sequence[tuple[float, float]], total: float, part: float) -> float:
+    """`buckets`: (upper bound, how many are below), the last one without a bound. In the last one, the bound before it is all that is known."""
+    rank, lower, below = total * part, 0.0, 0.0
+    for bound, count in buckets:
+        if count >= rank:
+            return lower if bound == inf else lower + (bound - lower) * (rank - below) / max(count - below, 1.0)
+        lower, below = bound, count
+    return lower

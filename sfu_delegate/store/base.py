@@ -1,11 +1,14 @@
 """What the engine asks of a store, whichever database it is."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from sfu_delegate.delegation.model import DelayedEvent, Lane, Note, Room
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.urgency import Countdown, Limit
+
+if TYPE_CHECKING:
+    from sfu_delegate.store.reading import Reader
 
 T = TypeVar("T")
 
@@ -231,6 +234,9 @@ class Store(Protocol):
 
     def reading(self, work: Callable[[Transaction], T]) -> T:
         """Run `work`, which only reads. May work where `atomically` does not, as on a full disk. Raises StoreUnavailable."""
+
+    def reader(self) -> "Reader":
+        """For what operators ask, beside the engine. Not of a database in memory, which has but one connection."""
 
     def census(self) -> Census:
         """Counts by (homeserver, state, presence), the next due time by homeserver, the next look by SFU, by homeserver the restarts a second

@@ -60,6 +60,7 @@ from sfu_delegate.store.base import (
     ValueRefused,
 )
 from sfu_delegate.store.census import StoreCensus
+from sfu_delegate.store.reading import Reader
 from sfu_delegate.store.rows import FIELDS, Columns, changed, delayed_event_of, room_of, values_of, values_of_room
 from sfu_delegate.store.statements import text_of
 
@@ -947,6 +948,18 @@ class PostgresStore:
         finally:
             if connection is not None:
                 connection.close()
+
+    def reader(self) -> Reader:
+        def connect() -> psycopg.Connection[Any]:
+            connection = self._connect(target_session_attrs="any")
+            connection.execute(
+                "SET default_transaction_read_only = on; RESET enable_seqscan; RESET enable_hashjoin; RESET enable_mergejoin; RESET plan_cache_mode",
+                prepare=False,
+            )
+            connection.autocommit = False
+            return connection
+
+        return Reader("postgresql+psycopg", connect, self.failed)
 
     def new_id(self, cursor: psycopg.Cursor[Any]) -> int:
         """A fresh id, from a block that is this instance's."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.parse import quote
 
 from sqlalchemy import (
     Table,
@@ -52,6 +53,7 @@ from sfu_delegate.store.base import (
     Transaction,
 )
 from sfu_delegate.store.census import StoreCensus
+from sfu_delegate.store.reading import Reader
 from sfu_delegate.store.rows import FIELDS, Columns, changed, delayed_event_of, room_of, values_of, values_of_room
 from sfu_delegate.store.statements import all_events, compiled, p, text_of
 from sfu_delegate.store.statements import wanted as wanted_keys
@@ -468,6 +470,12 @@ class SqliteStore:
                     self._connection.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise self.failed(error) from error
+
+    def reader(self) -> Reader:
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True, timeout=PATIENCE, check_same_thread=False)
+
+        return Reader("sqlite", connect, self.failed)
 
     def census(self) -> StoreCensus:
         run = self._connection.execute

@@ -11,10 +11,9 @@ import requests
 import schemathesis
 from aiohttp import web
 from hypothesis import HealthCheck, settings
-from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import ignored_auth
-from sfu_delegate.api.app import AdminServices, Phase, Public, Readiness, Settings, admin_app
+from sfu_delegate.api.app import Phase, Public, Readiness, Settings, admin_app
 from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.delegation.model import Task, Verdict
 from sfu_delegate.delegation.replies import TooMany
@@ -25,7 +24,7 @@ from sfu_delegate.matrix.names import is_server_name
 from sfu_delegate.matrix.openid import OpenIdUnavailable
 from structlog.testing import capture_logs
 
-from tests.engine_port import KEY, NOW, Bench, agrees, delayed, delegation
+from tests.engine_port import KEY, NOW, Bench, admin_services, agrees, delayed, delegation
 from tests.webhook_requests import signature
 
 DESCRIPTION = Path(__file__).parents[2] / "docs" / "openapi.yaml"
@@ -112,7 +111,7 @@ def admin(served: Served, bench: Bench) -> str:
     async def ready(_: float) -> Readiness:
         return Readiness(Phase.RUNNING, homeservers={"example.org": "no answer"}, sfus={"main": ""})
 
-    return served.serve(admin_app(AdminServices(ready, CollectorRegistry(), bench.services.log)))
+    return served.serve(admin_app(admin_services(ready)))
 
 
 def possible(case: Any) -> Any:

@@ -8,9 +8,9 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, Counter
 from sfu_delegate.api import health
-from sfu_delegate.api.app import AdminServices, Phase, Readiness, admin_app
+from sfu_delegate.api.app import Phase, Readiness, admin_app
 
-from tests.engine_port import Bench
+from tests.engine_port import admin_services
 
 
 @asynccontextmanager
@@ -19,8 +19,7 @@ async def administered(readiness: Readiness, registry: CollectorRegistry | None 
         assert within == health.READY_TIMEOUT  # whoever asks is not kept waiting
         return readiness
 
-    services = AdminServices(ask, registry or CollectorRegistry(), Bench().services.log)
-    async with TestClient(TestServer(admin_app(services))) as client:
+    async with TestClient(TestServer(admin_app(admin_services(ask, registry)))) as client:
         yield client
 
 

@@ -11,17 +11,16 @@ import yaml
 from aiohttp import web
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
-from prometheus_client import CollectorRegistry
 from sfu_delegate import config
 from sfu_delegate.api import matrixrtc_body
-from sfu_delegate.api.app import AdminServices, Phase, Public, Readiness, Settings, admin_app
+from sfu_delegate.api.app import Phase, Public, Readiness, Settings, admin_app
 from sfu_delegate.api.form import Form
 from sfu_delegate.api.matrixrtc import PATHS
 from sfu_delegate.api.services import Services
 from sfu_delegate.delegation.model import OnEnd, Outcome, Presence, State
 from sfu_delegate.livekit import names
 
-from tests.engine_port import Bench
+from tests.engine_port import Bench, admin_services
 
 DESCRIPTION: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text(encoding="utf-8"))
 SCHEMAS = DESCRIPTION["components"]["schemas"]
@@ -43,7 +42,7 @@ def test_every_path_is_described_and_every_described_path_is_there() -> None:
         return Readiness(Phase.RUNNING)
 
     services: Services = Bench().services
-    there = routes(Public(services).app) | routes(admin_app(AdminServices(ready, CollectorRegistry(), services.log)))
+    there = routes(Public(services).app) | routes(admin_app(admin_services(ready)))
     described = {
         (method.upper(), path) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post", "put", "delete", "head")
     }

@@ -9,13 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfu_delegate.delegation import lifecycle
-from sfu_delegate.delegation.lifecycle import ADRIFT_CHECK, EVENTS, LEAST_LEASE, Happening, action, advance, claim, delegate, story, supersede
+from sfu_delegate.delegation.lifecycle import (
+    ADRIFT_CHECK,
+    EVENTS,
+    LEAST_LEASE,
+    RESTARTS_TOLD,
+    Happening,
+    action,
+    advance,
+    claim,
+    delegate,
+    story,
+    supersede,
+)
 from sfu_delegate.delegation.model import (
     Accept,
     Action,
     Answered,
     DelayedEvent,
     Due,
+    End,
     Lane,
     Looked,
     NewEvent,
@@ -30,7 +43,7 @@ from sfu_delegate.delegation.model import (
     Verdict,
     Withdraw,
 )
-from sfu_delegate.delegation.policy import MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST, Policy
+from sfu_delegate.delegation.policy import ENDED_BY_OPERATOR, MISSING, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST, Policy
 from sfu_delegate.delegation.urgency import UNKNOWN_COUNTDOWN
 
 from tests.rows import (
@@ -101,6 +114,7 @@ def every_input(there: DelayedEvent) -> Iterator[Given]:
     yield SfuLost(SFU)
     yield replace(looked(sent_at=NOW + 500), doubted_until=NOW)
     yield Withdraw(there.delegation)
+    yield End(there.delegation)
     yield Due(there.id)
     yield accept("D2")
 
@@ -709,9 +723,10 @@ def test_a_withdrawn_event_can_be_delegated_again() -> None:
     assert (after.state, after.presence, after.outcome) == (State.LIVE, Presence.EXPECTED, Outcome.OPEN)
 
 
-def test_the_history_tells_the_course_of_a_call() -> None:
-    """Delegated, connected, away, gone, ending, sent; restarts leave no line each."""
-    there = new_row(None)
+@pytest.mark.parametrize(("delay", "restarts"), [(RESTARTS_TOLD, ["restarted", "restarted"]), (RESTARTS_TOLD - 1, [])])
+def test_the_history_tells_the_course_of_a_call(delay: float, restarts: list[str]) -> None:
+    """Delegated, connected, away, gone, ending, sent; restarts leave a line each where the delay is long, the first one as the confirmation."""
+    there = new_row(None)._replace(delay=delay)
     lines = [note.what for note in story(None, there, accept("D2"), NOW)]
 
     def give(given_input: Given, now: float) -> None:
@@ -730,7 +745,33 @@ def test_the_history_tells_the_course_of_a_call() -> None:
     give(answered(there, Action.SEND, Verdict.FAILED), NOW + 8)
     there = claim(there, NOW + 9, POLICY)
     give(answered(there, Action.SEND, Verdict.DONE), NOW + 9)
-    assert lines == ["delegated", "verified", "connected", "away", "gone", "ending", "send_failed", "sent"]
+    assert lines == ["delegated", "verified", *restarts, "connected", "away", "gone", "ending", "send_failed", "sent"]
+
+
+# ── the operator ──
+
+
+def test_an_event_that_the_operator_has_ended_is_sent_at_once_wherever_its_participant_is() -> None:
+    """Expected, connected or away: its goodbye is due, and as it was the operator it is no departure that a look has to confirm."""
+    for presence in (Presence.EXPECTED, Presence.CONNECTED, Presence.AWAY):
+        ended = advance(row(presence=presence, sessions=(live("S1"),)), End("D1"), NOW, POLICY, 0.5)
+        assert (ended.state, ended.presence, ended.lane, ended.due, ended.look_at) == (State.ENDING, Presence.GONE, Lane.END, NOW, None)
+        assert ended.reason == ENDED_BY_OPERATOR
+
+
+def test_an_event_that_the_operator_has_ended_lives_on_only_for_a_session_that_comes_later() -> None:
+    """What a list still shows of the session that was ended does not undo it; who joins anew is in the call."""
+    ended = advance(row(sessions=(live("S1"),)), End("D1"), NOW, POLICY, 0.5)
+    shown = advance(ended, looked(listed("S1", "ACTIVE"), sent_at=NOW + 60), NOW + 60, POLICY, 0.5)
+    assert shown.state is State.ENDING
+    again = advance(ended, joined("S2"), NOW + 60, POLICY, 0.5)
+    assert (again.state, again.presence) == (State.LIVE, Presence.CONNECTED)
+
+
+def test_what_has_ended_already_is_not_ended_by_the_operator() -> None:
+    """A superseded event goes on being cancelled, and a finished one stays as it is."""
+    for state in (State.SUPERSEDED, State.DONE):
+        assert advance(row(state=state), End("D1"), NOW, POLICY, 0.5).state is state
 
 
 def test_the_history_has_no_secrets() -> None:

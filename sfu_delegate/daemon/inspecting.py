@@ -1,0 +1,157 @@
+"""What operators ask of a running daemon is put together here: from the engine's counts, the metrics, and the database beside the engine.
+
+It must never make anybody's call wait: it does not use the engine's thread or connection, and asks the database one question at a time.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from sfu_delegate import __version__
+from sfu_delegate.api.overview import HomeserverState, Overview, Promises, SfuState
+from sfu_delegate.api.port import Overloaded, Unavailable
+from sfu_delegate.config import Config
+from sfu_delegate.delegation.model import Lane
+from sfu_delegate.delegation.urgency import Limit
+from sfu_delegate.engine import Engine
+from sfu_delegate.observe.metrics import Metrics
+from sfu_delegate.store.base import Store, StoreUnavailable
+from sfu_delegate.store.reading import Reader
+
+T = TypeVar("T")
+
+SHOWN_MOST = 200  # homeservers: with patterns there may be any number
+WAITING_MOST = 16  # questions: what is asked by more at a time is asked by nobody who reads the answers
+RETRY_AFTER = 2.0  # seconds
+
+
+class Survey:
+    """What was found out when the backlog was last counted."""
+
+    def __init__(self) -> None:
+        self.backlog: Mapping[tuple[str, Lane], tuple[int, float]] = {}
+        self.lateness: Mapping[str, float] = {}
+
+
+class Inspecting:
+    """See `api.overview.Inspection`."""
+
+    def __init__(
+        self,
+        config: Callable[[], Config],
+        engine: Engine,
+        store: Store,
+        metrics: Metrics,
+        survey: Survey,
+        conditions: Mapping[tuple[str, str], str],
+        clock: Callable[[], float],
+        *,
+        instance: str,
+        label: Callable[[str], str],
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._store = store
+        self._metrics = metrics
+        self._survey = survey
+        self._conditions = conditions
+        self._clock = clock
+        self._instance = instance
+        self._label = label
+        self._started_at = clock()
+        self._reader: Reader | None = None
+        self._thread = ThreadPoolExecutor(1, "reader")
+        self._waiting = 0
+
+    async def read(self, work: Callable[[Reader], T]) -> T:
+        """See `api.overview.Inspection`."""
+        if self._waiting >= WAITING_MOST:
+            raise Overloaded("Too many questions wait for the database already.", RETRY_AFTER)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, work)
+        except StoreUnavailable as error:
+            raise Unavailable(str(error), RETRY_AFTER) from None
+        finally:
+            self._waiting -= 1
+
+    def _read(self, work: Callable[[Reader], T]) -> T:
+        if self._reader is None:
+            self._reader = self._store.reader()
+        return work(self._reader)
+
+    def overview(self) -> Overview:
+        """See `api.overview.Inspection`."""
+        config, metrics = self._config(), self._metrics
+        states: Counter[tuple[str, str]] = Counter()
+        for (_, state, presence), count in dict(self._engine.states).items():
+            states[state, presence] += count
+        return Overview(
+            version=__version__,
+            instance=self._instance,
+            instances=1 + len(self._engine.instances),
+            started_at=self._started_at,
+            now=self._clock(),
+            database=self._store.name,
+            keep=config.history.keep,
+            promises=self._promises(),
+            states={key: count for key, count in states.items() if count},
+            webhooks={(sfu, event, result): n for (sfu, event, result), n in metrics.counted(metrics.webhooks).items()},
+            actions=_by_action(metrics.counted(metrics.actions)),
+            homeservers=self._homeservers(config),
+            sfus=tuple(self._sfu(name, sfu.url) for name, sfu in config.sfus.items()),
+        )
+
+    def _promises(self) -> Promises:
+        metrics = self._metrics
+        ended: Counter[str] = Counter()
+        for (_, outcome), count in metrics.counted(metrics.ended).items():
+            ended[outcome] += count
+        p50, p99 = metrics.quantiles(metrics.to_end, 0.5, 0.99)
+        return Promises(sum(metrics.counted(metrics.lost).values()), ended, metrics.observed(metrics.to_end), p50, p99)
+
+    def _homeservers(self, config: Config) -> tuple[HomeserverState, ...]:
+        paces = self._engine.paces()
+        named = [homeserver.name.lower() for homeserver in config.homeservers if "*" not in homeserver.name]
+        others = sorted((name for name in paces if name not in named), key=lambda name: -paces[name].events)
+        found = []
+        for name in [*named, *others][:SHOWN_MOST]:
+            pace = paces.get(name)
+            found.append(
+                HomeserverState(
+                    name=name,
+                    entry=self._label(name),
+                    problem=self._conditions.get(("homeserver", name)),
+                    service=self._conditions.get(("application_service", name)),
+                    events=pace.events if pace else 0,
+                    limit=(pace.limit if pace else Limit.UNKNOWN).value,
+                    rate=pace.rate if pace else 0.0,
+                    burst=pace.burst if pace else 0.0,
+                    exempt=pace.exempt if pace else False,
+                    lateness=self._survey.lateness.get(name, 0.0),
+                    waiting={lane: found for (homeserver, lane), found in self._survey.backlog.items() if homeserver == name},
+                )
+            )
+        return tuple(found)
+
+    def _sfu(self, name: str, url: str) -> SfuState:
+        reach = self._engine.reaches().get(name)
+        problem = self._conditions.get(("sfu", name))
+        if reach is None:
+            return SfuState(name, url, problem, 0.0, 0.0, None, several_nodes=False)
+        return SfuState(
+            name, url, problem, reach.heard_at, max(reach.answered_at, reach.others_at), reach.failing_since, reach.several_nodes_at is not None
+        )
+
+    def close(self) -> None:
+        """No more questions."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _by_action(counted: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, str], int]:
+    actions: Counter[tuple[str, str]] = Counter()
+    for (_, action, outcome), count in counted.items():
+        actions[action, outcome] += count
+    return actions
