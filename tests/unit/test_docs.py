@@ -1,13 +1,13 @@
 """The documentation is true: its snippets can be used, what it names exists, and its links lead somewhere."""
 
 import ast
+import base64
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 import sqlalchemy
@@ -20,9 +20,9 @@ from sfu_delegate.delegation.model import Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES
 from sfu_delegate.store.schema import metadata
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "requirements" / "README.md"])
+from tests.integration.certificates import Certificates
+from tests.snippets import DOCS, PAGES, ROOT, Snippet, snippets
+
 SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "sfu_delegate").rglob("*.py")))
 OURS = "# /etc/sfu-delegate/sfu-delegate.yaml"
 NOT_OURS = (
@@ -35,41 +35,6 @@ NOT_OURS = (
 NEEDED = {"sfus": {"main": {"url": "wss://sfu.example.org", "keys": {"APIexample": "x" * 32}}}, "homeservers": [{"name": "example.org"}]}
 
 
-class Snippet(NamedTuple):
-    """A block of code in a page."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def of_page(page: Path) -> Iterator[Snippet]:
-    language, start, lines = None, 0, list[str]()
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        fence = re.fullmatch(r"\s*```(\w*)\s*", line)
-        if fence is None:
-            lines.append(line)
-        elif language is None:
-            language, start, lines = fence[1], number, []
-        else:
-            yield Snippet(page, start, language, "\n".join(lines) + "\n")
-            language = None
-    assert language is None, f"{page}: a block of code that begins in line {start} never ends"
-
-
-SNIPPETS = [snippet for page in PAGES for snippet in of_page(page)]
-
-
-def snippets(*languages: str) -> list[Snippet]:
-    found = [snippet for snippet in SNIPPETS if snippet.language in languages]
-    assert found, f"no snippet in {languages} any more"
-    return found
-
-
 def prose(page: Path) -> str:
     return re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
 
@@ -78,10 +43,16 @@ def prose(page: Path) -> str:
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
-def test_yaml_says_whose_it_is_and_ours_can_be_used(snippet: Snippet) -> None:
+def test_yaml_says_whose_it_is_and_ours_can_be_used(snippet: Snippet, tmp_path: Path) -> None:
     """Every YAML snippet begins with the name of its file; those of our configuration are valid."""
     first = snippet.text.splitlines()[0]
-    parsed = yaml.safe_load(snippet.text)
+    # The files that it names hold what they should.
+    key = base64.urlsafe_b64encode(bytes(32)).decode()
+    authority = Certificates(tmp_path).ca_file.read_text()
+    for name, content in (("postgresql-password", "a-password"), ("postgresql-ca.pem", authority), ("encryption-keys", key)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o600)
+    parsed = yaml.safe_load(re.sub(r"/etc/sfu-delegate/(?=postgresql-|encryption-)", f"{tmp_path}/", snippet.text))
     assert isinstance(parsed, dict)
     if first == OURS:
         config.from_mapping(NEEDED | parsed)
@@ -168,7 +139,7 @@ def pattern(path: str) -> str:
 def test_every_path_that_is_called_exists() -> None:
     """What curl and the clients' code ask the daemon for is there, and described in docs/openapi.yaml."""
     services = cast(Services, SimpleNamespace(log=None, settings=lambda: None, paths={"": "main"}, stopping=lambda: False))
-    admin = cast(AdminServices, SimpleNamespace(log=None))
+    admin = cast(AdminServices, SimpleNamespace(log=None, token=None, operator=None, pages=None))
     served = paths_of(Public(services).app) | paths_of(admin_app(admin))
     described = set(yaml.safe_load((DOCS / "openapi.yaml").read_text())["paths"])
     called = set()
@@ -192,9 +163,9 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "metrics.md"])
+@pytest.mark.parametrize("name", generator().PAGES)
 def test_the_tables_are_those_of_the_program(name: str) -> None:
-    """After a change of the configuration or of the metrics: `.venv/bin/python docs/generate.py`."""
+    """After a change of the configuration, the metrics, the rules, the command line or docs/openapi.yaml: `.venv/bin/python docs/generate.py`."""
     assert (DOCS / name).read_text() == generator().page(name)
 
 

@@ -258,3 +258,28 @@ def test_the_forecast_of_a_homeserver_that_has_no_delegations_any_more_is_zero()
     assert metrics.registry.get_sample_value("sfu_delegate_restart_forecast_lateness_seconds", {"homeserver": "a.test"}) == 30.0
     metrics.forecast({"b.test": 0.0}, {})
     assert metrics.registry.get_sample_value("sfu_delegate_restart_forecast_lateness_seconds", {"homeserver": "a.test"}) == 0.0
+
+
+# ── what operators ask for ──
+
+
+def test_a_counter_is_read_by_its_labels(metrics: Metrics) -> None:
+    """As far as it has counted anything."""
+    metrics.known(["hs.test"])
+    ended(metrics, Outcome.SENT)
+    ended(metrics, Outcome.SENT)
+    assert metrics.counted(metrics.ended) == {(PATTERN, "sent"): 2}
+    assert metrics.counted(metrics.lost) == {}
+
+
+def test_quantiles_are_those_that_prometheus_would_show(metrics: Metrics) -> None:
+    """Over all homeservers, interpolated within a bucket; above the last bound, that bound; None where there was nothing."""
+    assert metrics.quantiles(metrics.to_end, 0.5, 0.99) == [None, None]
+    for homeserver in ("a", "b"):
+        for seconds in (1.5, 2.0):
+            metrics.to_end.labels(homeserver).observe(seconds)
+    assert metrics.observed(metrics.to_end) == 4
+    assert metrics.quantiles(metrics.to_end, 0.5, 1.0) == [1.75, 2.5]
+    for _ in range(4):
+        metrics.to_end.labels("a").observe(100_000.0)
+    assert metrics.quantiles(metrics.to_end, 0.25, 0.99) == [1.75, 3600.0]
