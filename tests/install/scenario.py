@@ -65,17 +65,24 @@ def main(result: dict[str, Any]) -> None:
     result["started"] = show("ActiveState", "Type", "StatusText", "User", "DynamicUser", "NRestarts", "WatchdogUSec", "MainPID")
     pid = result["started"]["MainPID"]
     result["process"] = process(pid)
-    result["credentials"] = sorted(os.listdir(f"/run/credentials/{UNIT}"))
     result["places"] = {path: stat(path) for path in ("/etc/sfu-delegate", "/var/lib/private/sfu-delegate", "/run/sfu-delegate", f"/proc/{pid}")}
     result["security"] = run("systemd-analyze", "security", UNIT)[1].strip().splitlines()[-1]
     result["verify"] = run("systemd-analyze", "verify", f"/etc/systemd/system/{UNIT}")
-    result["by hand"] = run("env", "CREDENTIALS_DIRECTORY=/etc/credstore", "/opt/sfu-delegate/bin/sfu-delegate", "check-config")
+    result["socket"] = run("/opt/sfu-delegate/bin/sfu-delegate", "healthcheck", "--ready")
+
+    CONFIG.write_text(Path("/with-credentials.yaml").read_text())
+    result["bad reload"] = run("systemctl", "reload", UNIT)  # nobody has given it any
+    result["after it"] = show("ActiveState", "MainPID")
+    result["by the manual"] = run("sh", "-e", "/by-the-manual.sh")
+    result["with credentials"] = health("/health/ready")
+    result["credentials"] = sorted(os.listdir(f"/run/credentials/{UNIT}"))
     result["by hand, without"] = run("/opt/sfu-delegate/bin/sfu-delegate", "check-config")
 
+    result["before reloads"] = show("ActiveState", "MainPID")
     good = CONFIG.read_text()
     result["reload"] = run("systemctl", "reload", UNIT)
     CONFIG.write_text("sfus: [")
-    result["bad reload"] = run("systemctl", "reload", UNIT)
+    result["worse reload"] = run("systemctl", "reload", UNIT)
     result["after reloads"] = show("ActiveState", "MainPID")
     CONFIG.write_text(good)
 

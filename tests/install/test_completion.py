@@ -13,6 +13,8 @@ from sfu_delegate.cli import app
 from sfu_delegate.operate.completion import VARIABLE, Shell, script
 from typer.main import get_command
 
+from tests.snippets import given
+
 COMMANDS = set(getattr(get_command(app), "commands", {}))
 
 
@@ -45,6 +47,15 @@ def test_the_command_prints_the_script(path: str) -> None:
     done = subprocess.run(("sfu-delegate", "completion", "tcsh"), env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'bash', 'zsh', 'fish'" in done.stderr
+
+
+def test_they_are_put_where_the_manual_says(path: str, tmp_path: Path) -> None:
+    """The commands of docs/operating.md write the scripts, each into the directory of its shell."""
+    for directory in ("bash-completion/completions", "zsh/vendor-completions", "fish/vendor_completions.d"):
+        (tmp_path / directory).mkdir(parents=True)
+    run("bash", "-e", "-c", given("docs/operating.md", "completion bash >").replace("/usr/share/", f"{tmp_path}/"), PATH=path)
+    written = {file.name: file.read_text() for directory in ("bash-completion", "zsh", "fish") for file in (tmp_path / directory).rglob("*sfu*")}
+    assert written == {"sfu-delegate": script(Shell.BASH), "_sfu-delegate": script(Shell.ZSH), "sfu-delegate.fish": script(Shell.FISH)}
 
 
 @pytest.mark.parametrize(("name", "check"), [("bash", "-n"), ("zsh", "-n"), ("fish", "--no-execute")])

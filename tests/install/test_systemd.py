@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sfu_delegate.config.registration import make
 
 from tests.install import debian
+from tests.snippets import given, snippets
 
 UNIT = debian.ROOT / "systemd" / "sfu-delegate.service"
 PROGRAM = "/opt/sfu-delegate/bin/sfu-delegate"
 LOW = 2.0  # systemd calls it "OK" below 5; what is left over is the network that the daemon is for
 
 SECRET = "a-secret-of-livekit-that-nobody-else-may-see"
-CONFIG = """\
+CONFIG = f"""\
 database: sqlite:////var/lib/sfu-delegate/sfu-delegate.db
+admin: {{socket: /run/sfu-delegate/admin.sock}}
 sfus:
   main:
     url: ws://127.0.0.1:7880
-    key_file: ${CREDENTIALS_DIRECTORY}/sfu-delegate.livekit-keys
+    keys: {{APIexample: {SECRET}}}
 homeservers:
   - name: example.org
     url: http://127.0.0.1:8008
@@ -107,7 +110,7 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def install(root: Path) -> None:
-    """As the README says, with the secrets in systemd's own place."""
+    """As the README says, without credentials at first."""
     debian.checkout(root / "src")
     for command in (
         "python3 -m venv /opt/sfu-delegate",
@@ -116,24 +119,30 @@ def install(root: Path) -> None:
         "useradd --system --user-group --no-create-home --shell /usr/sbin/nologin sfu-delegate",
         "install -d -o root -g sfu-delegate -m 0750 /etc/sfu-delegate",
         "install -o root -g sfu-delegate -m 0640 /dev/null /etc/sfu-delegate/sfu-delegate.yaml",
-        "install -d -m 0700 /etc/credstore",
-        "install -m 0600 /dev/null /etc/credstore/sfu-delegate.livekit-keys",
+        "install -d -m 0700 /etc/matrix-synapse",
+        "install -m 0600 /dev/null /etc/matrix-synapse/sfu-delegate-registration.yaml",
     ):
         debian.within(root, *command.split())
     (root / "etc/sfu-delegate/sfu-delegate.yaml").write_text(CONFIG)
-    (root / "etc/credstore/sfu-delegate.livekit-keys").write_text(f"APIexample: {SECRET}\n")
+    registration = make("example.org", f"{SECRET}-as", f"{SECRET}-hs", "http://127.0.0.1:8080")
+    (root / "etc/matrix-synapse/sfu-delegate-registration.yaml").write_text(registration)
+    # What the manual says of credentials, for the time after the boot.
+    (root / "livekit-keys.yaml").write_text(f"APIexample: {SECRET}\n")
+    (root / "by-the-manual.sh").write_text(given("docs/operating.md", "install -d -o root -g root -m 0700 /etc/credstore"))
+    [snippet] = [one.text for one in snippets("yaml") if "${CREDENTIALS_DIRECTORY}/sfu-delegate.registration" in one.text]
+    (root / "with-credentials.yaml").write_text(CONFIG.partition("sfus:")[0] + snippet)
     shutil.copyfile(UNIT, root / "etc/systemd/system" / UNIT.name)
 
 
 @pytest.mark.slow
 def test_it_is_ready_when_systemd_says_so(booted: dict[str, Any]) -> None:
-    """What is ordered after the unit finds both the listener and the database; no credential but the one that there is was loaded."""
+    """What is ordered after the unit finds both the listener and the database, and the socket; that there are no credentials is no trouble."""
     assert (booted["ready"]["status"], booted["ready"]["body"]["database"]) == (200, "ok")
     started = booted["started"]
     assert (started["ActiveState"], started["Type"], started["NRestarts"]) == ("active", "notify", "0")
     assert started["WatchdogUSec"] == "1min"
     assert "delayed events" in started["StatusText"]
-    assert booted["credentials"] == ["sfu-delegate.livekit-keys"]
+    assert booted["socket"][0] == 0, booted["socket"]
 
 
 @pytest.mark.slow
@@ -150,12 +159,29 @@ def test_it_can_do_little_harm(booted: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_secrets_are_credentials(booted: dict[str, Any]) -> None:
+    """By the commands of the manual, with the files of root alone; those of the five that are there are loaded."""
+    code, said = booted["by the manual"]
+    assert code == 0, said
+    assert "it can be used" in said or said.endswith(": good\n")
+    assert booted["with credentials"]["status"] == 200
+    assert booted["credentials"] == ["sfu-delegate.livekit-keys", "sfu-delegate.registration"]
+    code, said = booted["by hand, without"]
+    assert code == 1
+    assert "CREDENTIALS_DIRECTORY is not set" in said
+    assert "CREDENTIALS_DIRECTORY=/etc/credstore sfu-delegate" in said
+
+
+@pytest.mark.slow
 def test_a_reload_fails_visibly_for_a_bad_file(booted: dict[str, Any]) -> None:
-    """`systemctl reload` says so, and the daemon goes on as before."""
-    assert booted["reload"] == [0, ""]
+    """`systemctl reload` says so, and the daemon goes on as before; a good file is read, with the credentials of the start."""
     assert booted["bad reload"][0] != 0
-    assert booted["after reloads"] == {"ActiveState": "active", "MainPID": booted["started"]["MainPID"]}
+    assert booted["after it"] == {"ActiveState": "active", "MainPID": booted["started"]["MainPID"]}
+    assert booted["reload"] == [0, ""]
+    assert booted["worse reload"][0] != 0
+    assert booted["after reloads"] == booted["before reloads"]
     assert sum('"config_reloaded"' in line for line in booted["journal"]) == 1
+    assert not any('"config_not_reloaded"' in line for line in booted["journal"])
 
 
 @pytest.mark.slow
@@ -175,14 +201,3 @@ def test_a_stop_is_a_success(booted: dict[str, Any]) -> None:
     assert booted["stop"] == [0, ""]
     assert booted["stopped"] == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
     assert not any(SECRET in line for line in booted["journal"])
-
-
-@pytest.mark.slow
-def test_the_configuration_can_be_checked_by_hand(booted: dict[str, Any]) -> None:
-    """As root, with the directory that systemd reads; without it, the problem says how."""
-    code, said = booted["by hand"]
-    assert code == 0, said
-    code, said = booted["by hand, without"]
-    assert code == 1
-    assert "CREDENTIALS_DIRECTORY is not set" in said
-    assert "CREDENTIALS_DIRECTORY=/etc/credstore sfu-delegate" in said
