@@ -110,6 +110,7 @@ def test_what_it_says_of_itself(image: Image) -> None:
 def test_it_has_the_program_and_not_what_installs_it(image: Image) -> None:
     """It runs as its user, on a read-only root; its Python can install nothing, and nothing in /opt is its user's."""
     assert image.run("sfu-delegate", "version") == (0, f"sfu-delegate {__version__}\n")
+    assert image.run("python3", "-c", "import sfu_delegate.store.postgresql") == (0, "")
     assert image.run("id", "--user")[1].strip() == str(USER)
     assert image.run("touch", "/opt/x")[0] != 0
     assert image.run("python3", "-c", "import pip")[0] == 1
