@@ -84,7 +84,10 @@ class Notifier:
         while True:
             if alive(pause) and self.watchdog is not None:
                 self._tell("WATCHDOG=1")
-            self.status(status())
+            try:
+                self.status(status())
+            except Exception as error:  # a defect in telling how it is must not look like one in being
+                self.status(f"How it is cannot be told: {type(error).__name__}.")
             await asyncio.sleep(pause)
 
 

@@ -101,6 +101,20 @@ async def test_signs_of_life(manager: Manager) -> None:
     assert not [told for told in manager.told if "WATCHDOG" in told]
 
 
+async def test_a_status_that_cannot_be_told_is_no_sign_of_death(manager: Manager) -> None:
+    """Signs of life go on, and the status says that there is a defect, without what it may hold."""
+    notifier = Notifier({"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "30000"})
+
+    def broken() -> str:
+        raise KeyError("hunter2")
+
+    running = asyncio.create_task(notifier.while_running(lambda _: True, broken))
+    await until(lambda: sum("WATCHDOG" in told for told in manager.hear()) >= 3)
+    running.cancel()
+    notifier.close()
+    assert [told for told in manager.told if "STATUS" in told] == [{"STATUS": "How it is cannot be told: KeyError."}]
+
+
 async def test_a_long_start(manager: Manager) -> None:
     """The manager is asked for more time as long as it goes on."""
     notifier = Notifier({"NOTIFY_SOCKET": manager.name})
