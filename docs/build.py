@@ -68,6 +68,7 @@ CONTENTS: Final = (
                 "commands",
                 "troubleshooting",
                 "metrics",
+                "alerts",
                 "scaling",
                 "security",
                 "migrate-from-lk-jwt-service",

@@ -1,4 +1,4 @@
-"""Writes the reference pages of docs/ from the program itself, and from docs/openapi.yaml: `.venv/bin/python docs/generate.py`.
+"""Writes the reference pages of docs/ from the program itself, and from docs/openapi.yaml and config/alerts.yml: `.venv/bin/python docs/generate.py`.
 
 What stands between a page's two markers is written anew, and the rest of the page is left as it is. A test fails when a page is stale.
 It must never start anything of the daemon: it reads the model of the configuration, the command line and the tables of the rules, and asks an unused
@@ -27,7 +27,8 @@ from sfu_delegate.delegation.model import Action, Lane, Presence, State, Verdict
 from sfu_delegate.delegation.policy import DEPARTURES, Unasked
 from sfu_delegate.livekit.webhook import EVENTS
 from sfu_delegate.matrix.service import Part
-from sfu_delegate.observe.metrics import ENDED, Metrics
+from sfu_delegate.observe.metrics import ENDED, REASONS, Metrics
+from sfu_delegate.store.base import Disk
 
 DOCS: Final = Path(__file__).parent
 BEGIN: Final = "<!-- begin: written by docs/generate.py -->"
@@ -147,10 +148,13 @@ def metrics() -> str:
     """All metrics, and the values that their labels can have."""
     made = Metrics(lambda homeserver: homeserver)
     made.watch_states(lambda: {("example.org", State.LIVE.value, Presence.CONNECTED.value): 1})
+    made.watch_conditions(lambda: {("homeserver", "example.org"): "", ("sfu", "main"): ""})
+    made.watch_late(lambda: {"main": 0})
+    made.disk(Disk(0, 0))
     labels = {m._name: m._labelnames for m in vars(made).values() if isinstance(m, MetricWrapperBase)}
     rows = []
     for family in made.registry.collect():
-        names = labels.get(family.name) or (tuple(family.samples[0].labels) if family.type == "gauge" and family.samples else ())
+        names = labels.get(family.name) or (tuple(family.samples[0].labels) if family.type in ("gauge", "counter") and family.samples else ())
         name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         rows.append((_code(name), family.type, ", ".join(map(_code, names)), _prose(family.documentation)))
     lines = list(_table(("Metric", "Type", "Labels", "Meaning"), rows))
@@ -164,6 +168,7 @@ def metrics() -> str:
             (_code("result"), "webhooks", _words(webhooks.RESULTS)),
             (_code("endpoint"), "MatrixRTC requests", _words((*Endpoint, *service.Endpoint))),
             (_code("status"), "MatrixRTC requests", "the HTTP status of the answer"),
+            (_code("status"), "delegation requests", "the same"),
             (
                 _code("delegation"),
                 "MatrixRTC requests",
@@ -174,6 +179,7 @@ def metrics() -> str:
             (_code("part"), "application services", _words(Part)),
             (_code("action"), "actions", _words(action.value for action in Action if action is not Action.LOOK)),
             (_code("outcome"), "actions", _words(Verdict)),
+            (_code("reason"), "departures", _words(REASONS)),
             (_code("outcome"), "delegated events ended", _words(ENDED)),
             (_code("outcome"), "looks", _words(("done", "failed"))),
             (_code("state"), "delegated events", _words(State)),
@@ -187,6 +193,31 @@ def metrics() -> str:
 
 def _words(words: Iterable[str]) -> str:
     return ", ".join(_code(str(word)) for word in words)
+
+
+# ── the alerts ──
+
+
+def alerts() -> str:
+    """All alerts of config/alerts.yml, in its order."""
+    groups = yaml.safe_load((DOCS.parent / "config" / "alerts.yml").read_text(encoding="utf-8"))["groups"]
+    rows = [
+        (
+            f"[{rule['alert']}](#{rule['alert'].lower()})",
+            rule["labels"]["severity"],
+            rule.get("for", "at once"),
+            _summary(rule["annotations"]["summary"]),
+        )
+        for group in groups
+        for rule in group["rules"]
+    ]
+    return "\n".join(_table(("Alert", "Severity", "Fires after", "It says"), rows)).rstrip("\n")
+
+
+def _summary(text: str) -> str:
+    """With the names of labels in place of their values."""
+    text = re.sub(r"\{\{ with [^}]*\}\}.*?\{\{ end \}\}", "", text)
+    return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", text)
 
 
 # ── the state machines ──
@@ -506,6 +537,7 @@ def _slug(heading: str) -> str:
 # ── the pages ──
 
 PAGES: Final = {
+    "alerts.md": alerts,
     "api.md": api,
     "commands.md": commands,
     "configuration.md": configuration,

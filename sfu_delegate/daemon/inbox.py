@@ -18,7 +18,7 @@ from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Step
 from sfu_delegate.observe.logs import frames, get_logger
-from sfu_delegate.store.base import StoreUnavailable
+from sfu_delegate.store.base import Disk, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -53,6 +53,12 @@ class Observer(Protocol):
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """The backlog was counted."""
+
+    def waiting_since(self, departures: Mapping[str, float], now: float) -> None:
+        """By homeserver: the earliest departure whose event is not ended yet."""
+
+    def disk(self, disk: Disk | None) -> None:
+        """How much room the database takes, and has."""
 
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         """By homeserver: the seconds by which restarts will be late, and what is known about the rate limit."""
@@ -216,6 +222,16 @@ class Inbox:
         """Run something in the engine's thread, between two steps."""
         return await self._thread.run(work)
 
+    @property
+    def progress(self) -> int:
+        """How many steps have come to an end: another one every few seconds, whether or not the database works, as long as it does not hang."""
+        return self._progress
+
+    @property
+    def where(self) -> list[str]:
+        """What the engine's thread is doing just now; see `WorkThread.where`."""
+        return self._thread.where
+
     # ── the loop ──
 
     async def run(self) -> None:
@@ -375,6 +391,9 @@ class Inbox:
         now, begun = self._clock(), perf_counter()
         self._surveyed = now
         self._observer.backlog(await self.in_thread(lambda: self._engine.backlog(now)), now)
+        departures, disk = await self.in_thread(lambda: (self._engine.waiting_since(), self._engine.store.disk()))
+        self._observer.waiting_since(departures, now)
+        self._observer.disk(disk)
         self._observer.forecast(*await self.in_thread(lambda: (self._engine.forecast(now), dict(self._engine.rates()))))
         self._survey_pause = max(SURVEY_EVERY, (perf_counter() - begun) / SURVEY_PART)
 

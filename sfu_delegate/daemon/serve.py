@@ -1,6 +1,7 @@
 """Start and stop of the daemon, and what connects its parts."""
 
 import asyncio
+import faulthandler
 import gc
 import os
 import signal
@@ -30,9 +31,10 @@ from sfu_delegate.daemon.inbox import Inbox
 from sfu_delegate.daemon.inspecting import Inspecting, Survey
 from sfu_delegate.daemon.membership import Membership
 from sfu_delegate.daemon.membership import Terms as MembershipTerms
+from sfu_delegate.daemon.notify import Notifier, Progress
 from sfu_delegate.daemon.sharing import Sharing, instance_name, meet
 from sfu_delegate.delegation.lifecycle import RESTARTED
-from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Task
+from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Presence, State, Task
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
@@ -47,7 +49,7 @@ from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
 from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
-from sfu_delegate.store.base import GOES_ON, DatabaseInUse, DatabaseTooNew, Store, StoreUnavailable
+from sfu_delegate.store.base import GOES_ON, DatabaseInUse, DatabaseTooNew, Disk, Store, StoreUnavailable
 from sfu_delegate.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ CLOSED_WITHIN = 1.0  # seconds for each of the listeners, and for the database
 ROOMS_AT_A_TIME = 32  # that are made on one SFU
 UNNAMED = 10  # times what one user may delegate without a word of the homeserver: all together whose user is not known
 FORCED_AFTER = 6.0  # seconds beyond `timeouts.shutdown`, when the process ends whatever hangs
+RELOADED_WITHIN = 5.0  # seconds that a reload waits for the engine to take it over
+MOST_TROUBLES = 3  # that the status line names
 
 log = logs.get_logger(__name__)
 
@@ -93,6 +97,14 @@ class _Observer:
         """See `inbox.Observer`."""
         self.survey.backlog = counted
         self._metrics.backlog(counted, now)
+
+    def waiting_since(self, departures: Mapping[str, float], now: float) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.waiting_since(departures, now)
+
+    def disk(self, disk: Disk | None) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.disk(disk)
 
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         """See `inbox.Observer`."""
@@ -136,6 +148,7 @@ class _Hooks:
         self._clock = clock
         self.on_acknowledged = metrics.on_acknowledged
         self.on_matrixrtc = metrics.on_matrixrtc
+        self.on_delegation = metrics.on_delegation
 
     def on_webhook(self, sfu: str, event: str, result: str) -> None:
         """A webhook was answered."""
@@ -217,6 +230,8 @@ class Daemon:
         self._admin: web.AppRunner | None = None
         self._phase = Phase.STARTING
         self._probe: asyncio.Future[None] | None = None
+        self._reconfiguring: asyncio.Future[None] | None = None
+        self._progress = Progress(lambda: self.inbox.progress, lambda: self.inbox.where)
         self._socket: _UnixSocket | None = None
         self.public_port = 0
         self.admin_port = 0
@@ -271,7 +286,8 @@ class Daemon:
         self._openid = OpenId(self._federation, clock, cache=lambda: self.config.matrixrtc.openid_cache)
         self.metrics = Metrics(self._label)
         self.metrics.tls_verified.set(1 if config.federation.verify_tls else 0)
-        self.metrics.known(homeserver.name for homeserver in config.homeservers)
+        self.metrics.known((homeserver.name for homeserver in config.homeservers), config.sfus)
+        self.metrics.watch_clock(clock.behind)
         self.keys = KeyRing(_keys(config))
         random = Random()  # noqa: S311 — for jitter
         self.engine = await asyncio.to_thread(
@@ -285,12 +301,14 @@ class Daemon:
             limited=self._limited,
         )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
+        self.metrics.watch_late(lambda: dict.fromkeys(self.config.sfus, 0) | dict(self.engine.late))
         reach = Means(self.homeservers, self.client, self._service, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         sharing = None if shared is None else Sharing(self.engine, shared, clock)
         self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
         observer = _Observer(self.metrics)
         self.inbox = Inbox(self.engine, clock, self._carry_out, observer, config.limits.inbox, sharing)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
+        self.metrics.watch_conditions(self._conditions)
         store = self._store
         self.inspecting = Inspecting(
             lambda: self.config,
@@ -402,12 +420,44 @@ class Daemon:
         services = {name: conditions.get(("application_service", name)) for name in _services(self.config)}
         return Readiness(self._phase, trouble, homeservers, sfus, services)
 
+    def _conditions(self) -> dict[tuple[str, str], str]:
+        """Of SFUs that are configured, and of all homeservers: those that are not have a label of their own."""
+        return {key: problem for key, problem in self.actions.conditions.items() if key[0] != "sfu" or key[1] in self.config.sfus}
+
     def _probed(self) -> "asyncio.Future[None]":
         """One write, under way for all who ask: those who have given up would otherwise leave theirs in the way of steps."""
         if self._probe is None or self._probe.done():
             self._probe = asyncio.ensure_future(self.inbox.in_thread(lambda: self._store.save_clock_mark(self.clock.mark)))
             self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
         return self._probe
+
+    def alive(self, seconds: float) -> bool:
+        """Does the work go on, `seconds` after the last time that this was asked? See `Progress`."""
+        if self._phase is not Phase.RUNNING:
+            return True  # how long the end may take is seen to by `_end_by_force`
+        before = self._progress.stuck_in
+        alive = self._progress(seconds)
+        if self._progress.stuck_in is not None and before is None:
+            log.critical("no_progress", at=self.inbox.where, consequence="a watchdog, as systemd has, ends the process, to be started again")
+        return alive
+
+    def status(self) -> str:
+        """How it is, in a line."""
+        if self._phase is not Phase.RUNNING:
+            return f"{self._phase.value.capitalize()}."
+        states = dict(self.engine.states)  # a copy at once: the engine goes on in its thread
+        events = {key: count for key, count in states.items() if key[1] != State.DONE}
+        connected = sum(count for (_, _, presence), count in events.items() if presence == Presence.CONNECTED)
+        said = f"{sum(events.values())} delayed events, {connected} of connected participants."
+        if self._progress.stuck_in is not None:
+            said = f"NO PROGRESS, in {self._progress.stuck_in}. {said}"
+        if self.inbox.trouble is not None:
+            said = f"DATABASE: {self.inbox.trouble} {said}"
+        kinds = {"homeserver": "homeserver", "sfu": "SFU", "application_service": "application service at"}
+        troubles = [f"{kinds[kind]} {name}: {problem}" for (kind, name), problem in self.actions.conditions.items() if problem]
+        if more := troubles[MOST_TROUBLES:]:
+            troubles[MOST_TROUBLES:] = [f"and {len(more)} more"]
+        return f"{said} Trouble: {'; '.join(troubles)}." if troubles else said
 
     def _membership_terms(self) -> MembershipTerms:
         config = self.config
@@ -467,7 +517,7 @@ class Daemon:
         self.actions.reach.sfus = _sfus(self.config)
         self.actions.reach.timeout = self.config.timeouts.request
         self.inbox.most = self.config.limits.inbox
-        self.metrics.known(homeserver.name for homeserver in self.config.homeservers)
+        self.metrics.known((homeserver.name for homeserver in self.config.homeservers), self.config.sfus)
         policy, limits = self.config.policy(), _limits(self.config)
         self._reconfiguring = asyncio.ensure_future(self.inbox.in_thread(lambda: self.engine.reconfigure(policy, limits)))
         self._membership.reconsider()
@@ -477,6 +527,11 @@ class Daemon:
         logs.set_level("info")  # so that this line is seen whatever the level was, and will be
         log.info("config_reloaded", needs_restart=needs_restart)
         logs.set_level(self.config.log.level)
+
+    async def reloaded(self) -> None:
+        """Wait until the engine has taken over what `reload` has read; not for long, since a database that hangs holds it up."""
+        if self._reconfiguring is not None:
+            await asyncio.wait({self._reconfiguring}, timeout=RELOADED_WITHIN)
 
     async def stop(self) -> None:
         """Accept nothing more, finish what is in flight within `timeouts.shutdown`, and close the database: a few seconds more at the most.
@@ -696,23 +751,52 @@ def _settings(config: Config) -> Settings:
 
 
 async def _serve(config: Config, path: Path) -> int:
-    daemon = Daemon(config, lambda: load(path, os.environ))
+    manager = Notifier(os.environ)
+    try:
+        return await _run(Daemon(config, lambda: load(path, os.environ)), manager)
+    finally:
+        manager.close()
+
+
+async def _run(daemon: Daemon, manager: Notifier) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    reloading: set[asyncio.Task[None]] = set()
 
     def stop_soon() -> None:
         if not stop.is_set():
             stop.set()
-            _end_by_force(daemon.config.timeouts.shutdown + FORCED_AFTER)
+            within = daemon.config.timeouts.shutdown + FORCED_AFTER
+            manager.stopping(within + 2.0)  # for the force itself, which takes a second
+            _end_by_force(within)
+
+    def reload() -> None:
+        manager.reloading()
+        daemon.reload()
+        task = asyncio.create_task(reload_is_over())
+        reloading.add(task)
+        task.add_done_callback(reloading.discard)
+
+    async def reload_is_over() -> None:
+        await daemon.reloaded()
+        manager.ready()
+        manager.status(daemon.status())
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop_soon)
+    manager.status("Starting: opening the database.")
+    starting = asyncio.create_task(manager.while_starting())
     try:
         await daemon.start()
     except CannotStart as error:
         log.error("cannot_start", problem=str(error))
+        manager.status(f"Cannot start: {error}")
         return 1
-    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    finally:
+        starting.cancel()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    manager.ready()
+    telling = asyncio.create_task(manager.while_running(daemon.alive, daemon.status))
     gc.freeze()  # what there is by now stays until the end
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({stopped, daemon.loop_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -724,6 +808,7 @@ async def _serve(config: Config, path: Path) -> int:
         log.critical("engine_ended", error=type(why).__name__, at=at, consequence="the process ends, to be started again")
     stop_soon()
     await daemon.stop()
+    telling.cancel()
     return 1 if broken else 0
 
 
@@ -751,6 +836,8 @@ def _end_by_force(after: float) -> None:
 def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit code."""
     logs.configure(level=config.log.level, format=config.log.format, instance=_name(config) if config.is_postgresql else "")
+    with suppress(AttributeError, OSError, RuntimeError, ValueError):  # where standard error is no file
+        faulthandler.enable()  # a watchdog ends the process by SIGABRT: then it tells where each thread is, without any values
     for risk in warnings(config):
         log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
     # The engine's thread gives the interpreter away with every statement, and would wait 5 ms to get it back while there are requests.

@@ -28,12 +28,12 @@ OURS = "# /etc/sfu-delegate/sfu-delegate.yaml"
 LIVEKIT = "# livekit.yaml"
 SYNAPSE = "# homeserver.yaml"
 REGISTRATION = "# /etc/matrix-synapse/sfu-delegate-registration.yaml"
-PROMETHEUS = "# prometheus.yml"
-RULES = "# /etc/prometheus/sfu-delegate.rules.yml"
+DASHBOARDS = "# /etc/grafana/provisioning/dashboards/sfu-delegate.yaml"
+DATASOURCES = "# /etc/grafana/provisioning/datasources/prometheus.yaml"
 
 RUN = ("sh", "python", "typescript")  # by tests that ask for them, or not at all
 PARSED = ("nginx", "caddy", "toml")  # of reverse proxies, which are not run
-LOADED = (OURS, SYNAPSE, REGISTRATION, PROMETHEUS, RULES)  # by what reads them
+LOADED = (OURS, SYNAPSE, REGISTRATION)  # by what reads them
 FIGURE = re.compile(r"[┌└│─►▼]|^(cli · demo|sfu_delegate/)$", re.MULTILINE)
 
 
@@ -53,7 +53,7 @@ def test_every_block_is_run_or_loaded_or_says_that_it_is_not(snippet: Snippet) -
             assert snippet.note, "say below it: *(not run by the tests: its grammar is checked)*"
         case "yaml":
             assert (first_line(snippet) in LOADED) != bool(snippet.note)
-            assert first_line(snippet) in (*LOADED, LIVEKIT), "a file that no test loads yet"
+            assert first_line(snippet) in (*LOADED, LIVEKIT, DASHBOARDS, DATASOURCES), "a file that no test loads yet"
         case "json" | "diff" | "text":
             assert not snippet.note or snippet.page.name == "commands.md"
         case _:
@@ -209,15 +209,29 @@ def test_the_registration_is_one_that_the_command_would_keep() -> None:
     assert made == yaml.safe_load(snippet.text)
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
-def test_prometheus_takes_its_configuration_and_its_rules(tmp_path: Path) -> None:
-    """`promtool` finds nothing wrong."""
-    for name, what in ((PROMETHEUS, "config"), (RULES, "rules")):
-        for snippet in of_file(name):
-            file = tmp_path / "file.yml"
-            file.write_text(snippet.text)
-            done = subprocess.run(["promtool", "check", what, str(file)], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{snippet}: {done.stdout}{done.stderr}"
+def listed(key: str, needed: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema: the first version of a file of Grafana's provisioning, with one thing under `key`."""
+    items = {"type": "object", "additionalProperties": False, "required": list(needed), "properties": dict(needed)}
+    properties = {"apiVersion": {"const": 1}, key: {"type": "array", "minItems": 1, "maxItems": 1, "items": items}}
+    return {"type": "object", "additionalProperties": False, "required": list(properties), "properties": properties}
+
+
+TEXT = {"type": "string", "minLength": 1}
+PATH = {"type": "object", "additionalProperties": False, "required": ["path"], "properties": {"path": TEXT}}
+PROVISIONED = {
+    DASHBOARDS: listed("providers", {"name": TEXT, "type": {"const": "file"}, "options": PATH}),
+    DATASOURCES: listed(
+        "datasources",
+        {"name": TEXT, "type": {"const": "prometheus"}, "access": {"const": "proxy"}, "url": TEXT, "isDefault": {"const": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROVISIONED)
+def test_grafanas_keys_are_grafanas(name: str) -> None:
+    """What provisions the dashboard and its source has keys that Grafana knows."""
+    [snippet] = of_file(name)
+    jsonschema.validate(yaml.safe_load(snippet.text), PROVISIONED[name])
 
 
 @pytest.mark.parametrize("snippet", snippets("diff"), ids=str)
