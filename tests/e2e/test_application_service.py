@@ -14,9 +14,11 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 import yaml
+from sfu_delegate.config import from_mapping
 from sfu_delegate.demo.matrix import CALL_MEMBER, V3, Account
 from sfu_delegate.demo.matrix import UNSTABLE as DELAYED
 from sfu_delegate.demo.synapse import Synapse
+from sfu_delegate.doctor import Verdict, examine
 from sfu_delegate.sandbox.sfu import JoinRefused
 
 from tests.e2e.call import running_call
@@ -201,6 +203,19 @@ async def test_the_application_service_is_seen_to_work(here: ServedCall) -> None
     await here.call.until(told, "the daemon says that it works")
     works = await here.call.metric("sfu_delegate_application_service_works")
     assert (works, here.call.daemon.entries("application_service_failed")) == (8, [])
+
+
+async def test_the_doctor_says_so_too(here: ServedCall) -> None:
+    """Beside the running daemon, the whole way is gone once more; the webhooks of a room of nobody come to it, and no limit was met."""
+    daemon = here.call.daemon
+    report = await examine(from_mapping(daemon.config), daemon.directory / "sfu-delegate.yaml")
+    found = {(result.id, result.subject): result.finding for result in report.results}
+    assert [title for title, finding in found.items() if finding.verdict is Verdict.PROBLEM] == []
+    for synapse in (here.synapse, *here.others):
+        service, limit = (found[f"homeserver.{what}", synapse.server_name] for what in ("application_service", "rate_limit"))
+        assert (service.verdict, service.evidence) == (Verdict.OK, "token, membership, federation and proxy work")
+        assert limit.verdict is Verdict.OK
+    assert "came to the daemon" in found["sfu.webhooks", "test"].evidence
 
 
 # ── refused ──

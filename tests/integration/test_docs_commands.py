@@ -112,6 +112,13 @@ def test_the_quickstart_ends_with_a_delegate_that_works(machine: Machine) -> Non
     assert "sfu_delegate_webhooks_total" in machine.printed
 
 
+def test_the_doctor_is_asked_as_the_manual_says(machine: Machine) -> None:
+    """Beside the daemon of the quickstart: nothing is wrong, but for what nobody's `.well-known` tells here."""
+    assert "problem " not in machine.run(given("docs/troubleshooting.md", "sfu-delegate doctor"))
+    told = machine.run(given("docs/operating.md", "sfu-delegate doctor --json"))
+    assert {line.split()[0] for line in told.splitlines()} <= {"homeserver.well_known", "config", "files"}, told
+
+
 @pytest.mark.slow
 def test_the_quickstart_works_with_packages_that_are_really_installed(tmp_path: Path) -> None:
     """The six steps of the README, from an empty virtual environment."""

@@ -34,7 +34,7 @@ DATASOURCES = "# /etc/grafana/provisioning/datasources/prometheus.yaml"
 RUN = ("sh", "python", "typescript")  # by tests that ask for them, or not at all
 PARSED = ("nginx", "caddy", "toml")  # of reverse proxies, which are not run
 LOADED = (OURS, SYNAPSE, REGISTRATION)  # by what reads them
-FIGURE = re.compile(r"[┌└│─►▼]|^(cli · demo|sfu_delegate/)$", re.MULTILINE)
+FIGURE = re.compile(r"[┌└│─►▼]|^(demo · operate|sfu_delegate/)$", re.MULTILINE)
 
 
 def first_line(snippet: Snippet) -> str:
