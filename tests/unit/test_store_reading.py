@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sfu_delegate.api.admin import PAGE_MOST
 from sfu_delegate.delegation.model import DelayedEvent, Note, Outcome, Presence, Room, State
 from sfu_delegate.observe.logs import short
 from sfu_delegate.store.base import Store, StoreUnavailable
@@ -173,3 +174,11 @@ def test_a_file_with_an_odd_name_can_be_read(tmp_path: Path) -> None:
         assert store.reader().events(Selection(), 1) == []
     finally:
         store.close()
+
+
+def test_a_whole_page_of_rooms_can_be_counted(store: Store, reader: Reader) -> None:
+    """As many as the daemon gives at a time, of several SFUs."""
+    rooms = [(sfu, f"room{number}") for sfu in ("main", "second") for number in range(PAGE_MOST // 2)]
+    keep(store, *(event(id, sfu=sfu, room=name) for id, (sfu, name) in enumerate(rooms, 1)))
+    page = [(one.sfu, one.name) for one in reader.rooms(PAGE_MOST)]
+    assert sorted((count.sfu, count.room) for count in reader.in_rooms(page)) == sorted(page) == sorted(rooms)
