@@ -3,6 +3,7 @@
 `admin_access` says who may ask. It must never tell a delay_id or a token; a hint of a delay_id is all that the database's reader gives.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ PAGE: Final = 100
 PAGE_MOST: Final = 1000
 EXPLAINED_MOST: Final = 200
 """Delayed events that are explained at a time: the newest."""
+EXPLAINED_LINES: Final = 20_000
+"""Lines of their histories, about: the newest of each."""
 
 TEXT_MOST: Final = 1000  # characters of a parameter; LiveKit allows 256 in names
 
@@ -78,7 +81,8 @@ class AdminApi:
         """One delegation, with its story."""
         rows, notes = await self._questions.delegation(request.match_info["id"])
         now = self._services.inspection.overview().now
-        return json_response({"id": rows[0].delegation, "now_ts": _ts(now), **story_json(rows, notes, now)})
+        told = await asyncio.to_thread(story_json, rows, notes, now)  # a long one must not hold up webhooks
+        return json_response({"id": rows[0].delegation, "now_ts": _ts(now), **told})
 
     async def rooms(self, request: web.Request) -> web.Response:
         """Rooms with delegations, by SFU and name."""
@@ -89,7 +93,7 @@ class AdminApi:
         rooms, counts = await self._questions.rooms(limit, after if any(after) else None, sfu=sfu, named=named)
         more = {"after_sfu": rooms[-1].sfu, "after": rooms[-1].name} if len(rooms) == limit else {}
         now = self._services.inspection.overview().now
-        return json_response({"now_ts": _ts(now), "rooms": [room_json(room, counts) for room in rooms], **more})
+        return json_response({"now_ts": _ts(now), "rooms": rooms_json(rooms, counts), **more})
 
     async def explain(self, request: web.Request) -> web.Response:
         """Why it is, or was, so: the story of each delayed event of a room, or of a user."""
@@ -288,29 +292,27 @@ class Questions:
     async def explained(self, wanted: Selection) -> dict[str, Any]:
         """The stories of what matches, by participant."""
 
-        def read(reader: Reader) -> tuple[list[DelayedEvent], list[Note], list[Room], list[RoomCount]]:
+        overview = self.services.inspection.overview()
+
+        def read(reader: Reader) -> tuple[list[DelayedEvent], dict[str, Any]]:
+            """All of it in the reader's thread: long stories must not hold up webhooks."""
             rows = reader.events(wanted, EXPLAINED_MOST)
+            notes = reader.history([row.id for row in rows], EXPLAINED_LINES // max(len(rows), 1))
             theirs = {(row.sfu, row.room) for row in rows}
             rooms = reader.rooms(PAGE_MOST, named=sorted({room for _, room in theirs})) if rows else []
             rooms = [room for room in rooms if (room.sfu, room.name) in theirs]
-            return rows, reader.history([row.id for row in rows]), rooms, reader.in_rooms([(room.sfu, room.name) for room in rooms])
+            counts = reader.in_rooms([(room.sfu, room.name) for room in rooms])
+            told = {"rooms": rooms_json(rooms, counts), "participants": participants_json(rows, notes, overview.now)}
+            return rows, told
 
-        rows, notes, rooms, counts = await self._read(read)
-        overview = self.services.inspection.overview()
-        people: dict[tuple[str, str, str], list[DelayedEvent]] = {}
-        for row in sorted(rows, key=lambda row: row.id):
-            people.setdefault((row.sfu, row.room, row.user or row.identity), []).append(row)
+        rows, told = await self._read(read)
         concerned = {row.homeserver for row in rows}, {row.sfu for row in rows}
         return {
             "now_ts": _ts(overview.now),
             "complete": len(rows) < EXPLAINED_MOST,
             "kept_s": overview.keep,
             "searched": list(wanted.rooms),
-            "rooms": [room_json(room, counts) for room in rooms],
-            "participants": [
-                {"sfu": sfu, "room": room, "user": theirs[-1].user, "identity": theirs[-1].identity, **story_json(theirs, notes, overview.now)}
-                for (sfu, room, _), theirs in people.items()
-            ],
+            **told,
             "causes": [cause for cause in causes(overview) if cause["homeserver"] in concerned[0] or cause["sfu"] in concerned[1]],
         }
 
@@ -414,6 +416,34 @@ def story_json(rows: Sequence[DelayedEvent], notes: Sequence[Note], now: float) 
             for line in story.tell(rows, notes)
         ],
     }
+
+
+def participants_json(rows: Sequence[DelayedEvent], notes: Sequence[Note], now: float) -> list[dict[str, Any]]:
+    """The stories of delayed events, by participant."""
+    people: dict[tuple[str, str, str], list[DelayedEvent]] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        people.setdefault((row.sfu, row.room, row.user or row.identity), []).append(row)
+    by_event: dict[int, list[Note]] = {}
+    for note in notes:
+        by_event.setdefault(note.event, []).append(note)
+    return [
+        {
+            "sfu": sfu,
+            "room": room,
+            "user": theirs[-1].user,
+            "identity": theirs[-1].identity,
+            **story_json(theirs, [note for row in theirs for note in by_event.get(row.id, ())], now),
+        }
+        for (sfu, room, _), theirs in people.items()
+    ]
+
+
+def rooms_json(rooms: Sequence[Room], counts: Sequence[RoomCount]) -> list[dict[str, Any]]:
+    """Rooms, and who is in them."""
+    by_room: dict[tuple[str, str], list[RoomCount]] = {}
+    for count in counts:
+        by_room.setdefault((count.sfu, count.room), []).append(count)
+    return [room_json(room, by_room.get((room.sfu, room.name), ())) for room in rooms]
 
 
 def room_json(room: Room, counts: Sequence[RoomCount]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 SHOWN_MOST = 200  # homeservers: with patterns there may be any number
 WAITING_MOST = 16  # questions: what is asked by more at a time is asked by nobody who reads the answers
 RETRY_AFTER = 2.0  # seconds
+ANSWERED_WITHIN = 10.0  # seconds: who asks for the status of a daemon whose database hangs is to be told that, and gives up after 30
 
 
 class Survey:
@@ -71,9 +72,13 @@ class Inspecting:
             raise Overloaded("Too many questions wait for the database already.", RETRY_AFTER)
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, work)
+            async with asyncio.timeout(ANSWERED_WITHIN):  # whoever waits for his turn by then has none any more
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, work)
         except StoreUnavailable as error:
             raise Unavailable(str(error), RETRY_AFTER) from None
+        except TimeoutError:
+            sentence = f"It did not answer the question within {ANSWERED_WITHIN:g} s: it hangs, or there is too much to read. Ask for less."
+            raise Unavailable(sentence, RETRY_AFTER) from None
         finally:
             self._waiting -= 1
 

@@ -112,13 +112,13 @@ class Reader:
             row = connection.execute(select(*_SHOWN).where(_event.c.id == event)).one_or_none()
             return None if row is None else delayed_event_of(tuple(row))
 
-    def history(self, events: Iterable[int]) -> list[Note]:
-        """What happened to these events, oldest first."""
+    def history(self, events: Iterable[int], most: int = NOTES_MOST) -> list[Note]:
+        """What happened to these events, oldest first; `most`: so many lines of each, the newest."""
         notes: list[Note] = []
         columns = (_history.c.event, _history.c.at, _history.c.what, _history.c.detail)
         with self._reading() as connection:
             for event in events:
-                newest = select(*columns).where(_history.c.event == event).order_by(_history.c.at.desc()).limit(NOTES_MOST)
+                newest = select(*columns).where(_history.c.event == event).order_by(_history.c.at.desc()).limit(min(most, NOTES_MOST))
                 notes += reversed([Note(*row) for row in connection.execute(newest)])
         return sorted(notes, key=lambda note: note.at)
 

@@ -3,13 +3,18 @@
 import asyncio
 import socket
 import stat
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from sfu_delegate.daemon import inspecting
 from sfu_delegate.daemon.serve import CannotStart, _bound_to
+from sfu_delegate.delegation.model import DelayedEvent, Note
 from sfu_delegate.livekit.names import room_name
+from sfu_delegate.observe import story
 from sfu_delegate.observe.logs import short
 from sfu_delegate.operate.admin import AdminListener, CannotAsk, Refused
 from sfu_delegate.sandbox.homeserver import End
@@ -163,6 +168,45 @@ async def test_a_room_is_explained_by_its_people(tmp_path: Path) -> None:
     assert [person["identity"] for person in one["participants"]] == ["bob"]
     assert (nobody["participants"], nobody["complete"]) == ([], True)
     assert nobody["searched"] == ["!other:hs.test", room_name("!other:hs.test")]
+
+
+async def test_stories_are_put_together_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Webhooks wait for no story, however long it is; and each participant's is made of its own lines."""
+    threads, told = [], []
+    tell = story.tell
+
+    def watched(rows: Sequence[DelayedEvent], notes: Sequence[Note]) -> list[story.Line]:
+        threads.append(threading.current_thread())
+        told.append({row.id for row in rows} == {note.event for note in notes})
+        return tell(rows, notes)
+
+    monkeypatch.setattr(story, "tell", watched)
+    async with open_site(tmp_path) as site:
+        given = [await site.in_call(await site.participant(name)) for name in ("alice", "bob")]
+        at = listener(site)
+        assert len((await get(at, "/explain", room="call"))["participants"]) == 2
+        await get(at, f"/delegations/{given[0]['id']}")
+    assert threading.main_thread() not in threads
+    assert told == [True, True, True]
+
+
+async def test_a_database_that_hangs_when_it_is_read_does_not_keep_the_operator_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status tells it, with all that it knows without the database; and other questions are told it, too."""
+    monkeypatch.setattr(inspecting, "ANSWERED_WITHIN", 0.2)
+    released = threading.Event()
+    monkeypatch.setattr(inspecting.Inspecting, "_read", lambda *_: released.wait())
+    async with open_site(tmp_path) as site:
+        try:
+            await site.in_call(await site.participant("alice"))
+            status = await get(listener(site), "/status")
+            for path in ("/delegations", "/rooms", "/delegations/1"):
+                with pytest.raises(Refused, match="did not answer the question") as refused:
+                    await get(listener(site), path)
+                assert refused.value.status == 503
+        finally:
+            released.set()
+    assert (status["status"], status["events"]["states"]["live"]) == ("ok", 1)
+    assert (status["database"]["events"], "did not answer" in status["database"]["reading_problem"]) == (None, True)
 
 
 # ── changes ──

@@ -149,6 +149,7 @@ def test_a_history_that_is_endless_is_read_from_its_end(store: Store, reader: Re
     notes = reader.history([1, 2])
     assert [note.at for note in (notes[0], notes[-1])] == [NOW + 5, NOW + NOTES_MOST + 4]
     assert len(notes) == NOTES_MOST
+    assert [note.at for note in reader.history([1, 2], 2)] == [NOW + NOTES_MOST + 3, NOW + NOTES_MOST + 4]
 
 
 def test_reading_changes_nothing_and_waits_for_nobody(store: Store, reader: Reader) -> None:
