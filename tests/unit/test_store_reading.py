@@ -1,6 +1,7 @@
 """What operators read beside the engine, on both databases: the right rows, no secrets, and nothing that holds up a step."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from sfu_delegate.api.admin import PAGE_MOST
 from sfu_delegate.delegation.model import DelayedEvent, Note, Outcome, Presence, Room, State
 from sfu_delegate.observe.logs import short
+from sfu_delegate.store import sqlite
 from sfu_delegate.store.base import Store, StoreUnavailable
 from sfu_delegate.store.reading import NOTES_MOST, Reader, Selection
 from sfu_delegate.store.sqlite import SqliteStore
@@ -183,3 +185,24 @@ def test_a_whole_page_of_rooms_can_be_counted(store: Store, reader: Reader) -> N
     keep(store, *(event(id, sfu=sfu, room=name) for id, (sfu, name) in enumerate(rooms, 1)))
     page = [(one.sfu, one.name) for one in reader.rooms(PAGE_MOST)]
     assert sorted((count.sfu, count.room) for count in reader.in_rooms(page)) == sorted(page) == sorted(rooms)
+
+
+def test_damage_that_a_question_meets_does_not_stop_the_daemon(tmp_path: Path) -> None:
+    """It is told to whoever asks; what the engine keeps is kept as before."""
+    path, damaged = tmp_path / "there.db", tmp_path / "damaged.db"
+    damaged.write_bytes(b"no database" * 1000)
+    with closing(SqliteStore(path)) as there:
+        there.path = str(damaged)
+        with pytest.raises(StoreUnavailable, match="no SQLite database"):
+            there.reader().size()
+        there.path = str(path)
+        keep(there, event(1))
+        assert there.reader().size().events == 1
+
+
+def test_a_question_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as somebody reads, SQLite's log grows."""
+    monkeypatch.setattr(sqlite, "READS_FOR", -1.0)
+    with closing(SqliteStore(tmp_path / "there.db")) as there, pytest.raises(StoreUnavailable, match="too much to read"):
+        with there.reader()._reading() as connection:
+            connection.exec_driver_sql("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
