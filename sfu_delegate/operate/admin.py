@@ -140,13 +140,16 @@ def listener_of(admin: Admin) -> AdminListener:
 def listener_at(url: str, token_file: Path | None = None) -> AdminListener:
     """Where a URL says: `http://127.0.0.1:8081`, or `unix:/run/sfu-delegate/admin.sock`. Raises CannotAsk."""
     token = None if token_file is None else _token_in(token_file)
-    if url.startswith("unix:"):
-        return AdminListener(socket=url.removeprefix("unix:").removeprefix("//"), token=token)
     try:
+        if url.startswith("unix:"):
+            path = url.removeprefix("unix:").removeprefix("//")
+            if not path:
+                raise ValueError
+            return AdminListener(socket=path, token=token)
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
             raise ValueError
-        return AdminListener(parts.hostname, parts.port or 8081, token=token)
+        return AdminListener(parts.hostname, 8081 if parts.port is None else parts.port, token=token)
     except ValueError:
         raise CannotAsk("The admin listener is named as http://HOST:PORT or unix:/PATH: such as http://127.0.0.1:8081.") from None
 
