@@ -280,6 +280,19 @@ async def test_a_page_of_a_stranger_cannot_read_it_under_a_name_of_its_own(tmp_p
             assert response.status == 200
 
 
+async def test_a_request_without_a_host_is_refused_without_asking_the_dns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HTTP/1.0 allows: the event loop must not wait for what this machine is called."""
+    asked: list[str] = []
+    monkeypatch.setattr(socket, "getfqdn", lambda name="": asked.append(name) or "localhost")
+    async with open_site(tmp_path) as site:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.daemon.admin_port)
+        writer.write(b"GET /admin/v1/status HTTP/1.0\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.0 403 ")
+    assert not asked
+
+
 async def test_with_a_token_nothing_but_health_and_metrics_is_told_without_it(tmp_path: Path) -> None:
     """The token as a bearer token, or in a browser as the password; that one, which browsers send unasked, changes nothing."""
     async with open_site(tmp_path, admin={"token": TOKEN}) as site:
