@@ -283,7 +283,12 @@ async def test_a_page_of_a_stranger_cannot_read_it_under_a_name_of_its_own(tmp_p
 async def test_a_request_without_a_host_is_refused_without_asking_the_dns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As HTTP/1.0 allows: the event loop must not wait for what this machine is called."""
     asked: list[str] = []
-    monkeypatch.setattr(socket, "getfqdn", lambda name="": asked.append(name) or "localhost")
+
+    def getfqdn(name: str = "") -> str:
+        asked.append(name)
+        return "localhost"
+
+    monkeypatch.setattr(socket, "getfqdn", getfqdn)
     async with open_site(tmp_path) as site:
         reader, writer = await asyncio.open_connection("127.0.0.1", site.daemon.admin_port)
         writer.write(b"GET /admin/v1/status HTTP/1.0\r\n\r\n")

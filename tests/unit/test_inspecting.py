@@ -35,7 +35,8 @@ def test_between_two_questions_the_database_is_left_alone() -> None:
 
 def test_a_question_that_fails_is_followed_by_a_rest_too() -> None:
     """It has read all the same."""
-    now, slept = [0.0], []
+    now = [0.0]
+    slept: list[float] = []
     rests = Rests(lambda: now[0], slept.append)
 
     def fail() -> None:

@@ -203,6 +203,8 @@ def test_damage_that_a_question_meets_does_not_stop_the_daemon(tmp_path: Path) -
 def test_a_question_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as somebody reads, SQLite's log grows."""
     monkeypatch.setattr(sqlite, "READS_FOR", -1.0)
-    with closing(SqliteStore(tmp_path / "there.db")) as there, pytest.raises(StoreUnavailable, match="too much to read"):
-        with there.reader()._reading() as connection:
-            connection.exec_driver_sql("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    with closing(SqliteStore(tmp_path / "there.db")) as there:
+        reader = there.reader()
+        with pytest.raises(StoreUnavailable, match="too much to read"), reader._reading() as connection:
+            connection.exec_driver_sql(endless)
