@@ -53,6 +53,7 @@ class Course:
 
     def __init__(self, path: Path, begins: float) -> None:
         self.store = SqliteStore(path)
+        self.store._connection.execute("PRAGMA synchronous=OFF")  # nothing of this needs to outlive the test
         # Fewer looks than usual: nobody is missed here, and three days shall take a second.
         self.engine = Engine(self.store, Policy(interval=2 * HOUR, interval_most=2 * HOUR), Limits(), Random(7), in_flight=lambda _: 8)
         self.at = begins
