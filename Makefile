@@ -86,10 +86,11 @@ soak-daemon: $(VENV)/.test ## the real daemon with thousands of people, faults a
 soak-instances: $(VENV)/.test ## the same with three instances on a PostgreSQL, which fails as well
 	$(BIN)/python -m tests.soak --instances 3 --minutes $(MINUTES) $(ARGS)
 
-docs: $(VENV)/.test ## write what is generated: the example configuration, the references, the diagram
+docs: $(VENV)/.test ## write what is generated (example configuration, references, diagram), and build the site in build/docs/html
 	$(BIN)/sfu-delegate example-config > config/sfu-delegate.yaml
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sfu_delegate.delegation.diagram
+	$(BIN)/python docs/build.py
 
 format: $(VENV)/.test ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -428,6 +428,7 @@ class Engine:
         self._looks_in_flight = looks_in_flight
         self._limited = limited
         census = store.census()
+        self.late: Counter[str] = Counter()  # by SFU: webhooks that came much later than others
         self.states: Counter[tuple[str, str, str]] = Counter(census.states)  # (homeserver, state, presence) → delayed events
         self._due: dict[str, float] = dict(census.schedule)  # by homeserver: nothing is due before
         self._rooms_due: dict[str, float] = dict(census.rooms)  # by SFU: no look is due before
@@ -772,6 +773,7 @@ class Engine:
         joined = seen.what is Sighting.JOINED
         late = reach.is_late(seen.created_at, work.now, self.policy.late_after)
         if late:
+            self.late[seen.sfu] += 1
             # A look says nothing about somebody who has just been heard of.
             self._suspect(work, seen.sfu, seen.room, self.policy.settled if joined else 0.0)
         if late or not joined:
@@ -829,6 +831,7 @@ class Engine:
         if room is None:
             return Touched(0)
         if self._reach(news.sfu).is_late(news.created_at, work.now, self.policy.late_after):
+            self.late[news.sfu] += 1
             self._suspect(work, news.sfu, news.room)
         return self._room_started(work, room, news) if news.what is RoomNews.STARTED else self._room_finished(work, room, news)
 
@@ -1670,6 +1673,12 @@ class Engine:
         """By homeserver and lane: how many rows are due, and since when the first of them. Asks the database only where something is."""
         late = [homeserver for homeserver, due in self._due.items() if due <= now]
         return {(homeserver, lane): found for homeserver in late for lane, found in self.store.backlog(homeserver, now).items()}
+
+    def waiting_since(self) -> dict[str, float]:
+        """By homeserver: the earliest departure whose event is not ended yet. Asks the database only where there are some."""
+        ending = {homeserver for (homeserver, state, _), count in self.states.items() if state == State.ENDING and count > 0}
+        found = {homeserver: self.store.waiting_since(homeserver) for homeserver in ending}
+        return {homeserver: at for homeserver, at in found.items() if at is not None}
 
     def forecast(self, now: float) -> dict[str, float]:
         """By homeserver: the seconds by which the most endangered restart will miss its deadline at the current rate, 0 when all is well."""

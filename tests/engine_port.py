@@ -323,6 +323,7 @@ class Told:
     webhooks: list[tuple[str, str, str]] = field(default_factory=list)
     acknowledged: list[float] = field(default_factory=list)
     matrixrtc: list[tuple[str, int, bool]] = field(default_factory=list)
+    delegations: list[int] = field(default_factory=list)
 
     def on_webhook(self, sfu: str, event: str, result: str) -> None:
         self.webhooks.append((sfu, event, result))
@@ -332,6 +333,9 @@ class Told:
 
     def on_matrixrtc(self, endpoint: str, status: int, delegates: bool) -> None:
         self.matrixrtc.append((endpoint, status, delegates))
+
+    def on_delegation(self, status: int) -> None:
+        self.delegations.append(status)
 
 
 class Bench:

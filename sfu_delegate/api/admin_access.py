@@ -64,7 +64,7 @@ def _check(request: web.Request, token: str | None) -> None:
         given = _password(given)
     elif scheme.lower() != "bearer":
         given = ""
-    if not compare_digest(given.strip().encode(), token.encode()):
+    if not compare_digest(given.strip().encode(errors="surrogateescape"), token.encode()):
         sentence = "The admin token is needed: `Authorization: Bearer …`, or as the password of a browser's dialogue, with any name."
         challenge = {"WWW-Authenticate": "Bearer" if changes else 'Basic realm="sfu-delegate", charset="UTF-8"'}
         raise MatrixError(401, "M_UNKNOWN_TOKEN" if given else "M_MISSING_TOKEN", sentence, headers=challenge)

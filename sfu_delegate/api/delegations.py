@@ -70,13 +70,19 @@ class Delegations:
 
     async def delegate(self, request: web.Request) -> web.Response:
         """Take over delayed events; wait a short time for the homeserver to confirm them."""
+        status = 0
         try:
-            return await self._delegate(request)
+            answer = await self._delegate(request)
+            status = answer.status
+            return answer
         except Exception as error:
             status, errcode, _ = form_of(error)
             if errcode and (times := self._refused.times(f"{status} {errcode}")):
                 self._services.log.info("delegation_refused", status=status, errcode=errcode, times=times)
             raise
+        finally:
+            if status:  # else whoever asked has hung up
+                self._services.hooks.on_delegation(status)
 
     async def _delegate(self, request: web.Request) -> web.Response:
         services = self._services

@@ -54,6 +54,9 @@ class Hooks(Protocol):
     def on_matrixrtc(self, endpoint: str, status: int, delegates: bool) -> None:
         """A request to a MatrixRTC endpoint was answered; `delegates`: it had a delayed event with it."""
 
+    def on_delegation(self, status: int) -> None:
+        """`POST /v1/delegations` was answered."""
+
 
 class UserCheck(Protocol):
     """Finds out whose an OpenID token is."""

@@ -1,7 +1,7 @@
 """Carries out what the engine claimed: requests to homeservers, and looks at SFUs. Whatever happens, the result comes back as an input."""
 
 import asyncio
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,8 @@ CHECKED_ROOM = "sfu-delegate-check"  # there need not be such a room: it is look
 CHECK_SERVICE_SOON = 20.0  # seconds until an application service is checked again, where the homeserver did not answer
 CHECK_SERVICE_AGAIN = 120.0  # … and where something is wrong with it
 CHECK_SERVICE_ALWAYS = 600.0  # … and where all is well: a registration may get lost at the homeserver
+CHECK_EVERY = 60.0  # seconds between two looks for somebody in trouble who …
+CHECK_AFTER = 120.0  # … was not asked for so long, since there is nothing to do there
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
 
 log = get_logger(__name__)
@@ -95,7 +97,10 @@ class Actions:
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
         self.conditions: dict[tuple[str, str], str] = {}  # ("homeserver" | "sfu", name) → what is wrong with it, or ""; only who was asked
+        self._failed_at: dict[tuple[str, str], float] = {}  # when those in trouble were asked last
         self._told: dict[tuple[str, str], _Told] = {}
+        self._named: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())  # homeservers and SFUs, by the configuration
+        self._checks_again = False
         self._checks: set[asyncio.Task[None]] = set()
         self._service_checks: dict[str, asyncio.Task[None]] = {}  # by homeserver
         self._defects: dict[str, Sequence[Defect]] = {}  # by homeserver: what was told
@@ -124,10 +129,31 @@ class Actions:
 
     def check(self, homeservers: Iterable[str], sfus: Iterable[str]) -> None:
         """Ask each of them once, so that whoever set it up sees at once what does not work."""
-        for check in [*(self._check_homeserver(name) for name in homeservers), *(self._check_sfu(name) for name in sfus)]:
-            job = asyncio.create_task(check)
-            self._checks.add(job)
-            job.add_done_callback(self._checks.discard)
+        self._named = (frozenset(homeservers), frozenset(sfus))
+        for check in [*map(self._check_homeserver, self._named[0]), *map(self._check_sfu, self._named[1])]:
+            self._begin_check(check)
+        if not self._checks_again:
+            self._checks_again = True
+            self._begin_check(self._check_again())
+
+    def _begin_check(self, check: Coroutine[None, None, None]) -> None:
+        job = asyncio.create_task(check)
+        self._checks.add(job)
+        job.add_done_callback(self._checks.discard)
+
+    async def _check_again(self) -> None:
+        """Who was in trouble when it was last asked, and has not been asked since, may work by now: nobody would ever hear of it."""
+        while True:
+            await asyncio.sleep(CHECK_EVERY)
+            homeservers, sfus = self._named
+            before = self._clock() - CHECK_AFTER
+            for (kind, name), trouble in list(self.conditions.items()):
+                if not trouble or self._failed_at.get((kind, name), before) > before:
+                    continue
+                if kind == "homeserver" and name in homeservers:
+                    self._begin_check(self._check_homeserver(name, again=True))
+                elif kind == "sfu" and name in sfus:
+                    self._begin_check(self._check_sfu(name))
 
     def check_services(self, homeservers: Mapping[str, bool]) -> None:
         """See whether the application service is set up well at each of these, now and again and again: what is wrong is mended there, while we run.
@@ -169,11 +195,12 @@ class Actions:
         if not defects:
             log.info("application_service_works", homeserver=name, passes_on=passes_on)
 
-    async def _check_homeserver(self, name: str) -> None:
+    async def _check_homeserver(self, name: str, *, again: bool = False) -> None:
         try:
             async with asyncio.timeout(self.reach.timeout):
                 homeserver = await self.reach.homeservers.resolve(name)
-                trouble = await self.reach.client.check(homeserver, self.reach.timeout)
+                client = self.reach.client
+                trouble = await (client.works if again else client.check)(homeserver, self.reach.timeout)
         except DiscoveryFailed as error:
             trouble = str(error)
         except TimeoutError:
@@ -250,6 +277,8 @@ class Actions:
         """
         key = (kind, name)
         now_so = self.conditions[key] = trouble or ""
+        if now_so:
+            self._failed_at[key] = self._clock()
         told = self._told.get(key)
         if told is None:
             told = self._told[key] = _Told()

@@ -36,6 +36,10 @@ class Clock:
         self._booted += moved
         return moved
 
+    def behind(self) -> float:
+        """Seconds by which the system clock is ahead of this one: it was set since the start, or differs from the database's."""
+        return time.time() - self()
+
     @property
     def mark(self) -> str:
         """To be kept beside the times of this clock."""

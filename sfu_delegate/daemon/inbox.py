@@ -18,7 +18,7 @@ from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Step
 from sfu_delegate.observe.logs import frames, get_logger
-from sfu_delegate.store.base import StoreUnavailable
+from sfu_delegate.store.base import Disk, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -53,6 +53,12 @@ class Observer(Protocol):
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """The backlog was counted."""
+
+    def waiting_since(self, departures: Mapping[str, float], now: float) -> None:
+        """By homeserver: the earliest departure whose event is not ended yet."""
+
+    def disk(self, disk: Disk | None) -> None:
+        """How much room the database takes, and has."""
 
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         """By homeserver: the seconds by which restarts will be late, and what is known about the rate limit."""
@@ -375,6 +381,9 @@ class Inbox:
         now, begun = self._clock(), perf_counter()
         self._surveyed = now
         self._observer.backlog(await self.in_thread(lambda: self._engine.backlog(now)), now)
+        departures, disk = await self.in_thread(lambda: (self._engine.waiting_since(), self._engine.store.disk()))
+        self._observer.waiting_since(departures, now)
+        self._observer.disk(disk)
         self._observer.forecast(*await self.in_thread(lambda: (self._engine.forecast(now), dict(self._engine.rates()))))
         self._survey_pause = max(SURVEY_EVERY, (perf_counter() - begun) / SURVEY_PART)
 

@@ -47,7 +47,7 @@ from sfu_delegate.observe import logs
 from sfu_delegate.observe.logs import frames
 from sfu_delegate.observe.metrics import Metrics
 from sfu_delegate.sealing import KeyFileRefused, Sealer, load_or_create
-from sfu_delegate.store.base import GOES_ON, DatabaseInUse, DatabaseTooNew, Store, StoreUnavailable
+from sfu_delegate.store.base import GOES_ON, DatabaseInUse, DatabaseTooNew, Disk, Store, StoreUnavailable
 from sfu_delegate.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -94,6 +94,14 @@ class _Observer:
         self.survey.backlog = counted
         self._metrics.backlog(counted, now)
 
+    def waiting_since(self, departures: Mapping[str, float], now: float) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.waiting_since(departures, now)
+
+    def disk(self, disk: Disk | None) -> None:
+        """See `inbox.Observer`."""
+        self._metrics.disk(disk)
+
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         """See `inbox.Observer`."""
         self.survey.lateness = lateness
@@ -136,6 +144,7 @@ class _Hooks:
         self._clock = clock
         self.on_acknowledged = metrics.on_acknowledged
         self.on_matrixrtc = metrics.on_matrixrtc
+        self.on_delegation = metrics.on_delegation
 
     def on_webhook(self, sfu: str, event: str, result: str) -> None:
         """A webhook was answered."""
@@ -271,7 +280,8 @@ class Daemon:
         self._openid = OpenId(self._federation, clock, cache=lambda: self.config.matrixrtc.openid_cache)
         self.metrics = Metrics(self._label)
         self.metrics.tls_verified.set(1 if config.federation.verify_tls else 0)
-        self.metrics.known(homeserver.name for homeserver in config.homeservers)
+        self.metrics.known((homeserver.name for homeserver in config.homeservers), config.sfus)
+        self.metrics.watch_clock(clock.behind)
         self.keys = KeyRing(_keys(config))
         random = Random()  # noqa: S311 — for jitter
         self.engine = await asyncio.to_thread(
@@ -285,12 +295,14 @@ class Daemon:
             limited=self._limited,
         )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
+        self.metrics.watch_late(lambda: dict.fromkeys(self.config.sfus, 0) | dict(self.engine.late))
         reach = Means(self.homeservers, self.client, self._service, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
         sharing = None if shared is None else Sharing(self.engine, shared, clock)
         self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
         observer = _Observer(self.metrics)
         self.inbox = Inbox(self.engine, clock, self._carry_out, observer, config.limits.inbox, sharing)
         self.actions = Actions(reach, clock, self.inbox.hand_in, self.metrics)
+        self.metrics.watch_conditions(self._conditions)
         store = self._store
         self.inspecting = Inspecting(
             lambda: self.config,
@@ -402,6 +414,10 @@ class Daemon:
         services = {name: conditions.get(("application_service", name)) for name in _services(self.config)}
         return Readiness(self._phase, trouble, homeservers, sfus, services)
 
+    def _conditions(self) -> dict[tuple[str, str], str]:
+        """Of SFUs that are configured, and of all homeservers: those that are not have a label of their own."""
+        return {key: problem for key, problem in self.actions.conditions.items() if key[0] != "sfu" or key[1] in self.config.sfus}
+
     def _probed(self) -> "asyncio.Future[None]":
         """One write, under way for all who ask: those who have given up would otherwise leave theirs in the way of steps."""
         if self._probe is None or self._probe.done():
@@ -467,7 +483,7 @@ class Daemon:
         self.actions.reach.sfus = _sfus(self.config)
         self.actions.reach.timeout = self.config.timeouts.request
         self.inbox.most = self.config.limits.inbox
-        self.metrics.known(homeserver.name for homeserver in self.config.homeservers)
+        self.metrics.known((homeserver.name for homeserver in self.config.homeservers), self.config.sfus)
         policy, limits = self.config.policy(), _limits(self.config)
         self._reconfiguring = asyncio.ensure_future(self.inbox.in_thread(lambda: self.engine.reconfigure(policy, limits)))
         self._membership.reconsider()

@@ -277,6 +277,16 @@ class ManagementClient:
             return unknown.answer.detail
         return "" if known.offered else DELAYED_EVENTS_OFF
 
+    async def works(self, homeserver: Homeserver, timeout: float) -> str:  # noqa: ASYNC109 - as in `act`
+        """The same as `check`, but what is remembered neither counts nor changes: does it answer now?"""
+        try:
+            reply = await self._get(homeserver, "/_matrix/client/versions", {}, asyncio.get_running_loop().time() + timeout)
+        except HttpFailed as error:
+            return error.reason
+        if reply.status != 200 or reply.content is None or not _are_versions(reply.content):
+            return f"its answer to /versions is not a homeserver's: {reply.status} {reply.errcode}".strip()
+        return "" if generations_offered(reply.content) else DELAYED_EVENTS_OFF
+
     async def is_scoped(self, homeserver: Homeserver, token: str, timeout: float) -> Scope:  # noqa: ASYNC109 - as in `act`
         """Is the token of a client really a scoped one?
 

@@ -6,22 +6,30 @@ from contextlib import suppress
 from math import inf
 from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from sfu_delegate import __version__
 from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
+from sfu_delegate.delegation.policy import DEPARTURES, NEVER_JOINED, OTHER
 from sfu_delegate.delegation.urgency import Limit
+from sfu_delegate.livekit.webhook import Refusal
 from sfu_delegate.matrix.service import Part
+from sfu_delegate.store.base import Disk
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+# Close together where goodbyes are that nothing holds up: 2 s after a hang-up, 5 s after a broken connection.
+_DEPARTURES = (0.1, 0.25, 0.5, 1.0, 2.0, 2.25, 2.5, 3.0, 4.0, 5.0, 5.25, 5.5, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
 _FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 _BATCHES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 ENDED = tuple(outcome for outcome in Outcome if outcome is not Outcome.OPEN)
+REASONS = (*DEPARTURES, NEVER_JOINED)
+"""Why somebody is gone, as a label: what LiveKit calls otherwise is OTHER."""
+_REASONS = frozenset(REASONS)
 
 
 class _States(Collector):
@@ -45,6 +53,55 @@ class _States(Collector):
         for labels, count in sorted(tally.items()):
             family.add_metric(labels, count)
         self._seen.update(tally)
+        yield family
+
+
+class _Conditions(Collector):
+    """Whom the daemon could not work with when it last asked, found out when somebody asks us."""
+
+    def __init__(self, conditions: Callable[[], Mapping[tuple[str, str], str]], label: Callable[[str], str]) -> None:
+        self._conditions = conditions
+        self._label = label
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """See prometheus_client."""
+        failing = GaugeMetricFamily(
+            "sfu_delegate_homeservers_failing",
+            "Homeservers that match this entry and could not be worked with when they were last asked: no answer, a server error, delayed events "
+            "switched off. A rate limit is no failure. Who was not asked yet does not count.",
+            labels=("homeserver",),
+        )
+        works = GaugeMetricFamily(
+            "sfu_delegate_sfu_works", "1 where the SFU could be asked when it was last tried, else 0; none before that.", labels=("sfu",)
+        )
+        tally: Tally[str] = Tally()
+        for (kind, name), problem in sorted(self._conditions().items()):
+            if kind == "homeserver":
+                tally[self._label(name)] += bool(problem)
+            elif kind == "sfu":
+                works.add_metric((name,), not problem)
+        for label, count in sorted(tally.items()):
+            failing.add_metric((label,), count)
+        yield failing
+        yield works
+
+
+class _Late(Collector):
+    """Webhooks that came late, which the engine counts anyway."""
+
+    def __init__(self, late: Callable[[], Mapping[str, int]]) -> None:
+        self._late = late
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """See prometheus_client."""
+        family = CounterMetricFamily(
+            "sfu_delegate_webhooks_late",
+            "Webhooks about delegated participants and their rooms that took longer to come than others of that SFU, by `presence.late_after` or "
+            "more: LiveKit's queue is long, or had to repeat. Clocks that differ do not count.",
+            labels=("sfu",),
+        )
+        for sfu, count in sorted(self._late().items()):
+            family.add_metric((sfu,), count)
         yield family
 
 
@@ -135,7 +192,20 @@ class Metrics:
             "sfu_delegate_disconnect_to_end_seconds",
             "From the word of a departure to the homeserver's word that the delayed event was sent or cancelled.",
             ("homeserver",),
-            buckets=_LONG,
+            buckets=_DEPARTURES,
+            registry=at,
+        )
+        self.unsent = Gauge(
+            "sfu_delegate_unsent_departure_seconds",
+            "How long ago the participant left whose delayed event waits the longest to be sent or cancelled, failed tries included; 0: none waits.",
+            ("homeserver",),
+            registry=at,
+        )
+        self.departures = Counter(
+            "sfu_delegate_departures_total",
+            "Participants found to be gone, one for each of their delayed events, by LiveKit's reason or by ours: MISSING, ROOM_MISSING and "
+            "ROOM_RESTARTED are those that no webhook had told.",
+            ("sfu", "reason"),
             registry=at,
         )
         self.accepted = Counter("sfu_delegate_delegated_events_accepted_total", "Delayed events handed over.", ("homeserver",), registry=at)
@@ -179,8 +249,14 @@ class Metrics:
             "sfu_delegate_commit_seconds", "From the begin of a transaction to its durable end.", buckets=_FAST, registry=at
         )
         self.batch_size = Histogram("sfu_delegate_batch_inputs", "Inputs in one transaction.", buckets=_BATCHES, registry=at)
+        self.clock_difference = Gauge(
+            "sfu_delegate_clock_difference_seconds",
+            "By how much the system clock is ahead of the daemon's, which runs on evenly from the start, or follows PostgreSQL's.",
+            registry=at,
+        )
         self.instances = Gauge("sfu_delegate_instances", "Instances that work with the database, this one included, as far as it knows.", registry=at)
         self.database_works = Gauge("sfu_delegate_database_works", "1 while the database takes transactions, else 0.", registry=at)
+        self.delegations = Counter("sfu_delegate_delegation_requests_total", "`POST /v1/delegations` by HTTP status.", ("status",), registry=at)
         self.reloads = Counter("sfu_delegate_config_reloads_total", "SIGHUPs, by result.", ("result",), registry=at)
         self._webhooks, self._actions, self._action_seconds = _By(self.webhooks), _By(self.actions), _By(self.action_seconds)
         self._accepted, self._ended, self._to_end, self._fraction = _By(self.accepted), _By(self.ended), _By(self.to_end), _By(self.fraction)
@@ -190,20 +266,52 @@ class Metrics:
             _By(self.openid),
             _By(self.matrixrtc),
         )
+        self._departures, self._delegations = _By(self.departures), _By(self.delegations)
+        ProcessCollector(registry=at)
         self._backlogs: set[tuple[str, str]] = set()
         self._forecasts: set[str] = set()
+        self._unsent: set[str] = set()
+        self._disk: tuple[Gauge, Gauge] | None = None
 
     def watch_states(self, states: Callable[[], Mapping[tuple[str, str, str], int]]) -> None:
         """Where the number of delayed events by (homeserver, state, presence) is to be had."""
         self.registry.register(_States(states, self.label))
 
-    def known(self, homeservers: Iterable[str]) -> None:
+    def watch_conditions(self, conditions: Callable[[], Mapping[tuple[str, str], str]]) -> None:
+        """Where it is to be had what is wrong with ("homeserver" or "sfu", name), or ""."""
+        self.registry.register(_Conditions(conditions, self.label))
+
+    def watch_late(self, late: Callable[[], Mapping[str, int]]) -> None:
+        """Where the number of webhooks that came late is to be had, by SFU."""
+        self.registry.register(_Late(late))
+
+    def watch_clock(self, difference: Callable[[], float]) -> None:
+        """Where the seconds by which the system clock is ahead of ours come from."""
+        self.clock_difference.set_function(difference)
+
+    def known(self, homeservers: Iterable[str], sfus: Iterable[str] = ()) -> None:
         """Show zeros for what the configuration names, so that a first bad event is an increase."""
+        for refusal in Refusal:
+            self.webhooks.labels("unknown", "unknown", refusal.value)
+        for result in ("done", "refused"):
+            self.reloads.labels(result)
+        for sfu in sfus:
+            for reason in REASONS:
+                self.departures.labels(sfu, reason)
+            for outcome in ("done", "failed"):
+                self.looks.labels(sfu, outcome)
         for homeserver in homeservers:
             self.lost.labels(homeserver)
             self.accepted.labels(homeserver)
             self.late.labels(homeserver)
             self.rate.labels(homeserver)
+            self.unsent.labels(homeserver)
+            self.to_end.labels(homeserver)
+            self.fraction.labels(homeserver)
+            self.actions.labels(homeserver, Action.SEND.value, "limited")
+            for lane in ("end", "restart"):
+                self.waiting.labels(homeserver, lane)
+                self.lateness.labels(homeserver, lane)
             for outcome in ENDED:
                 self.ended.labels(homeserver, outcome.value)
 
@@ -244,6 +352,10 @@ class Metrics:
         """A request to a MatrixRTC endpoint was answered."""
         self._matrixrtc[endpoint, str(status), "yes" if delegates else "no"].inc()
 
+    def on_delegation(self, status: int) -> None:
+        """`POST /v1/delegations` was answered."""
+        self._delegations[str(status),].inc()
+
     def openid_check(self, homeserver: str, result: str, seconds: float) -> None:
         """An OpenID token was checked, or could not be."""
         self._openid[self.label(homeserver), result].inc()
@@ -275,6 +387,8 @@ class Metrics:
             return
         if new.restarts > old.restarts and old.verified_at is not None:
             self._fraction[homeserver,].observe((new.running_since - old.running_since) / new.delay)
+        if new.presence is Presence.GONE and old.presence is not Presence.GONE:
+            self._departures[new.sfu, new.reason if new.reason in _REASONS else OTHER].inc()
         if new.state is State.DONE and old.state is not State.DONE:
             self._ended[homeserver, new.outcome].inc()
             there = new.verified_at is not None and new.presence is Presence.CONNECTED
@@ -325,6 +439,29 @@ class Metrics:
         self._forecasts |= set(worst)
         for label, rate in slowest.items():
             self.rate.labels(label).set(0.0 if rate == inf else rate)
+
+    def waiting_since(self, departures: Mapping[str, float], now: float) -> None:
+        """By homeserver: when the participant left whose event has waited the longest to be ended. Who is not in it waits for nothing."""
+        first: dict[str, float] = {}
+        for homeserver, at in departures.items():
+            label = self.label(homeserver)
+            first[label] = min(at, first.get(label, inf))
+        for label in self._unsent - set(first):
+            self.unsent.labels(label).set(0.0)
+        for label, at in first.items():
+            self.unsent.labels(label).set(max(0.0, now - at))
+        self._unsent = set(first)
+
+    def disk(self, disk: Disk | None) -> None:
+        """How much room the database takes, and has."""
+        if disk is None:
+            return
+        if self._disk is None:  # not before: without a value they would be 0, and a full disk is something else
+            used = Gauge("sfu_delegate_database_bytes", "The size of the database's files. Not with PostgreSQL.", registry=self.registry)
+            free = Gauge("sfu_delegate_database_free_bytes", "What is free where the database is. Not with PostgreSQL.", registry=self.registry)
+            self._disk = (used, free)
+        for gauge, value in zip(self._disk, disk, strict=True):
+            gauge.set(value)
 
     def backlog(self, counted: Mapping[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         """The backlog was counted."""

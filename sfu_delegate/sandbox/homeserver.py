@@ -279,12 +279,12 @@ class HomeserverModel:
         """A token that manages these delayed events and is good for nothing else."""
         return self._token("scoped_", Token(user, frozenset(delay_ids)))
 
-    def application_service(self, *, rate_limited: bool = False, scopes: bool = True, users: str | None = None) -> str:
-        """A new `as_token`, which acts by `?user_id=` for any user of this server in its namespace.
+    def application_service(self, *, rate_limited: bool = False, scopes: bool = True, users: str | None = None, token: str | None = None) -> str:
+        """An `as_token`, which acts by `?user_id=` for any user of this server in its namespace: a new one, or `token`, that of a registration.
 
         `users` is the namespace's regular expression, by default that of this server's users. `scopes`: the service has the scope of MSC4502.
         """
-        token = "as_" + self._letters(32)
+        token = token or "as_" + self._letters(32)
         namespace = re.compile(f"@.*:{re.escape(self.server_name)}" if users is None else users)
         self._services[token] = Service(namespace, scopes, rate_limited)
         return token

@@ -68,6 +68,13 @@ class Instance(NamedTuple):
     word: str = ""  # what it says of homeservers, see `delegation.others`
 
 
+class Disk(NamedTuple):
+    """How much room a database takes and has, in bytes."""
+
+    used: int
+    free: int
+
+
 class News(NamedTuple):
     """What other instances may have changed since it was last asked for."""
 
@@ -251,6 +258,13 @@ class Store(Protocol):
 
     def overdue(self, homeserver: str, now: float) -> float | None:
         """The earliest deadline of the restarts that are due at a homeserver and not made, of events that it has confirmed; None: there is none."""
+
+    def waiting_since(self, homeserver: str) -> float | None:
+        """The earliest departure at a homeserver whose event is not ended yet, whether it is due, under way or to be tried again; None: there is
+        none."""
+
+    def disk(self) -> Disk | None:
+        """None where the database is somebody else's to look after, or its files cannot be looked at."""
 
     def keys_mark(self) -> str | None:
         """What `save_keys_mark` was given last."""

@@ -182,6 +182,7 @@ _ROOMS_DUE = f"{_ROOM} WHERE r.sfu = %s AND r.routine = %s AND r.due <= %s ORDER
 _NEXT_ROOM_DUE = _sql(statements.NEXT_ROOM_DUE, "a", "b")
 _COUNTDOWNS = _sql(statements.COUNTDOWNS, "a", "b")
 _OVERDUE = _sql(statements.OVERDUE, "a", "b", "c")
+_WAITING_SINCE = _sql(statements.WAITING_SINCE, "a", "b")
 _BACKLOG = _sql(statements.BACKLOG, "a", "b", "c")
 _HISTORY = _sql(statements.HISTORY, "a")
 _COUNT = (
@@ -1200,6 +1201,14 @@ class PostgresStore:
         with self._telling() as cursor:
             ((harm,),) = cursor.execute(_OVERDUE, (homeserver, Lane.RESTART.value, now)).fetchall()
         return None if harm is None else float(harm)
+
+    def waiting_since(self, homeserver: str) -> float | None:
+        with self._telling() as cursor:
+            ((harm,),) = cursor.execute(_WAITING_SINCE, (homeserver, Lane.END.value)).fetchall()
+        return None if harm is None else float(harm)
+
+    def disk(self) -> None:
+        """It is the server's."""
 
     def clock_mark(self) -> str | None:
         """There is none: the database's clock is everybody's."""

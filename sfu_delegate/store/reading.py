@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Integer, and_, case, create_engine, func, null, or_, select
+from sqlalchemy import ColumnElement, Connection, Integer, and_, case, create_engine, false, func, null, or_, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -166,7 +166,7 @@ class Reader:
         where: list[ColumnElement[bool]] = []
         if wanted.rooms and wanted.sfu is None:
             # The index begins with the SFU: without it, all of it would be read.
-            where.append(or_(*(and_(c.sfu == sfu, c.room == room) for sfu in self._sfus() for room in wanted.rooms)))
+            where.append(or_(false(), *(and_(c.sfu == sfu, c.room == room) for sfu in self._sfus() for room in wanted.rooms)))
         elif wanted.rooms:
             where += [c.sfu == wanted.sfu, c.room.in_(wanted.rooms)]
         elif wanted.sfu is not None:

@@ -43,6 +43,7 @@ from sfu_delegate.store.base import (
     ADMITTED_FOR,
     Admission,
     DatabaseInUse,
+    Disk,
     Heard,
     KnownHomeserver,
     KnownSfu,
@@ -171,6 +172,7 @@ _ROOMS_DUE = _sql(statements.ROOMS_DUE, *("a", "b", "c", "d", "param_1"))
 _NEXT_ROOM_DUE = _sql(statements.NEXT_ROOM_DUE, "a", "b")
 _COUNTDOWNS = _sql(statements.COUNTDOWNS, *("a", "b"))
 _OVERDUE = _sql(statements.OVERDUE, *("a", "b", "c"))
+_WAITING_SINCE = _sql(statements.WAITING_SINCE, *("a", "b"))
 _new_room = upsert(_room)
 _SAVE_ROOM = _sql(
     _new_room.on_conflict_do_update(
@@ -597,6 +599,23 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise self.failed(error) from error
         return harm
+
+    def waiting_since(self, homeserver: str) -> float | None:
+        try:
+            harm: float | None = self._connection.execute(_WAITING_SINCE, (homeserver, Lane.END.value)).fetchone()[0]
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
+        return harm
+
+    def disk(self) -> Disk | None:
+        if self._file is None:
+            return None
+        try:
+            system = os.statvfs(self.path)
+            used = sum(os.stat(file).st_size for file in (self.path, f"{self.path}-wal", f"{self.path}-shm"))
+        except OSError:
+            return None
+        return Disk(used, system.f_bavail * system.f_frsize)
 
     def execute(self, statement: ClauseElement) -> sqlite3.Cursor:
         """Run a statement that is not on a hot path."""

@@ -93,6 +93,8 @@ OVERDUE = select(func.min(event.c.harm)).where(
     event.c.homeserver == p("a"), event.c.lane == p("b"), event.c.due <= p("c"), event.c.verified_at.is_not(None)
 )
 
+WAITING_SINCE = select(func.min(event.c.harm)).where(event.c.homeserver == p("a"), event.c.lane == p("b"), event.c.due.is_not(None))
+
 BACKLOG = select(func.count(), func.min(event.c.due)).where(event.c.homeserver == p("a"), event.c.lane == p("b"), event.c.due <= p("c"))
 
 GROUP = event.columns["homeserver", "state", "presence"]

@@ -101,6 +101,7 @@ async def test_a_question_that_cannot_be_understood_is_refused(tmp_path: Path, q
     async with open_site(tmp_path) as site:
         with pytest.raises(Refused, match=said) as refused:
             await get(listener(site), "/delegations", **query)
+        assert (await site.admin("/admin/v1/delegations?room=a&room=b")).status == 400
     assert (refused.value.status, refused.value.errcode) == (400, "M_INVALID_PARAM")
 
 
@@ -224,6 +225,9 @@ async def test_with_a_token_nothing_but_health_and_metrics_is_told_without_it(tm
             with pytest.raises(Refused):
                 await post(listener(site, token=token), f"/delegations/{given['id']}/end")
         url = f"http://127.0.0.1:{site.daemon.admin_port}"
+        for header in ("Bearer", "Bearer ", "Basic", "Basic =", "Basic " + "A" * 10, "Bearer \udcff", f"Digest {TOKEN}", TOKEN):
+            async with site.http.get(f"{url}/admin/v1/status", headers={"Authorization": header}) as response:
+                assert (header, response.status) == (header, 401)
         basic = aiohttp.encode_basic_auth("operator", TOKEN)
         async with site.http.get(f"{url}/admin/v1/status", headers={"Authorization": basic}) as response:
             assert response.status == 200

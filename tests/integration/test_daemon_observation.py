@@ -47,10 +47,28 @@ EXPECTED = {
     "sfu_delegate_openid_checks": "counter",
     "sfu_delegate_openid_check_seconds": "histogram",
     "sfu_delegate_federation_tls_verified": "gauge",
+    "sfu_delegate_unsent_departure_seconds": "gauge",
+    "sfu_delegate_departures": "counter",
+    "sfu_delegate_webhooks_late": "counter",
+    "sfu_delegate_homeservers_failing": "gauge",
+    "sfu_delegate_sfu_works": "gauge",
+    "sfu_delegate_clock_difference_seconds": "gauge",
+    "sfu_delegate_database_bytes": "gauge",
+    "sfu_delegate_database_free_bytes": "gauge",
+    "sfu_delegate_delegation_requests": "counter",
+    "process_cpu_seconds": "counter",
+    "process_max_fds": "gauge",
+    "process_open_fds": "gauge",
+    "process_resident_memory_bytes": "gauge",
+    "process_start_time_seconds": "gauge",
+    "process_virtual_memory_bytes": "gauge",
 }
 """By their families: a counter's samples end in `_total`."""
 
-LABELS = {"sfu", "event", "result", "homeserver", "action", "outcome", "state", "presence", "lane", "version", "le"}
+ON_DISK = {"sfu_delegate_database_bytes", "sfu_delegate_database_free_bytes"}
+"""Those of a database whose files are here."""
+
+LABELS = {"reason", "status", "sfu", "event", "result", "homeserver", "action", "outcome", "state", "presence", "lane", "version", "le"}
 
 
 # ── health ──
@@ -77,6 +95,7 @@ async def test_a_homeserver_that_is_down_degrades_the_detail_only(tmp_path: Path
         await until(lambda: site.lines("homeserver_failed"), "it is noticed")
         ready = await site.admin("/health/ready")
         assert (ready.status, ready.body["status"]) == (200, "degraded")
+        assert await site.count("sfu_delegate_homeservers_failing", homeserver="hs.test") == 1
         assert "502" in ready.body["homeservers"]["hs.test"]
         site.homeserver.model.faults.status = None
         await until(lambda: site.lines("homeserver_works_again"), "it is noticed")
@@ -93,6 +112,7 @@ async def test_an_sfu_that_is_down_degrades_the_detail_only(tmp_path: Path) -> N
         ready = await site.admin("/health/ready")
         assert (ready.status, ready.body["status"]) == (200, "degraded")
         assert ready.body["sfus"]["main"] != "ok"
+        assert await site.count("sfu_delegate_sfu_works", sfu="main") == 0
         site.sfu.model.faults.error = None
         await until(lambda: site.lines("sfu_works_again"), "it is noticed")
         assert (await site.admin("/health/ready")).body["status"] == "ok"
@@ -123,14 +143,21 @@ async def test_a_database_that_does_not_work_means_not_ready(tmp_path: Path) -> 
 # ── metrics ──
 
 
-async def test_every_metric_is_there_with_its_unit(tmp_path: Path) -> None:
-    """All families begin with `sfu_delegate_`, have a help text, and are of the type that their name says."""
+async def test_every_metric_is_there_with_its_unit(tmp_path: Path, database: str) -> None:
+    """All families but those about the process begin with `sfu_delegate_`, have a help text, and are of the type that their name says."""
     async with open_site(tmp_path) as site:
         await site.delegated(await site.participant())
         site.daemon.reload()
+        if database == "sqlite":
+
+            async def surveyed() -> bool:
+                return "\nsfu_delegate_database_bytes " in (await site.admin("/metrics")).text
+
+            await until(surveyed, "the first look at the disk")
         exposition = (await site.admin("/metrics")).text
         families = {family.name: family for family in text_string_to_metric_families(exposition)}
-        assert {name: family.type for name, family in families.items()} == EXPECTED
+        expected = {name: type_ for name, type_ in EXPECTED.items() if database == "sqlite" or name not in ON_DISK}
+        assert {name: family.type for name, family in families.items()} == expected
         for family in families.values():
             assert family.documentation.endswith("."), family.name
             assert {label for sample in family.samples for label in sample.labels} <= LABELS
@@ -161,6 +188,12 @@ async def test_the_metrics_tell_of_a_life(tmp_path: Path, database: str) -> None
         assert await site.count("sfu_delegate_webhooks_total", event="participant_left", result="stored", sfu="main") == 1
         assert await site.count("sfu_delegate_webhook_acknowledge_seconds_count") == 3
         assert await site.count("sfu_delegate_looks_total", outcome="done", sfu="main") >= 1
+        assert await site.count("sfu_delegate_departures_total", sfu="main", reason="CLIENT_INITIATED") == 1
+        assert await site.count("sfu_delegate_delegation_requests_total", status="201") == 1
+        assert await site.count("sfu_delegate_sfu_works", sfu="main") == 1
+        assert await site.count("sfu_delegate_homeservers_failing", **at) == 0
+        assert await site.count("sfu_delegate_unsent_departure_seconds", **at) == 0
+        assert abs(await site.count("sfu_delegate_clock_difference_seconds")) < 60
         assert await site.count("sfu_delegate_events_lost_while_connected_total", **at) == 0
 
 
@@ -185,6 +218,7 @@ async def test_a_backlog_is_seen(tmp_path: Path) -> None:
 
             await until(seen, "the backlog is counted")
             assert await site.count("sfu_delegate_backlog_lateness_seconds", lane="end") > 0
+            assert await site.count("sfu_delegate_unsent_departure_seconds", homeserver="hs.test") > 0
             model.limit = None
             for who in people:
                 await site.ended(who)

@@ -279,6 +279,21 @@ async def test_versions_cannot_be_asked(versions: Scripted) -> None:
         assert (await d.act()).verdict is Verdict.DONE
 
 
+async def test_whether_it_works_now() -> None:
+    """Whatever is remembered of it: `check` is content with what was known, `works` is not, and neither changes it."""
+    stand_in = HomeserverStandIn(C)
+    async with at(stand_in) as d:
+        assert await d.client.works(d.homeserver, 30.0) == ""
+        assert (await d.act()).verdict is Verdict.DONE
+        stand_in.versions = [Scripted(502, b"<html>"), Scripted(502, b"<html>"), Scripted(200, {"status": "maintenance"})]
+        assert await d.client.check(d.homeserver, 30.0) == ""
+        assert "502" in await d.client.works(d.homeserver, 30.0)
+        assert "not a homeserver's" in await d.client.works(d.homeserver, 30.0)
+        assert (await d.act()).verdict is Verdict.DONE
+        stand_in.features = {}
+        assert "switched off" in await d.client.works(d.homeserver, 30.0)
+
+
 async def test_versions_limited() -> None:
     """A proxy that limits /versions is heard."""
     stand_in = HomeserverStandIn(C)

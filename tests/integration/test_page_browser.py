@@ -163,7 +163,8 @@ def wide(page: Any) -> bool:
 
 def test_every_link_leads_somewhere(browser: Any, served: Served) -> None:
     """Whoever follows the links from the overview finds pages, and none of them has a complaint."""
-    seen, waiting = set(), ["/"]
+    seen: set[str] = set()
+    waiting = ["/"]
     with visit(browser, served.origin) as there:
         while waiting and len(seen) < 25:
             path = waiting.pop(0)
@@ -355,7 +356,8 @@ def test_the_keyboard_is_enough(browser: Any, served: Served) -> None:
             page.keyboard.press("Tab")
             what, seen = page.evaluate(
                 "(() => { const e = document.activeElement, s = getComputedStyle(e);"
-                " return [e === document.body ? '' : e.textContent.trim().slice(0, 40), s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) > 1]; })()"
+                " return [e === document.body ? '' : e.textContent.trim().slice(0, 40),"
+                " s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) > 1]; })()"
             )
             if not what:
                 break
@@ -373,7 +375,12 @@ def test_names_of_strangers_do_nothing(browser: Any, served: Served) -> None:
     with visit(browser, served.origin) as there:
         page = there.page
         opened: list[str] = []
-        page.on("dialog", lambda dialog: (opened.append(dialog.message), dialog.dismiss()))
+
+        def told(dialog: Any) -> None:
+            opened.append(dialog.message)
+            dialog.dismiss()
+
+        page.on("dialog", told)
         page.goto(f"/delegations/{scene.MALLORY.delegation}")
         assert page.locator("img[src=x]").count() == 0
         page.locator("dd a").first.click()

@@ -155,6 +155,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "limit": Profile(MOVES, {**LIMITS, "crash": 1.0}, limited=1.0, most_people=10),
         "crowd": Profile(MOVES, {"limit": 1.0, "crash": 1.0, "homeserver error": 1.0}, limited=1.0, most_people=24, together=0.8),
         "everything": Profile(MOVES, {**WEBHOOKS, **SFU_FAULTS, **SFU_LIES, **SFU_GOES, **MATRIX, **PROCESS, **LIMITS}, limited=0.3),
+        "operator": Profile({**MOVES, "operator ends": 6.0}, {**WEBHOOKS, **SFU_FAULTS, **MATRIX, "crash": 2.0}),
         "service": Profile(MOVES, {**MATRIX, **PROCESS, **WEBHOOKS}, through=0.8),
         "instances_service": Profile(MOVES, {**INSTANCES, **MATRIX}, instances=(2, 2, 3), through=0.8),
         "instances": Profile(MOVES, INSTANCES, instances=(2, 2, 3)),
@@ -477,6 +478,8 @@ class Play:
                 person.be_removed()
             case "withdraw" if person.events:
                 person.withdraw()
+            case "operator ends" if person.events:
+                person.be_ended()
             case "publish" if person.active:
                 person.publish()
 

@@ -107,7 +107,8 @@ class Judge(Watch):
         later = any(at > there.get(event.delay_id, inf) for at in there.values())
         if task.action is Action.CANCEL and (newer or (later and self.world.several)):
             return
-        why = self._why_we_might(person, event, decided_at)
+        operator = event.delay_id in person.ended_by_operator
+        why = "the operator had it ended" if operator else self._why_we_might(person, event, decided_at)
         if why is None:
             raise Violation("dropped by us", self._about(person, event))
         self.excuse(why)
@@ -169,6 +170,9 @@ class Judge(Watch):
         if any(delay_id in person.accepted for delay_id in later):
             known = [max(known)]
         start = max(event.since + event.delay * self.policy.restart_at, known[-1]) + 1.0
+        if event.delay_id in person.ended_by_operator:
+            self.excuse("the operator had it ended")
+            return
         if self._let_run(person, event):
             self.excuse("let run: the SFU had been silent for long")
             return

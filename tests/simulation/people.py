@@ -6,6 +6,7 @@ The truth about who is in the call is kept here, for those who judge the daemon:
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sfu_delegate.delegation import model
 from sfu_delegate.delegation.model import Accept, NewEvent, OnEnd, Withdraw
 from sfu_delegate.delegation.replies import Accepted, Reply, TooMany
 from sfu_delegate.sandbox.answer import Impossible
@@ -41,6 +42,7 @@ class Person:
         self.asleep = False  # vanished: its client does nothing
         self.events: list[DelayedEvent] = []  # all that were scheduled, oldest first
         self.accepted: dict[str, float] = {}  # by delay_id: when the daemon acknowledged it
+        self.ended_by_operator: set[str] = set()  # delay_ids
         self.delegations: dict[str, str] = {}  # by delay_id
         self.stays: list[list[float | None]] = []  # [from, until] of being in the call, until None while it goes on
         self.sids: list[str] = []  # all sessions, oldest first
@@ -223,6 +225,21 @@ class Person:
             self.accepted.pop(delay_id, None)
 
         world.put(Withdraw(delegation), then)
+
+    def be_ended(self) -> None:
+        """The operator has the delegation of the newest event ended, whether the person is there or not."""
+        world = self.world
+        delay_id = self.events[-1].delay_id
+        delegation = self.delegations.get(delay_id)
+        if delegation is None:
+            return
+
+        def then(reply: Reply | Exception) -> None:
+            if isinstance(reply, Exception):
+                world.after(TRY_AGAIN, lambda: world.put(model.End(delegation), then))
+
+        self.ended_by_operator.add(delay_id)
+        world.put(model.End(delegation), then)
 
     # ── being there ──
 

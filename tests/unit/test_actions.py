@@ -3,7 +3,8 @@
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -36,6 +37,8 @@ class Bench:
         self.act: Callable[..., Awaitable[Answer]] = self._done
         self.list: Callable[[], Awaitable[tuple[Listed, ...]]] = self._people
         self.defects: dict[str, list[Sequence[Defect] | Exception | Callable[[], Any]]] = {}  # by homeserver: one after another, the last for ever
+        self.trouble = ""  # of the homeserver, by a check
+        self.looked_after: list[str] = []  # homeservers that were checked
         self.untried: set[Part] = set()  # what of it cannot be tried
         self.checked: list[tuple[str, bool]] = []  # homeserver, and whether it passes requests on
         self.asked: list[dict[str, Any]] = []
@@ -86,7 +89,7 @@ class Bench:
         """Get this answer to one request; what is planned for later stays planned."""
         self.act = saying(answer)
         before = len(self.given)
-        self.actions.carry_out(SEND._replace(lease_ends=self.now + 15.0))
+        self.actions.carry_out(SEND._replace(lease_ends=self.actions._clock() + 15.0))
         async with asyncio.timeout(20.0):
             while len(self.given) == before:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0)
@@ -120,6 +123,13 @@ class _Homeservers:
 class _Client:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
+
+    async def check(self, homeserver: Homeserver, timeout: float) -> str:  # noqa: ASYNC109
+        return await self.works(homeserver, timeout)
+
+    async def works(self, homeserver: Homeserver, timeout: float) -> str:  # noqa: ASYNC109
+        self.bench.looked_after.append(homeserver.name)
+        return self.bench.trouble
 
     async def act(self, homeserver: Homeserver, action: Action, delay_id: str, **more: Any) -> Answer:
         self.bench.asked.append({"homeserver": homeserver, "action": action, "delay_id": delay_id, **more})
@@ -611,3 +621,56 @@ async def test_at_the_end_nothing_is_checked_any_more() -> None:
         bench.checked.clear()
         await checking(bench, 3600.0)
         assert bench.checked == []
+
+
+@contextmanager
+def in_time(bench: Bench) -> Iterator[None]:
+    """Time flies, and the daemon's clock goes with it."""
+    loop = asyncio.get_running_loop()
+    with time_flies():
+        began = loop.time()
+        bench.actions._clock = lambda: NOW + loop.time() - began
+        yield
+
+
+async def test_who_was_in_trouble_and_is_not_asked_any_more_is_checked_again() -> None:
+    """A homeserver and an SFU that came back while there was nothing to do there: it is noticed; and who works is left alone."""
+    bench = Bench()
+    bench.trouble = "no connection"
+    bench.list = failing(SfuUnavailable("no connection", Trouble.CONNECTION))
+    with captured_log() as log, in_time(bench):
+        bench.actions.check(["hs.test"], ["main"])
+        await asyncio.sleep(3600.0)
+        assert bench.actions.conditions == {("homeserver", "hs.test"): "no connection", ("sfu", "main"): "no connection"}
+        asked = len(bench.looked_after)
+        assert 20 < asked <= 60
+        bench.trouble = ""
+        bench.list = bench._people
+        await asyncio.sleep(actions.CHECK_AFTER + 2 * actions.CHECK_EVERY)
+        assert bench.actions.conditions == {("homeserver", "hs.test"): "", ("sfu", "main"): ""}
+        asked = len(bench.looked_after)
+        await asyncio.sleep(3600.0)
+        assert len(bench.looked_after) == asked
+        assert await bench.actions.finish(20.0) == 0
+        assert [line["event"] for line in map(json.loads, log.getvalue().splitlines())] == [
+            *("homeserver_failed", "sfu_failed"),
+            *("homeserver_works_again", "sfu_works_again"),
+        ]
+
+
+async def test_who_is_asked_anyway_or_is_configured_no_more_is_not_checked_again() -> None:
+    """What real requests say counts, and /versions may work where they do not."""
+    bench = Bench()
+    failed = Answer(Verdict.FAILED, 502, "", None, "502")
+    with in_time(bench):
+        bench.actions.check(["hs.test"], [])
+        await asyncio.sleep(1.0)
+        for _ in range(30):
+            await bench.act_once(failed)
+            await asyncio.sleep(actions.CHECK_AFTER - 1.0)
+        assert bench.looked_after == ["hs.test"]
+        assert bench.actions.conditions["homeserver", "hs.test"] == "502"
+        bench.actions.check([], [])
+        await asyncio.sleep(3600.0)
+        assert bench.looked_after == ["hs.test"]
+        await bench.actions.finish(20.0)

@@ -43,6 +43,7 @@ def test_a_step_of_the_system_clock_does_not_move_it(times: Times, step: float) 
     times.wall += step
     times.passes(10.0)
     assert clock() == 1_700_001_010.0
+    assert clock.behind() == step
 
 
 def test_it_goes_on_while_the_machine_sleeps(times: Times) -> None:

@@ -35,6 +35,7 @@ from sfu_delegate.config import (
     reloaded,
     warnings,
 )
+from sfu_delegate.config.loading import load_admin
 from sfu_delegate.delegation.policy import DEPARTURES, Departure, Policy, Unasked
 from sfu_delegate.sealing import new_key
 
@@ -591,6 +592,12 @@ def test_an_sfu_and_a_homeserver_are_needed() -> None:
         ({"listen": {"host": "127.0.0.1", "port": 8081}}, "admin.port", "is the address of listen"),
         ({"listen": {"host": "0.0.0.0", "port": 8081}}, "admin.port", "is the address of listen"),
         ({"listen": {"port": 8081}, "admin": {"host": "::"}}, "admin.port", "is the address of listen"),
+        ({"admin": {"tcp": False}}, "admin.tcp", "leaves no way to ask"),
+        ({"admin": {"socket": "admin.sock"}}, "admin.socket", "is not an absolute path"),
+        ({"admin": {"socket": f"/{'x' * 107}"}}, "admin.socket", "is longer than the 107 bytes"),
+        ({"admin": {"token": "é" * 40}}, "admin.token", "cannot be sent"),
+        ({"admin": {"token": f"{SECRET} {SECRET}"}}, "admin.token", "has a space in it"),
+        ({"admin": {"token_file": "/nonexistent"}}, "admin.token_file", "cannot be read: No such"),
         ({"homeservers": {"name": "x"}}, "homeservers", "must be a list"),
         ({"homeservers": [{"name": "https://x.org"}]}, "homeservers[0].name", "is a URL"),
         ({"homeservers": [{"name": "a.*.org"}]}, "homeservers[0].name", "not a server name"),
@@ -794,6 +801,39 @@ def private(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o600)
     return path
+
+
+def test_the_admin_token_comes_from_a_file(tmp_path: Path) -> None:
+    """Its newline does not count; one that is empty, or given twice, is a problem."""
+    file = private(tmp_path / "token", f"{SECRET}\n")
+    for section in ({"token_file": str(file)}, {"token": SECRET}):
+        token = from_mapping(good(admin=section)).admin.token
+        assert token is not None
+        assert token.get_secret_value() == SECRET
+    assert list(problems_of(good(admin={"token_file": str(file), "token": SECRET}))) == ["admin.token"]
+    empty = problems_of(good(admin={"token_file": str(private(tmp_path / "empty", " \n"))}))
+    assert empty["admin.token_file"].problem == "is empty"
+    odd = problems_of(good(admin={"token_file": str(private(tmp_path / "odd", f"{SECRET}\n{SECRET}"))}))
+    assert SECRET not in str(odd["admin.token_file"])
+
+
+def test_the_admin_section_can_be_read_without_the_secrets(tmp_path: Path) -> None:
+    """By whoever asks a running daemon: other sections may be wrong, or name files that it cannot read; its own mistakes are told."""
+    path = tmp_path / "c.yaml"
+    path.write_text("admin: {port: 9000, token_file: /nonexistent}\nsfus: {main: {key_file: /nonexistent}}\nnonsense: 7\n")
+    admin = load_admin(path, {"SFU_DELEGATE_ADMIN__SOCKET": "/run/x.sock", "SFU_DELEGATE_SFUS": "{"})
+    assert (admin.port, str(admin.socket), admin.token) == (9000, "/run/x.sock", None)
+    path.write_text(f"admin: {{token_file: {private(tmp_path / 'token', SECRET)}}}\n")
+    token = load_admin(path).token
+    assert token is not None
+    assert token.get_secret_value() == SECRET
+    for text, key in (("admin: {port: many}", "admin.port"), ("admin: 7", "admin"), ("- 1", ""), ("admin: {porrt: 1}", "admin.porrt")):
+        path.write_text(text)
+        with pytest.raises(ConfigInvalid) as invalid:
+            load_admin(path)
+        assert [problem.key for problem in invalid.value.problems] == [key]
+    with pytest.raises(ConfigInvalid, match="cannot be read"):
+        load_admin(tmp_path / "none.yaml")
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:
@@ -1063,6 +1103,9 @@ def test_a_usual_configuration_has_no_warnings() -> None:
     [
         ({"listen": {"host": "0.0.0.0"}}, "listen.host"),
         ({"admin": {"host": "::"}}, "admin.host"),
+        ({"admin": {"host": "::", "token": SECRET}}, "admin.host"),
+        ({"admin": {"token": "short"}}, "admin.token"),
+        ({"admin": {"token": SECRET, "tcp": False, "socket": "/run/x.sock"}}, "admin.token"),
         ({"database": "sqlite:////nonexistent/x.db"}, "database"),
         ({"database": f"sqlite:////{'x' * 300}/x.db"}, "database"),
         ({"postgresql": {"instance": "delegate-1"}}, "postgresql"),

@@ -1,13 +1,13 @@
 """The documentation is true: its snippets can be used, what it names exists, and its links lead somewhere."""
 
 import ast
+import base64
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 import sqlalchemy
@@ -20,54 +20,19 @@ from sfu_delegate.delegation.model import Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES
 from sfu_delegate.store.schema import metadata
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "requirements" / "README.md"])
+from tests.integration.certificates import Certificates
+from tests.snippets import DOCS, PAGES, ROOT, Snippet, snippets
+
 SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "sfu_delegate").rglob("*.py")))
 OURS = "# /etc/sfu-delegate/sfu-delegate.yaml"
 NOT_OURS = (
     "# livekit.yaml",
     "# homeserver.yaml",
-    "# prometheus.yml",
-    "# /etc/prometheus/sfu-delegate.rules.yml",
+    "# /etc/grafana/provisioning/dashboards/sfu-delegate.yaml",
+    "# /etc/grafana/provisioning/datasources/prometheus.yaml",
     "# /etc/matrix-synapse/sfu-delegate-registration.yaml",
 )
 NEEDED = {"sfus": {"main": {"url": "wss://sfu.example.org", "keys": {"APIexample": "x" * 32}}}, "homeservers": [{"name": "example.org"}]}
-
-
-class Snippet(NamedTuple):
-    """A block of code in a page."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def of_page(page: Path) -> Iterator[Snippet]:
-    language, start, lines = None, 0, list[str]()
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        fence = re.fullmatch(r"\s*```(\w*)\s*", line)
-        if fence is None:
-            lines.append(line)
-        elif language is None:
-            language, start, lines = fence[1], number, []
-        else:
-            yield Snippet(page, start, language, "\n".join(lines) + "\n")
-            language = None
-    assert language is None, f"{page}: a block of code that begins in line {start} never ends"
-
-
-SNIPPETS = [snippet for page in PAGES for snippet in of_page(page)]
-
-
-def snippets(*languages: str) -> list[Snippet]:
-    found = [snippet for snippet in SNIPPETS if snippet.language in languages]
-    assert found, f"no snippet in {languages} any more"
-    return found
 
 
 def prose(page: Path) -> str:
@@ -78,10 +43,16 @@ def prose(page: Path) -> str:
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
-def test_yaml_says_whose_it_is_and_ours_can_be_used(snippet: Snippet) -> None:
+def test_yaml_says_whose_it_is_and_ours_can_be_used(snippet: Snippet, tmp_path: Path) -> None:
     """Every YAML snippet begins with the name of its file; those of our configuration are valid."""
     first = snippet.text.splitlines()[0]
-    parsed = yaml.safe_load(snippet.text)
+    # The files that it names hold what they should.
+    key = base64.urlsafe_b64encode(bytes(32)).decode()
+    authority = Certificates(tmp_path).ca_file.read_text()
+    for name, content in (("postgresql-password", "a-password"), ("postgresql-ca.pem", authority), ("encryption-keys", key)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o600)
+    parsed = yaml.safe_load(re.sub(r"/etc/sfu-delegate/(?=postgresql-|encryption-)", f"{tmp_path}/", snippet.text))
     assert isinstance(parsed, dict)
     if first == OURS:
         config.from_mapping(NEEDED | parsed)
@@ -139,14 +110,6 @@ def test_queries_can_be_asked() -> None:
             assert database.execute(sqlalchemy.text(query)).all() == []
 
 
-def test_every_alert_is_explained() -> None:
-    """The alerts of docs/metrics.md are those of the table below them, in its order."""
-    [rules] = [yaml.safe_load(snippet.text) for snippet in snippets("yaml") if snippet.text.startswith("# /etc/prometheus/")]
-    text = (DOCS / "metrics.md").read_text()
-    table = text[text.index("| Alert |") :].partition("\n\n")[0].splitlines()[2:]
-    assert [rule["alert"] for group in rules["groups"] for rule in group["rules"]] == [row.split("|")[1].strip(" *") for row in table]
-
-
 @pytest.mark.parametrize("snippet", snippets("json"), ids=str)
 def test_json_parses(snippet: Snippet) -> None:
     """JSON snippets are JSON, as a whole or line by line."""
@@ -168,7 +131,7 @@ def pattern(path: str) -> str:
 def test_every_path_that_is_called_exists() -> None:
     """What curl and the clients' code ask the daemon for is there, and described in docs/openapi.yaml."""
     services = cast(Services, SimpleNamespace(log=None, settings=lambda: None, paths={"": "main"}, stopping=lambda: False))
-    admin = cast(AdminServices, SimpleNamespace(log=None))
+    admin = cast(AdminServices, SimpleNamespace(log=None, token=None, operator=None, pages=None))
     served = paths_of(Public(services).app) | paths_of(admin_app(admin))
     described = set(yaml.safe_load((DOCS / "openapi.yaml").read_text())["paths"])
     called = set()
@@ -192,9 +155,9 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "metrics.md"])
+@pytest.mark.parametrize("name", generator().PAGES)
 def test_the_tables_are_those_of_the_program(name: str) -> None:
-    """After a change of the configuration or of the metrics: `.venv/bin/python docs/generate.py`."""
+    """After a change of what they are made of: `.venv/bin/python docs/generate.py`."""
     assert (DOCS / name).read_text() == generator().page(name)
 
 

@@ -1200,6 +1200,17 @@ def test_the_backlog_is_told_by_homeserver_and_lane() -> None:
     assert engine.backlog(NOW - 40) == {}
 
 
+def test_a_departure_waits_until_its_event_is_ended() -> None:
+    """Also while it is under way, and when it is to be tried again later: then nothing is due, and somebody waits all the same."""
+    engine = holding(
+        row(Presence.GONE, identity="a", ended_at=NOW - 30.0, harm=NOW - 30.0, due=NOW + 20.0),
+        row(Presence.GONE, identity="b", ended_at=NOW - 3.0, harm=NOW - 3.0),
+        row(identity="c", due=NOW - 99.0),
+    )
+    assert engine.waiting_since() == {HOMESERVER: NOW - 30.0}
+    assert holding(row(identity="c", due=NOW - 99.0)).waiting_since() == {}
+
+
 def test_an_engine_that_stops_claims_nothing_more() -> None:
     """What is under way is still counted and taken in."""
     engine = holding(row(identity="a", due=NOW), row(identity="b"))

@@ -30,7 +30,7 @@ from sfu_delegate.delegation.model import (
 from sfu_delegate.delegation.replies import Reply, TooMany, Touched
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Change, Engine, Step
-from sfu_delegate.store.base import StoreUnavailable
+from sfu_delegate.store.base import Disk, StoreUnavailable
 
 from tests.integration.daemon import captured_log
 from tests.rows import joined, row
@@ -50,6 +50,9 @@ class FakeStore:
         self.idled += 1
         if self.error is not None:
             raise self.error
+
+    def disk(self) -> Disk:
+        return Disk(1000, 2000)
 
     is_log_large = False
 
@@ -93,6 +96,9 @@ class FakeEngine:
     def backlog(self, now: float) -> dict[tuple[str, Lane], tuple[int, float]]:
         return {("hs.test", Lane.END): (3, now)}
 
+    def waiting_since(self) -> dict[str, float]:
+        return {"hs.test": NOW - 9.0}
+
     def keep_alive(self, now: float) -> list[Task]:
         self.kept_alive += 1
         if self.keep_alive_error is not None:
@@ -117,6 +123,8 @@ class Watched:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.backlogs: list[int] = []
+        self.waiting: list[dict[str, float]] = []
+        self.disks: list[Disk | None] = []
         self.forecasts: list[tuple[dict[str, float], dict[str, tuple[Limit, float]]]] = []
         self.works: list[bool] = []
 
@@ -125,6 +133,12 @@ class Watched:
 
     def backlog(self, counted: dict[tuple[str, Lane], tuple[int, float]], now: float) -> None:
         self.backlogs += [count for count, _ in counted.values()]
+
+    def waiting_since(self, departures: Mapping[str, float], now: float) -> None:
+        self.waiting.append(dict(departures))
+
+    def disk(self, disk: Disk | None) -> None:
+        self.disks.append(disk)
 
     def forecast(self, lateness: Mapping[str, float], rates: Mapping[str, tuple[Limit, float]]) -> None:
         self.forecasts.append((dict(lateness), dict(rates)))
@@ -531,6 +545,8 @@ async def test_the_backlog_is_counted_when_there_is_time(monkeypatch: pytest.Mon
         it.now += module.SURVEY_EVERY
         await it.inbox.put(Find("first"))
         await until(lambda: len(it.watched.backlogs) > counted)
+        assert it.watched.waiting[-1:] == [{"hs.test": NOW - 9.0}]
+        assert it.watched.disks[-1:] == [Disk(1000, 2000)]
         await until(lambda: it.watched.forecasts[-1:] == [({"hs.test": 7.0}, {"hs.test": (Limit.SOME, 2.0)})])
 
 

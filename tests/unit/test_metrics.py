@@ -10,7 +10,8 @@ from sfu_delegate.delegation.model import Action, Answered, DelayedEvent, Lane, 
 from sfu_delegate.delegation.replies import Touched
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Change, Step
-from sfu_delegate.observe.metrics import ENDED, Metrics
+from sfu_delegate.observe.metrics import ENDED, REASONS, Metrics
+from sfu_delegate.store.base import Disk
 
 from tests.rows import NOW, row
 
@@ -190,6 +191,75 @@ def test_a_state_that_nobody_is_in_any_more_goes_on_as_zero(metrics: Metrics) ->
     assert value(metrics, "sfu_delegate_delegated_events", homeserver="(not configured)", state="ending", presence="gone") == 0
 
 
+@pytest.mark.parametrize(
+    ("reason", "label"), [("CLIENT_INITIATED", "CLIENT_INITIATED"), ("MISSING", "MISSING"), ("NEVER_JOINED", "NEVER_JOINED"), ("chosen", "OTHER")]
+)
+def test_a_departure_is_counted_by_its_reason(metrics: Metrics, reason: str, label: str) -> None:
+    """Once, when the participant is found to be gone; what LiveKit may call otherwise some day makes no label."""
+    away = row(Presence.AWAY, reason=reason, sfu="main")
+    gone = away._replace(presence=Presence.GONE, ended_at=NOW)
+    metrics.change(away._replace(presence=Presence.CONNECTED), away, NOW)
+    metrics.change(away, gone, NOW)
+    metrics.change(gone, gone._replace(attempts=1), NOW)
+    assert value(metrics, "sfu_delegate_departures_total", sfu="main", reason=label) == 1
+    assert len(next(iter(metrics.departures.collect())).samples) == 1
+
+
+def test_the_departure_that_waits_the_longest(metrics: Metrics) -> None:
+    """Of all homeservers under one pattern, until nobody waits any more."""
+    name = "sfu_delegate_unsent_departure_seconds"
+    metrics.waiting_since({"one.test": NOW - 3.0, "two.test": NOW - 40.0}, NOW)
+    assert value(metrics, name, homeserver=PATTERN) == 40.0
+    metrics.waiting_since({"one.test": NOW + 5.0}, NOW)  # back while its goodbye is under way: that is no departure
+    assert value(metrics, name, homeserver=PATTERN) == 0.0
+    metrics.waiting_since({"one.test": NOW - 8.0}, NOW)
+    metrics.waiting_since({}, NOW)
+    assert value(metrics, name, homeserver=PATTERN) == 0.0
+
+
+def test_who_could_not_be_worked_with(metrics: Metrics) -> None:
+    """How many homeservers under each entry, and each SFU by itself; an application service has a metric of its own."""
+    conditions = {
+        ("homeserver", "one.test"): "no connection",
+        ("homeserver", "two.test"): "",
+        ("homeserver", "three.test"): "502",
+        ("homeserver", "removed.example"): "",
+        ("sfu", "main"): "",
+        ("sfu", "other"): "it does not answer",
+        ("application_service", "one.test"): "token",
+    }
+    metrics.watch_conditions(lambda: conditions)
+    assert value(metrics, "sfu_delegate_homeservers_failing", homeserver=PATTERN) == 2
+    assert value(metrics, "sfu_delegate_homeservers_failing", homeserver="(not configured)") == 0
+    assert value(metrics, "sfu_delegate_sfu_works", sfu="main") == 1
+    assert value(metrics, "sfu_delegate_sfu_works", sfu="other") == 0
+    conditions.clear()
+    assert value(metrics, "sfu_delegate_homeservers_failing", homeserver=PATTERN) is None
+
+
+def test_webhooks_that_came_late(metrics: Metrics) -> None:
+    """As the engine has counted them when somebody scrapes."""
+    late = {"main": 0}
+    metrics.watch_late(lambda: late)
+    assert value(metrics, "sfu_delegate_webhooks_late_total", sfu="main") == 0
+    late["main"] += 2
+    assert value(metrics, "sfu_delegate_webhooks_late_total", sfu="main") == 2
+
+
+def test_the_disk(metrics: Metrics) -> None:
+    """What cannot be looked at leaves what was known, and has no value before."""
+    metrics.disk(Disk(4096, 10**9))
+    metrics.disk(None)
+    assert value(metrics, "sfu_delegate_database_bytes") == 4096
+    assert value(metrics, "sfu_delegate_database_free_bytes") == 10**9
+
+
+def test_no_disk_is_no_full_disk(metrics: Metrics) -> None:
+    """With PostgreSQL nothing is known of it, so nothing is shown."""
+    metrics.disk(None)
+    assert value(metrics, "sfu_delegate_database_free_bytes") is None
+
+
 def test_webhooks(metrics: Metrics) -> None:
     """By SFU, event and result, and how long those that mattered took."""
     metrics.on_webhook("main", "participant_left", "stored")
@@ -200,8 +270,12 @@ def test_webhooks(metrics: Metrics) -> None:
 
 def test_zeros_are_shown_for_what_is_configured(metrics: Metrics) -> None:
     """So that a first bad event is an increase, which an alert can see."""
-    metrics.known([PATTERN])
+    metrics.known([PATTERN], ["main"])
     assert value(metrics, "sfu_delegate_events_lost_while_connected_total", homeserver=PATTERN) == 0
+    assert value(metrics, "sfu_delegate_looks_total", sfu="main", outcome="failed") == 0
+    assert value(metrics, "sfu_delegate_webhooks_total", sfu="unknown", event="unknown", result="bad_signature") == 0
+    for reason in REASONS:
+        assert value(metrics, "sfu_delegate_departures_total", sfu="main", reason=reason) == 0
     for outcome in ENDED:
         assert value(metrics, "sfu_delegate_delegated_events_ended_total", homeserver=PATTERN, outcome=outcome.value) == 0
 
@@ -241,7 +315,7 @@ def test_the_names_are_what_prometheus_expects(metrics: Metrics) -> None:
     everything(metrics)
     exposition = generate_latest(metrics.registry).decode()
     for family in text_string_to_metric_families(exposition):
-        assert family.name.startswith("sfu_delegate_")
+        assert family.name.startswith(("sfu_delegate_", "process_"))  # the latter are called so by everybody
         assert family.documentation.strip()
         for sample in family.samples:
             assert not sample.name.endswith("_created")
@@ -258,3 +332,28 @@ def test_the_forecast_of_a_homeserver_that_has_no_delegations_any_more_is_zero()
     assert metrics.registry.get_sample_value("sfu_delegate_restart_forecast_lateness_seconds", {"homeserver": "a.test"}) == 30.0
     metrics.forecast({"b.test": 0.0}, {})
     assert metrics.registry.get_sample_value("sfu_delegate_restart_forecast_lateness_seconds", {"homeserver": "a.test"}) == 0.0
+
+
+# ── what operators ask for ──
+
+
+def test_a_counter_is_read_by_its_labels(metrics: Metrics) -> None:
+    """As far as it has counted anything."""
+    metrics.known(["hs.test"])
+    ended(metrics, Outcome.SENT)
+    ended(metrics, Outcome.SENT)
+    assert metrics.counted(metrics.ended) == {(PATTERN, "sent"): 2}
+    assert metrics.counted(metrics.lost) == {}
+
+
+def test_quantiles_are_those_that_prometheus_would_show(metrics: Metrics) -> None:
+    """Over all homeservers, interpolated within a bucket; above the last bound, that bound; None where there was nothing."""
+    assert metrics.quantiles(metrics.to_end, 0.5, 0.99) == [None, None]
+    for homeserver in ("a", "b"):
+        for seconds in (1.5, 2.0):
+            metrics.to_end.labels(homeserver).observe(seconds)
+    assert metrics.observed(metrics.to_end) == 4
+    assert metrics.quantiles(metrics.to_end, 0.5, 1.0) == [1.5, 2.0]
+    for _ in range(4):
+        metrics.to_end.labels("a").observe(100_000.0)
+    assert metrics.quantiles(metrics.to_end, 0.25, 0.99) == [1.5, 3600.0]

@@ -27,17 +27,18 @@ from tests.engine_port import Uninspected
 from tests.rows import HOMESERVER, NOW, row
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+Site = tuple[AdminServices, scene.Inspected]
 VOID = frozenset({"meta", "link", "input", "rect", "line", "circle", "path", "polygon"})
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[AdminServices, scene.Inspected]]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with scene.scene(tmp_path_factory.mktemp("calm")) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[AdminServices, scene.Inspected]]:
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with scene.scene(tmp_path_factory.mktemp("bad"), bad=True) as made:
         yield made
 
@@ -106,7 +107,7 @@ BAD = paths(scene.GRACE, scene.HEIDI, scene.PEGGY)
 # ── what they show ──
 
 
-async def test_the_overview_begins_with_how_it_is(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_the_overview_begins_with_how_it_is(calm: Site) -> None:
     """The two promises in numbers, who is in calls, and what homeservers and SFUs are like in words."""
     async with served(calm[0]) as client:
         text = Markup(await page(client, "/")).text
@@ -123,7 +124,7 @@ async def test_the_overview_begins_with_how_it_is(calm: tuple[AdminServices, sce
         assert said in text
 
 
-async def test_what_is_wrong_comes_first(bad: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_what_is_wrong_comes_first(bad: Site) -> None:
     """In a bad night the causes are at the very top, each with what it does; and who was dropped is one step away."""
     async with served(bad[0]) as client:
         html = await page(client, "/")
@@ -141,7 +142,7 @@ async def test_what_is_wrong_comes_first(bad: tuple[AdminServices, scene.Inspect
     assert "<title>Trouble" in html
 
 
-async def test_a_goodbye_that_waits_for_its_next_try_is_a_trouble(bad: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_a_goodbye_that_waits_for_its_next_try_is_a_trouble(bad: Site) -> None:
     """Nobody has it waiting while its homeserver is left alone for a while, and its participant is a ghost nevertheless."""
     services, inspected = bad
     calmer = replace(
@@ -153,12 +154,12 @@ async def test_a_goodbye_that_waits_for_its_next_try_is_a_trouble(bad: tuple[Adm
     async with served(unwell) as client:
         text = Markup(await page(client, "/")).text
         status = await (await client.get("/admin/v1/status")).json()
-    assert status["causes"] == ["A goodbye has not got through; the oldest waits for 4 min 58 s: ghosts in calls."]
+    assert status["causes"] == ["A goodbye has not got through; the oldest waits for 5 min: ghosts in calls."]
     assert "Something is wrong" in text
     assert status["causes"][0] in text
 
 
-async def test_rooms_lead_to_their_people_and_these_to_their_stories(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_rooms_lead_to_their_people_and_these_to_their_stories(calm: Site) -> None:
     """From the list to the room, from there to a delegation, and what the story says is what the API says."""
     async with served(calm[0]) as client:
         rooms = await page(client, f"/rooms?room={scene.STANDUP.replace('!', '%21')}")
@@ -175,7 +176,7 @@ async def test_rooms_lead_to_their_people_and_these_to_their_stories(calm: tuple
         assert line["sentence"] in story
 
 
-async def test_delegations_are_filtered_as_in_the_api(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_delegations_are_filtered_as_in_the_api(calm: Site) -> None:
     """What the form leaves empty does not matter; the same parameters mean the same; and page by page all are shown once."""
     async with served(calm[0]) as client:
         empty = "room=&user=&homeserver=&sfu=&presence=&state=&outcome=&newer_than_s="
@@ -196,7 +197,7 @@ async def test_delegations_are_filtered_as_in_the_api(calm: tuple[AdminServices,
     assert len(seen) > 50
 
 
-async def test_rooms_are_shown_page_by_page(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_rooms_are_shown_page_by_page(calm: Site) -> None:
     """The second page begins where the first one ends."""
     async with served(calm[0]) as client:
         first = await page(client, "/rooms")
@@ -210,17 +211,23 @@ async def test_rooms_are_shown_page_by_page(calm: tuple[AdminServices, scene.Ins
 
 
 @pytest.mark.parametrize(
-    "query", ["/delegations?rooom=x", "/delegations?state=happy", "/rooms?limit=5", "/?x=1", f"/delegations/{scene.ERIN.delegation}?zoom=2"]
+    "query",
+    [
+        "/delegations?rooom=x",
+        "/delegations?state=happy",
+        "/rooms?limit=5",
+        "/rooms?sfu=a&sfu=b",
+        "/?x=1",
+        f"/delegations/{scene.ERIN.delegation}?zoom=2",
+    ],
 )
-async def test_what_nobody_understands_is_refused(calm: tuple[AdminServices, scene.Inspected], query: str) -> None:
+async def test_what_nobody_understands_is_refused(calm: Site, query: str) -> None:
     """A filter that is not understood would show too much: the page says which parameter it is."""
     async with served(calm[0]) as client:
         assert "This cannot be understood" in await page(client, query, 400)
 
 
-async def test_pages_keep_no_secret_and_no_list_of_a_million(
-    calm: tuple[AdminServices, scene.Inspected], bad: tuple[AdminServices, scene.Inspected]
-) -> None:
+async def test_pages_keep_no_secret_and_no_list_of_a_million(calm: Site, bad: Site) -> None:
     """No page has a delay_id, of which a hint is enough; and each has so much that a browser can carry it."""
     for (services, _), them in ((calm, CALM), (bad, BAD)):
         async with served(services) as client:
@@ -233,7 +240,7 @@ async def test_pages_keep_no_secret_and_no_list_of_a_million(
 # ── what strangers have chosen ──
 
 
-async def test_names_of_strangers_are_only_text(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_names_of_strangers_are_only_text(calm: Site) -> None:
     """Markup, templates, control characters and those that turn the text around stand there as what they are, on every page that has them."""
     async with served(calm[0]) as client:
         room = f"/{room_path(scene.MALLORY.sfu, scene.MALLORY.room)}"
@@ -289,7 +296,7 @@ def test_every_name_of_a_room_leads_to_a_page(name: str) -> None:
 # ── how a browser is told to treat them ──
 
 
-async def test_a_browser_keeps_to_this_origin(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_a_browser_keeps_to_this_origin(calm: Site) -> None:
     """Nothing runs or loads but the package's own files, no page is shown inside of another one, and nobody keeps a page."""
     async with served(calm[0]) as client:
         for path in [*CALM, "/nothing"]:
@@ -306,7 +313,7 @@ async def test_a_browser_keeps_to_this_origin(calm: tuple[AdminServices, scene.I
             assert read.values("method") in ([], ["get"])
 
 
-async def test_files_are_kept_for_ever_under_the_name_of_their_content(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_files_are_kept_for_ever_under_the_name_of_their_content(calm: Site) -> None:
     """Another content has another name; and who asks whether it is still the same is told so in a few bytes."""
     async with served(calm[0]) as client:
         for file, kind in (("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml")):
@@ -321,7 +328,7 @@ async def test_files_are_kept_for_ever_under_the_name_of_their_content(calm: tup
             assert (await client.get(URL(unknown, encoded=True))).status == 404
 
 
-async def test_the_pages_only_read(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_the_pages_only_read(calm: Site) -> None:
     """Every other method is refused, on each of them, also to who may change things; HEAD is answered as GET."""
     allowed = {"Authorization": "Bearer the-admin-token"}
     async with served(replace(calm[0], token="the-admin-token")) as client:
@@ -334,7 +341,7 @@ async def test_the_pages_only_read(calm: tuple[AdminServices, scene.Inspected]) 
 # ── errors, and who may see ──
 
 
-async def test_errors_are_pages_for_browsers_and_json_for_programs(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_errors_are_pages_for_browsers_and_json_for_programs(calm: Site) -> None:
     """By what is asked for; the API's are JSON in any case, as its description says."""
     async with served(calm[0]) as client:
         for path, status in (("/nothing", 404), ("/delegations/nobody", 404), ("/rooms/main/nowhere", 404), ("/delegations?open=maybe", 400)):
@@ -358,7 +365,7 @@ async def test_a_database_that_cannot_be_read_is_told() -> None:
             assert "Try again" in await answer.text()
 
 
-async def test_with_a_token_it_is_asked_for_as_browsers_do(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_with_a_token_it_is_asked_for_as_browsers_do(calm: Site) -> None:
     """Its dialogue is asked for, with a page for who closes it, and the files that this page is made with; nothing is shown before."""
     services = replace(calm[0], token="the-admin-token")
     async with served(services) as client:
@@ -377,7 +384,7 @@ async def test_with_a_token_it_is_asked_for_as_browsers_do(calm: tuple[AdminServ
         assert (await client.get("/", headers=another)).status == 401
 
 
-async def test_another_name_for_this_machine_is_shown_nothing(calm: tuple[AdminServices, scene.Inspected]) -> None:
+async def test_another_name_for_this_machine_is_shown_nothing(calm: Site) -> None:
     """A page of a stranger may give its own name our address: 403, on every page."""
     async with served(calm[0]) as client:
         for path in CALM:
@@ -446,8 +453,8 @@ def drawn(inspected: scene.Inspected, person: scene.Person) -> list[Drawing]:
     return drawings(rows, inspected._reader.history([event.id for event in rows]), scene.NOW)
 
 
-def test_every_drawing_is_within_its_frame(calm: tuple[AdminServices, scene.Inspected], bad: tuple[AdminServices, scene.Inspected]) -> None:
-    """Whatever happened: all is between 0 and 100 hundredths, presence has no gap, countdowns do not overlap, and nothing is drawn by the thousand."""
+def test_every_drawing_is_within_its_frame(calm: Site, bad: Site) -> None:
+    """Whatever happened: all is between 0 and 100, presence has no gap, countdowns do not overlap, and nothing is drawn by the thousand."""
     for _, inspected in (calm, bad):
         for event in inspected._reader.events(Selection(), 1000):
             rows = inspected._reader.delegation(event.delegation)
@@ -487,10 +494,9 @@ def test_times_are_where_they_belong() -> None:
     whole = drawings([event], notes, NOW)[0]
     x = whole.window.x
     assert x(NOW - 50.0) == pytest.approx(50.0)
-    assert [(bar.presence, bar.x, bar.x + bar.width) for bar in whole.presence] == [
-        ("expected", x(NOW - 100.0), pytest.approx(x(NOW - 75.0))),
-        ("connected", x(NOW - 75.0), pytest.approx(x(NOW))),
-    ]
+    assert [bar.presence for bar in whole.presence] == ["expected", "connected"]
+    assert [bar.x for bar in whole.presence] == [x(NOW - 100.0), x(NOW - 75.0)]
+    assert [bar.x + bar.width for bar in whole.presence] == pytest.approx([x(NOW - 75.0), x(NOW)])
     first, second = whole.lanes[0].countdowns
     assert (first.x, first.high, first.low) == (x(NOW - 100.0), 100.0, 50.0)
     assert (second.x, second.high, second.low) == (x(NOW - 50.0), 100.0, 50.0)
@@ -516,7 +522,7 @@ def test_restarts_that_nobody_noted_are_not_made_up() -> None:
     assert "30 times" in picture.text
 
 
-def test_nothing_counts_down_that_is_not_there(bad: tuple[AdminServices, scene.Inspected]) -> None:
+def test_nothing_counts_down_that_is_not_there(bad: Site) -> None:
     """Neither before the homeserver has confirmed it, nor after it has told that it does not know it any more."""
     (whole, *_) = drawn(bad[1], scene.PEGGY)
     assert whole.lanes[0].countdowns == []
@@ -527,7 +533,7 @@ def test_nothing_counts_down_that_is_not_there(bad: tuple[AdminServices, scene.I
     assert near.lanes[0].marks[-1].tone == "bad"
 
 
-def test_a_departure_of_seconds_is_drawn_from_near(calm: tuple[AdminServices, scene.Inspected]) -> None:
+def test_a_departure_of_seconds_is_drawn_from_near(calm: Site) -> None:
     """In a call of an hour it would be a hair; from near, away and gone are apart."""
     whole, near = drawn(calm[1], scene.ERIN)
     assert near.heading == "The departure, from near"
@@ -537,10 +543,11 @@ def test_a_departure_of_seconds_is_drawn_from_near(calm: tuple[AdminServices, sc
     assert near.window.until - near.window.since < 10
 
 
-def test_three_days_can_be_read(calm: tuple[AdminServices, scene.Inspected]) -> None:
+def test_three_days_can_be_read(calm: Site) -> None:
     """Each restart of three days is drawn, days are named at the axis, and the present countdown is drawn from near."""
     whole, near = drawn(calm[1], scene.RADIO_BOT)
-    assert [tick.label for tick in whole.ticks] and all(re.fullmatch(r"\d+ Mar", tick.label) for tick in whole.ticks)
+    assert len(whole.ticks) >= 3
+    assert all(re.fullmatch(r"\d+ Mar", tick.label) for tick in whole.ticks)
     assert len([piece for piece in whole.lanes[0].countdowns if piece.kind == "ran"]) > 90
     assert near.heading == "The countdown, from near"
     assert len(near.lanes[0].countdowns) <= 5

@@ -430,6 +430,37 @@ def test_what_has_come_to_harm_is_told_from_what_has_not(store: Store) -> None:
     assert [{there.id for there in found} for found in (in_time, late)] == [{1, 3}, {2, 4, 5}]
 
 
+def test_the_earliest_departure_whose_event_is_not_ended(store: Store) -> None:
+    """At one homeserver, due or not; restarts and what is finished do not count."""
+    insert(
+        store,
+        row(Presence.GONE, identity="a", ended_at=NOW - 30.0, harm=NOW - 30.0, due=NOW + 20.0),
+        row(Presence.GONE, identity="b", ended_at=NOW - 3.0, harm=NOW - 3.0),
+        row(Presence.GONE, identity="c", ended_at=NOW - 99.0, harm=NOW - 99.0, homeserver="other.test"),
+        row(identity="d", due=NOW - 200.0),
+        row(Presence.GONE, identity="e", state=State.DONE, ended_at=NOW - 300.0),
+    )
+    assert store.waiting_since(HOMESERVER) == NOW - 30.0
+    assert store.waiting_since("nobody.test") is None
+
+
+def test_the_room_that_the_embedded_database_takes_and_has(tmp_path: Path) -> None:
+    """Its files together; not of one that is in memory, nor of one whose files are gone."""
+    store = SqliteStore(tmp_path / "test.db")
+    try:
+        disk = store.disk()
+        assert disk is not None
+        assert disk.used == sum(file.stat().st_size for file in tmp_path.glob("test.db*") if file.suffix != ".lock")
+        assert disk.free > 0
+        (tmp_path / "test.db").unlink()
+        assert store.disk() is None
+    finally:
+        store.close()
+    in_memory = SqliteStore(":memory:")
+    assert in_memory.disk() is None
+    in_memory.close()
+
+
 def test_deleting_a_row_deletes_its_history(store: Store) -> None:
     """And nobody else's."""
     insert(store, row(), row())

@@ -58,17 +58,15 @@ _ENDED: Final = {
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
+PATHS: Final = ("/", "/rooms", "/rooms/{sfu}/{room}", "/delegations", "/delegations/{id}", STATIC + "{name}")
+"""What is for people and their browsers: no program is promised that it stays as it is."""
+
+
 def page_routes(services: AdminServices, questions: Questions) -> list[tuple[str, Handler]]:
     """Path and handler of each page; all are asked for by GET."""
     pages = Pages(services, questions)
-    return [
-        ("/", pages.overview),
-        ("/rooms", pages.rooms),
-        ("/rooms/{sfu}/{room}", pages.room),
-        ("/delegations", pages.delegations),
-        ("/delegations/{id}", pages.delegation),
-        (STATIC + "{name}", static),
-    ]
+    handlers = (pages.overview, pages.rooms, pages.room, pages.delegations, pages.delegation, static)
+    return list(zip(PATHS, handlers, strict=True))
 
 
 # ── errors ──
@@ -330,8 +328,12 @@ class Pages:
 
 
 def _given(request: web.Request) -> dict[str, str]:
-    """What was asked for: a form sends what was left empty, too."""
-    return {name: value for name, value in request.query.items() if value}
+    """What was asked for: a form sends what was left empty, too. Raises MatrixError."""
+    pairs = [(name, value) for name, value in request.query.items() if value]
+    given = dict(pairs)
+    if len(given) != len(pairs):
+        raise MatrixError(400, "M_INVALID_PARAM", "A parameter is there twice.")
+    return given
 
 
 # ── what is shown ──
