@@ -15,6 +15,7 @@ import typer
 
 from sfu_delegate import __version__
 from sfu_delegate.config import Config, ConfigInvalid, Problem, example, load, warnings
+from sfu_delegate.operate.completion import VARIABLE, Shell, answer_shells, script
 
 if TYPE_CHECKING:
     from sfu_delegate.store.copying import Place, Report
@@ -394,6 +395,45 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
+@app.command(short_help="Ask whether the running daemon is well.")
+def healthcheck(
+    config: ConfigOption = DEFAULT_CONFIG,
+    ready: Annotated[bool, typer.Option("--ready", help="Can it take delegations and webhooks? Otherwise: does it live?")] = False,
+) -> None:
+    """Ask the daemon that has this configuration whether it lives, in a line: for containers, probes and scripts.
+
+    No token is needed, nor any secret of the configuration.
+
+    Exits with 0 when it is well, and with 1 when it is not, or cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate healthcheck
+      sfu-delegate healthcheck --ready --config /etc/sfu-delegate/sfu-delegate.yaml
+    """
+    from sfu_delegate.operate.healthcheck import check
+
+    try:
+        well, line = check(config, os.environ, ready=ready)
+    except ConfigInvalid as error:
+        _fail(config, error.problems)
+    typer.echo(line, err=not well)
+    raise typer.Exit(0 if well else 1)
+
+
+@app.command(short_help="Print what lets a shell complete the commands.")
+def completion(shell: Annotated[Shell, typer.Argument(help="Which one.")]) -> None:
+    """Print the script that lets a shell complete this command line. Nothing is installed.
+
+    \b
+    Examples:
+      sfu-delegate completion bash > /usr/share/bash-completion/completions/sfu-delegate
+      sfu-delegate completion zsh > /usr/share/zsh/vendor-completions/_sfu-delegate
+      sfu-delegate completion fish > /usr/share/fish/vendor_completions.d/sfu-delegate.fish
+    """
+    typer.echo(script(shell), nl=False)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -423,6 +463,8 @@ def demo(
 
 def main() -> None:
     """The entry point."""
+    if VARIABLE in os.environ:
+        answer_shells()
     try:
         app(prog_name="sfu-delegate")
     except BrokenPipeError:

@@ -78,7 +78,8 @@ def given(page: str, contains: str) -> str:
 def asked_for() -> frozenset[tuple[str, str]]:
     """What the tests ask `given` for: page and content."""
     asked = set()
-    for path in (ROOT / "tests").rglob("test_docs*.py"):
+    tests = ROOT / "tests"
+    for path in (*tests.rglob("test_docs*.py"), *(tests / "install").glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "given":
                 match node.args:

@@ -25,6 +25,8 @@ _EXAMPLE_HEAD: Final = """\
 #   SFU_DELEGATE_HOMESERVERS__0__AS_TOKEN=…
 #   SFU_DELEGATE_CORS__ORIGINS='["https://call.example.org"]'      (lists and maps as YAML or JSON; null: not set)
 #
+# Paths may begin with ${CREDENTIALS_DIRECTORY}/: files that systemd gives to the daemon (LoadCredential=).
+#
 # `sfu-delegate check-config` finds everything that is wrong here. SIGHUP makes the daemon read this file again; listen,
 # admin, database, postgresql, encryption, log.format, timeouts.connect, matrixrtc.enabled, path_prefixes and which SFU
 # is the first need a restart.

@@ -28,6 +28,9 @@ from sfu_delegate.livekit.keys import parse_key_file
 from sfu_delegate.sealing import key_bytes, parse_keys
 
 PREFIX: Final = "SFU_DELEGATE_"
+CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
+"""Where a service manager puts the credentials of a service (systemd's LoadCredential=): a key that names a file may begin with ${…} of it."""
+_A_CREDENTIAL: Final = f"${{{CREDENTIALS}}}/"
 _MOST_FILE_BYTES: Final = 4 * 1024 * 1024
 _OPEN_ALREADY: Final = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+", re.ASCII)  # the latter two are what a shell makes of <(…)
 _NULL_DEVICE: Final = os.makedev(1, 3)  # /dev/null, which is as good as an empty file
@@ -73,6 +76,8 @@ def load_admin(path: Path, environ: Mapping[str, str] = MappingProxyType({})) ->
     plain = _plain({key: value for key, value in parsed.data.items() if key == "admin"}, (), frozenset(), problems, where)
     prefix = f"{PREFIX}ADMIN"
     plain, _ = _overlay(plain, {name: value for name, value in environ.items() if name.upper().split("__")[0] == prefix}, problems, where)
+    if directory := environ.get(CREDENTIALS):
+        plain = _with_credentials(plain, (), directory)
     config, _ = validate(plain, problems, where)
     if config is None or problems:
         raise ConfigInvalid(unique(problems))
@@ -115,6 +120,8 @@ def from_mapping(
     if not isinstance(plain, dict):
         raise ConfigInvalid([*problems, Problem("", kind_of(plain), "must be keys with values", "begin with the output of example-config")])
     plain, risks = _overlay(plain, environ, problems, where)
+    if directory := environ.get(CREDENTIALS):
+        plain = _with_credentials(plain, (), directory)
     config, pruned = validate(plain, problems, where)
     if config is not None:
         config = _read_secrets(config, problems, risks, pruned, where, registrations_needed=registrations_needed)
@@ -133,11 +140,30 @@ def from_mapping(
     return config
 
 
+def _with_credentials(data: Any, path: KeyPath, directory: str) -> Any:
+    """The same, in which the files that are credentials are named by their paths."""
+    if isinstance(data, dict):
+        return {key: _with_credentials(value, (*path, key), directory) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_with_credentials(value, (*path, number), directory) for number, value in enumerate(data)]
+    if isinstance(data, str) and data.startswith(_A_CREDENTIAL) and type_at(path).type is Path:
+        return str(Path(directory, data.removeprefix(_A_CREDENTIAL)))
+    return data
+
+
+def _no_credentials(path: Path) -> bool:
+    """Is it a credential, and nobody has said where those are?"""
+    return str(path).startswith(_A_CREDENTIAL)
+
+
 def read_text(path: Path, key: str, what: str, *, piped: bool = False) -> tuple[str | None, list[Problem]]:
     """The text of a file, or None and why not; `key` is what names it, and `what` says what it should be.
 
     What may keep a reader waiting for ever is not opened: named pipes, devices. `piped`: a pipe that is open already (`<(…)`, /dev/stdin) will do.
     """
+    if _no_credentials(path):
+        remedy = f"start it by a unit with LoadCredential=, or say where they are: {CREDENTIALS}=/etc/credstore sfu-delegate …"
+        return None, [Problem(key, str(path), f"{what} cannot be read: {CREDENTIALS} is not set", remedy)]
     remedy = "check the path, and that the daemon's user may read it"
     if not key:
         remedy += "; `sfu-delegate example-config` prints a file to begin with"
@@ -449,7 +475,7 @@ def _read_secrets(
                 both(("homeservers", number, key), "registration_file")
             pruned.append(("homeservers", number))
             return homeserver
-        if _is_missing(path):
+        if _is_missing(path) and not _no_credentials(path):
             if registrations_needed:
                 unusable(at, path, "is not there", "make it with `sfu-delegate appservice --config FILE`, or check the path")
             return homeserver

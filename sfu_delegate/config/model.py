@@ -477,8 +477,8 @@ class Timeouts(Section):
         ge=0,
         le=300,
         description="How long a shutdown waits for requests in flight; meanwhile everything is refused, and LiveKit tries a webhook for 15 s. The "
-        "process ends 7 s after that at the latest, whatever hangs. The systemd unit (TimeoutStopSec) and the container (--stop-timeout) allow 45 s "
-        "for all of it: raise those, too.",
+        "process ends 7 s after that at the latest, whatever hangs. systemd is told how long it takes; a container's --stop-timeout of 45 s has to "
+        "be raised, too.",
     )
 
 

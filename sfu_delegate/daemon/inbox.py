@@ -222,6 +222,16 @@ class Inbox:
         """Run something in the engine's thread, between two steps."""
         return await self._thread.run(work)
 
+    @property
+    def progress(self) -> int:
+        """How many steps have come to an end: another one every few seconds, whether or not the database works, as long as it does not hang."""
+        return self._progress
+
+    @property
+    def where(self) -> list[str]:
+        """What the engine's thread is doing just now; see `WorkThread.where`."""
+        return self._thread.where
+
     # ── the loop ──
 
     async def run(self) -> None:

@@ -1,6 +1,7 @@
 """Start and stop of the daemon, and what connects its parts."""
 
 import asyncio
+import faulthandler
 import gc
 import os
 import signal
@@ -30,9 +31,10 @@ from sfu_delegate.daemon.inbox import Inbox
 from sfu_delegate.daemon.inspecting import Inspecting, Survey
 from sfu_delegate.daemon.membership import Membership
 from sfu_delegate.daemon.membership import Terms as MembershipTerms
+from sfu_delegate.daemon.notify import Notifier, Progress
 from sfu_delegate.daemon.sharing import Sharing, instance_name, meet
 from sfu_delegate.delegation.lifecycle import RESTARTED
-from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Task
+from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Presence, State, Task
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
@@ -61,6 +63,8 @@ CLOSED_WITHIN = 1.0  # seconds for each of the listeners, and for the database
 ROOMS_AT_A_TIME = 32  # that are made on one SFU
 UNNAMED = 10  # times what one user may delegate without a word of the homeserver: all together whose user is not known
 FORCED_AFTER = 6.0  # seconds beyond `timeouts.shutdown`, when the process ends whatever hangs
+RELOADED_WITHIN = 5.0  # seconds that a reload waits for the engine to take it over
+MOST_TROUBLES = 3  # that the status line names
 
 log = logs.get_logger(__name__)
 
@@ -226,6 +230,8 @@ class Daemon:
         self._admin: web.AppRunner | None = None
         self._phase = Phase.STARTING
         self._probe: asyncio.Future[None] | None = None
+        self._reconfiguring: asyncio.Future[None] | None = None
+        self._progress = Progress(lambda: self.inbox.progress, lambda: self.inbox.where)
         self._socket: _UnixSocket | None = None
         self.public_port = 0
         self.admin_port = 0
@@ -425,6 +431,34 @@ class Daemon:
             self._probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
         return self._probe
 
+    def alive(self, seconds: float) -> bool:
+        """Does the work go on, `seconds` after the last time that this was asked? See `Progress`."""
+        if self._phase is not Phase.RUNNING:
+            return True  # how long the end may take is seen to by `_end_by_force`
+        before = self._progress.stuck_in
+        alive = self._progress(seconds)
+        if self._progress.stuck_in is not None and before is None:
+            log.critical("no_progress", at=self.inbox.where, consequence="a watchdog, as systemd has, ends the process, to be started again")
+        return alive
+
+    def status(self) -> str:
+        """How it is, in a line."""
+        if self._phase is not Phase.RUNNING:
+            return f"{self._phase.value.capitalize()}."
+        states = dict(self.engine.states)  # a copy at once: the engine goes on in its thread
+        events = {key: count for key, count in states.items() if key[1] != State.DONE}
+        connected = sum(count for (_, _, presence), count in events.items() if presence == Presence.CONNECTED)
+        said = f"{sum(events.values())} delayed events, {connected} of connected participants."
+        if self._progress.stuck_in is not None:
+            said = f"NO PROGRESS, in {self._progress.stuck_in}. {said}"
+        if self.inbox.trouble is not None:
+            said = f"DATABASE: {self.inbox.trouble} {said}"
+        kinds = {"homeserver": "homeserver", "sfu": "SFU", "application_service": "application service at"}
+        troubles = [f"{kinds[kind]} {name}: {problem}" for (kind, name), problem in self.actions.conditions.items() if problem]
+        if more := troubles[MOST_TROUBLES:]:
+            troubles[MOST_TROUBLES:] = [f"and {len(more)} more"]
+        return f"{said} Trouble: {'; '.join(troubles)}." if troubles else said
+
     def _membership_terms(self) -> MembershipTerms:
         config = self.config
         return MembershipTerms(config.membership.enforce, config.membership.interval, config.timeouts.request, self.actions.reach.sfus)
@@ -493,6 +527,11 @@ class Daemon:
         logs.set_level("info")  # so that this line is seen whatever the level was, and will be
         log.info("config_reloaded", needs_restart=needs_restart)
         logs.set_level(self.config.log.level)
+
+    async def reloaded(self) -> None:
+        """Wait until the engine has taken over what `reload` has read; not for long, since a database that hangs holds it up."""
+        if self._reconfiguring is not None:
+            await asyncio.wait({self._reconfiguring}, timeout=RELOADED_WITHIN)
 
     async def stop(self) -> None:
         """Accept nothing more, finish what is in flight within `timeouts.shutdown`, and close the database: a few seconds more at the most.
@@ -712,23 +751,52 @@ def _settings(config: Config) -> Settings:
 
 
 async def _serve(config: Config, path: Path) -> int:
-    daemon = Daemon(config, lambda: load(path, os.environ))
+    manager = Notifier(os.environ)
+    try:
+        return await _run(Daemon(config, lambda: load(path, os.environ)), manager)
+    finally:
+        manager.close()
+
+
+async def _run(daemon: Daemon, manager: Notifier) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    reloading: set[asyncio.Task[None]] = set()
 
     def stop_soon() -> None:
         if not stop.is_set():
             stop.set()
-            _end_by_force(daemon.config.timeouts.shutdown + FORCED_AFTER)
+            within = daemon.config.timeouts.shutdown + FORCED_AFTER
+            manager.stopping(within + 2.0)  # for the force itself, which takes a second
+            _end_by_force(within)
+
+    def reload() -> None:
+        manager.reloading()
+        daemon.reload()
+        task = asyncio.create_task(reload_is_over())
+        reloading.add(task)
+        task.add_done_callback(reloading.discard)
+
+    async def reload_is_over() -> None:
+        await daemon.reloaded()
+        manager.ready()
+        manager.status(daemon.status())
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop_soon)
+    manager.status("Starting: opening the database.")
+    starting = asyncio.create_task(manager.while_starting())
     try:
         await daemon.start()
     except CannotStart as error:
         log.error("cannot_start", problem=str(error))
+        manager.status(f"Cannot start: {error}")
         return 1
-    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    finally:
+        starting.cancel()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    manager.ready()
+    telling = asyncio.create_task(manager.while_running(daemon.alive, daemon.status))
     gc.freeze()  # what there is by now stays until the end
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({stopped, daemon.loop_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -740,6 +808,7 @@ async def _serve(config: Config, path: Path) -> int:
         log.critical("engine_ended", error=type(why).__name__, at=at, consequence="the process ends, to be started again")
     stop_soon()
     await daemon.stop()
+    telling.cancel()
     return 1 if broken else 0
 
 
@@ -767,6 +836,8 @@ def _end_by_force(after: float) -> None:
 def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit code."""
     logs.configure(level=config.log.level, format=config.log.format, instance=_name(config) if config.is_postgresql else "")
+    with suppress(AttributeError, OSError, RuntimeError, ValueError):  # where standard error is no file
+        faulthandler.enable()  # a watchdog ends the process by SIGABRT: then it tells where each thread is, without any values
     for risk in warnings(config):
         log.warning("config_risk", key=risk.key, problem=risk.problem, remedy=risk.remedy)
     # The engine's thread gives the interpreter away with every statement, and would wait 5 ms to get it back while there are requests.

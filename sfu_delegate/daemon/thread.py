@@ -4,7 +4,9 @@ The standard library's executor does the same, and takes two to three times as l
 """
 
 import asyncio
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -42,6 +44,13 @@ class WorkThread:
     def join(self) -> None:
         """Wait, in another thread, until it has done everything after `close`."""
         self._thread.join()
+
+    @property
+    def where(self) -> list[str]:
+        """What it is doing just now, innermost last, as `module:line function`; empty if it has ended."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = traceback.walk_stack(frame) if frame is not None else ()
+        return [f"{of.f_globals.get('__name__', '?')}:{line} {of.f_code.co_name}" for of, line in stack][::-1]
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:

@@ -6,7 +6,7 @@ import signal
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tests import stores
 from tests.integration.daemon import GENEROUS, SERVER, Participant, Site, merged, open_site, until
 from tests.integration.databases import SqliteDatabase
 from tests.integration.element_call import Call, ElementCall, Mode
+from tests.manager import Manager
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -322,6 +323,7 @@ class Process:
         self.site = site
         self.file = site.directory / "sfu-delegate.yaml"
         self.stderr: list[dict[str, Any]] = []
+        self.environ: dict[str, str] = {}  # beside what is there
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -334,7 +336,9 @@ class Process:
         """Start it; whether it can start is another question."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("SFU_DELEGATE_")}
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sfu_delegate.cli", "serve", "--config", str(self.file)), stderr=asyncio.subprocess.PIPE, env=environ
+            *(sys.executable, "-m", "sfu_delegate.cli", "serve", "--config", str(self.file)),
+            stderr=asyncio.subprocess.PIPE,
+            env=environ | self.environ,
         )
         self._reader = asyncio.create_task(self._read(self._process))
 
@@ -392,6 +396,58 @@ async def open_process(directory: Path, **changes: Any) -> AsyncIterator[tuple[S
             yield site, process
         finally:
             await process.close()
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    """Who has started the daemon, and listens."""
+    made = Manager(str(tmp_path / "notify"))
+    yield made
+    made.close()
+
+
+@stores.only_sqlite
+async def test_a_service_manager_is_told_how_it_goes(tmp_path: Path, manager: Manager) -> None:
+    """Ready when both listeners answer and not before, alive, reloading and ready again, whether the file is good or not, and stopping."""
+
+    def heard(name: str) -> int:
+        return sum(name in told for told in manager.hear())
+
+    async with open_process(tmp_path, timeouts={"shutdown": "100s"}) as (site, process):
+        process.environ = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "600000"}
+        process.write()
+        await process.begin()
+        await until(lambda: heard("READY") or process.ended, "it is ready")
+        assert manager.told[-1] in ({"READY": "1"}, {"WATCHDOG": "1"}) or "STATUS" in manager.told[-1]
+        assert {"STATUS", "EXTEND_TIMEOUT_USEC"} <= {name for told in manager.told for name in told}
+        listening = process.lines("listening")
+        for listener, path in (("public", "/healthz"), ("admin", "/health/live")):
+            assert (await site.http.get(f"http://{listening[0][listener]}{path}")).status == 200
+        await until(lambda: heard("WATCHDOG") >= 2, "it is alive")
+        for text in ("sfus: [", process.file.read_text()):
+            process.file.write_text(text)
+            before = len(manager.told)
+            process.signal(signal.SIGHUP)
+            await until(lambda before=before: {"READY": "1"} in manager.hear()[before:], "it has read its configuration")  # type: ignore[misc]
+            reload = [told for told in manager.told[before:] if "RELOADING" in told or "READY" in told]
+            assert [sorted(told) for told in reload] == [["MONOTONIC_USEC", "RELOADING"], ["READY"]]
+        assert (len(process.lines("config_not_reloaded")), len(process.lines("config_reloaded"))) == (1, 1)
+        process.signal(signal.SIGTERM)
+        assert await process.exit_code() == 0
+        [stopping] = [told for told in manager.hear() if "STOPPING" in told]
+        assert int(stopping["EXTEND_TIMEOUT_USEC"]) > 100e6
+
+
+@stores.only_sqlite
+async def test_a_service_manager_is_told_why_it_cannot_start(tmp_path: Path, manager: Manager) -> None:
+    """The sentence is the one of the log, and it is never ready."""
+    async with open_process(tmp_path) as (_, process):
+        process.environ = {"NOTIFY_SOCKET": manager.name}
+        process.write(database=f"sqlite:///{tmp_path}/not/there.db")
+        await process.begin()
+        assert await process.exit_code() == 1
+        assert manager.hear()[-1] == {"STATUS": f"Cannot start: {process.lines('cannot_start')[0]['problem']}"}
+        assert not any("READY" in told for told in manager.told)
 
 
 async def test_sigterm_ends_it_with_exit_code_0(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from sfu_delegate.daemon.serve import CannotStart, Daemon
+from sfu_delegate.engine import Step
 from sfu_delegate.sandbox.homeserver import End
 from sfu_delegate.store.sqlite import SqliteStore
 
@@ -426,6 +427,43 @@ async def test_a_hung_database_stalls_nothing_that_does_not_need_it(tmp_path: Pa
         await site.ended(alice)
         assert await site.outcomes(given) == ["sent"]
         await readiness(site, 200)
+
+
+async def test_a_watchdog_lets_a_daemon_live_whose_database_hangs(tmp_path: Path) -> None:
+    """A new process would hang there, too. It is told which of the two it is; nothing is logged as a defect."""
+    async with open_site(tmp_path) as site:
+        alice = await site.participant()
+        await site.in_call(alice)
+        async with hung_database(site):
+            await site.leave(alice, "PARTICIPANT_REMOVED")
+            await until(lambda: "sfu_delegate.store" in "".join(site.daemon.inbox.where), "a step is in the database")
+            assert all(site.daemon.alive(10.0) for _ in range(100))
+        await site.ended(alice)
+        assert not site.lines("no_progress")
+
+
+async def test_a_watchdog_ends_a_daemon_whose_engine_is_stuck(tmp_path: Path) -> None:
+    """A step that never ends for a reason of our own: no more signs of life, a line in the log that says where it is, and the status says it, too."""
+    go_on = threading.Event()
+    async with open_site(tmp_path) as site:
+        engine = site.daemon.engine
+        step = engine.step
+
+        def stuck(*given: Any, **more: Any) -> Step:
+            assert go_on.wait(GENEROUS)
+            return step(*given, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "step", stuck)
+            await until(lambda: any(at.endswith(" stuck") for at in site.daemon.inbox.where), "a step is stuck")
+            site.daemon.alive(0.0)  # whatever ended before that
+            assert [site.daemon.alive(10.0) for _ in range(4)] == [True, False, False, False]
+            assert "NO PROGRESS, in sfu_delegate.daemon.inbox" in site.daemon.status()
+            go_on.set()
+        await until(lambda: site.daemon.alive(0.0), "a step has ended")
+        [line] = site.lines("no_progress")
+        assert any(at.endswith(" stuck") for at in line["at"])
+        assert "PROGRESS" not in site.daemon.status()
 
 
 async def test_nobody_waits_for_a_hung_database_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

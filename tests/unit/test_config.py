@@ -861,6 +861,62 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     assert warnings(config) == []
 
 
+def test_files_can_be_credentials(tmp_path: Path) -> None:
+    """Each key that names a file takes one of the directory that the service manager gives, from the file and from the environment."""
+    for name, content in (("livekit-keys", f"APIone: {SECRET}"), ("as", f"{SECRET}1"), ("hs", f"{SECRET}2"), ("password", f"{SECRET}3")):
+        private(tmp_path / name, content)
+    private(tmp_path / "encryption", new_key())
+    at = "${CREDENTIALS_DIRECTORY}"
+    data = on_postgresql(
+        sfus={"main": {"url": "wss://sfu.example.org", "key_file": f"{at}/livekit-keys"}},
+        homeservers=[{"name": "example.org", "as_token_file": f"{at}/as", "hs_token_file": f"{at}/hs"}],
+        postgresql={"password_file": f"{at}/password"},
+        encryption={"keys_file": "/nonexistent"},
+    )
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "SFU_DELEGATE_ENCRYPTION__KEYS_FILE": f"{at}/encryption"}
+    made = from_mapping(data, environ)
+    assert made.sfus["main"].keys["APIone"].get_secret_value() == SECRET
+    [homeserver] = made.homeservers
+    tokens = [homeserver.as_token, homeserver.hs_token, made.postgresql.password]
+    assert [token and token.get_secret_value() for token in tokens] == [f"{SECRET}1", f"{SECRET}2", f"{SECRET}3"]
+    assert len(made.encryption_keys()) == 1
+    assert not warnings(made)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_credentials_of_nobody_are_problems(needed: bool) -> None:
+    """Run by hand, without the service manager's directory: each key is named, and how to say where the credentials are."""
+    at = "${CREDENTIALS_DIRECTORY}"
+    data = {
+        "sfus": {"main": {"url": "wss://sfu.example.org", "key_file": f"{at}/sfu-delegate.livekit-keys"}},
+        "homeservers": [{"name": "example.org", "registration_file": f"{at}/registration", "ca_file": f"{at}/ca"}],
+    }
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(data, registrations_needed=needed)
+    found = {problem.key: problem for problem in caught.value.problems}
+    assert set(found) == {"sfus.main.key_file", "homeservers[0].registration_file", "homeservers[0].ca_file"}
+    for problem in found.values():
+        assert problem.value.startswith(f"{at}/")
+        assert problem.problem.endswith("CREDENTIALS_DIRECTORY is not set")
+        assert "LoadCredential=" in problem.remedy
+        assert "CREDENTIALS_DIRECTORY=/etc/credstore sfu-delegate" in problem.remedy
+
+
+def test_a_credential_that_is_not_there_is_named_by_its_path(tmp_path: Path) -> None:
+    """The directory was given, and the unit does not load this one."""
+    data = good(sfus={"main": {"url": "wss://sfu.example.org", "key_file": "${CREDENTIALS_DIRECTORY}/none"}})
+    with pytest.raises(ConfigInvalid) as caught:
+        from_mapping(data, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    [problem] = caught.value.problems
+    assert (problem.key, problem.value) == ("sfus.main.key_file", str(tmp_path / "none"))
+
+
+def test_only_files_are_credentials(tmp_path: Path) -> None:
+    """Where a key is no path, the words stand for themselves."""
+    data = good(postgresql={"instance": "${CREDENTIALS_DIRECTORY}/x"})
+    assert from_mapping(data, {"CREDENTIALS_DIRECTORY": str(tmp_path)}).postgresql.instance == "${CREDENTIALS_DIRECTORY}/x"
+
+
 def test_bad_secret_files_are_problems_all_at_once(tmp_path: Path) -> None:
     """Empty, odd and missing files are each named, without their content."""
     found = problems_of(

@@ -16,6 +16,7 @@ from aiohttp import web
 from sfu_delegate import config
 from sfu_delegate.api.app import AdminServices, Public, Services, admin_app
 from sfu_delegate.config import Config
+from sfu_delegate.config.registration import make
 from sfu_delegate.delegation.model import Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES
 from sfu_delegate.store.schema import metadata
@@ -49,13 +50,19 @@ def test_yaml_says_whose_it_is_and_ours_can_be_used(snippet: Snippet, tmp_path: 
     # The files that it names hold what they should.
     key = base64.urlsafe_b64encode(bytes(32)).decode()
     authority = Certificates(tmp_path).ca_file.read_text()
-    for name, content in (("postgresql-password", "a-password"), ("postgresql-ca.pem", authority), ("encryption-keys", key)):
+    for name, content in (
+        ("postgresql-password", "a-password"),
+        ("postgresql-ca.pem", authority),
+        ("encryption-keys", key),
+        ("sfu-delegate.livekit-keys", f"APIexample: {'x' * 32}"),
+        ("sfu-delegate.registration", make("example.org", "a" * 64, "h" * 64, "http://127.0.0.1:8080")),
+    ):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o600)
     parsed = yaml.safe_load(re.sub(r"/etc/sfu-delegate/(?=postgresql-|encryption-)", f"{tmp_path}/", snippet.text))
     assert isinstance(parsed, dict)
     if first == OURS:
-        config.from_mapping(NEEDED | parsed)
+        config.from_mapping(NEEDED | parsed, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
     else:
         assert first in NOT_OURS
 
@@ -286,7 +293,7 @@ def test_the_unit_and_the_image_agree_with_the_program() -> None:
 
     unit, image = (ROOT / "systemd" / "sfu-delegate.service").read_text(), (ROOT / "Dockerfile").read_text()
     assert f"ExecStart=/opt/sfu-delegate/bin/sfu-delegate serve --config {DEFAULT_CONFIG}\n" in unit
-    assert "ExecReload=/bin/kill -HUP $MAINPID\n" in unit
+    assert 'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"\n' in unit
     assert f'CMD ["serve", "--config", "{DEFAULT_CONFIG}"]' in image
 
 

@@ -1,0 +1,1 @@
+"""What it is installed with: the systemd unit, the container image, the compose file and the shells' completions."""
