@@ -274,6 +274,11 @@ def test_a_name_is_apart_from_the_text_around_it() -> None:
     assert "&lt;b&gt;&#34;" in wording.name('<b>"')
 
 
+def test_what_stands_between_backticks_is_code() -> None:
+    """In sentences of ours, which name keys and headers so; and whatever is in them is escaped all the same."""
+    assert wording.prose("Set `admin.token`, not <b>.") == "Set <code>admin.token</code>, not &lt;b&gt;."
+
+
 def test_a_long_name_is_shortened_where_it_is_one_of_many() -> None:
     """The whole of it is shown where a pointer rests, and on its own page."""
     short = wording.name("x" * 200 + '"', 100)

@@ -90,6 +90,7 @@ def _environment() -> Environment:
     made.filters |= {
         "name": wording.name,
         "plain": wording.plain,
+        "prose": wording.prose,
         "many": wording.many,
         "seconds": wording.seconds,
         "span": story.span,

@@ -60,6 +60,12 @@ def plain(text: str, most: int | None = None) -> str:
     return "".join(f"[{piece}]" if unseen else piece for piece, unseen in _parts(short))
 
 
+def prose(sentence: str) -> Markup:
+    """A sentence of ours, with what stands between backticks as code."""
+    pieces = (Markup("<code>{}</code>").format(piece) if number % 2 else escape(piece) for number, piece in enumerate(sentence.split("`")))
+    return Markup("").join(pieces)
+
+
 # ── times ──
 
 
