@@ -4,6 +4,7 @@ A user's mistake must never end in a traceback: wrong usage exits with 2, a bad 
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from sfu_delegate import __version__
-from sfu_delegate.config import Config, ConfigInvalid, Problem, example, load, warnings
+from sfu_delegate.config import Config, ConfigInvalid, Problem, example, load, parse_duration, warnings
 from sfu_delegate.operate.completion import VARIABLE, Shell, answer_shells, script
 
 if TYPE_CHECKING:
+    from sfu_delegate.operate.commands import Asking
     from sfu_delegate.store.copying import Place, Report
 
 DEFAULT_CONFIG = Path("/etc/sfu-delegate/sfu-delegate.yaml")
@@ -49,7 +51,13 @@ def _about() -> None:
       sfu-delegate import-env > delegate.yaml        … from the LIVEKIT_… variables of lk-jwt-service
       sfu-delegate check-config -c delegate.yaml     find everything that is wrong with it
       sfu-delegate appservice -c delegate.yaml       make the daemon an application service of the homeserver
+      sfu-delegate doctor -c delegate.yaml           look at all that it needs: database, SFUs, homeservers
       sfu-delegate serve -c delegate.yaml            run
+
+    \b
+    While it runs:
+      sfu-delegate status                            how it is, and what is wrong
+      sfu-delegate explain --user @alice:example.org --at 10:42
     """
 
 
@@ -114,6 +122,35 @@ def check_config(
             typer.echo(yaml.safe_dump(loaded.shown(), sort_keys=False, allow_unicode=True), nl=False)
         typer.echo(_verdict(config, problems, risks, strict), err=show)
     raise typer.Exit(0 if good else 1)
+
+
+@app.command(short_help="Look at everything that the daemon needs: what is wrong, and what to do.")
+def doctor(
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+) -> None:
+    """Look at everything that the daemon needs, and tell what is wrong and what to do: the configuration, the database, each SFU and whether its
+    webhooks come, each homeserver with its rate limit, application service and federation, and the daemon itself.
+
+    It works before the first start, and beside a running daemon, which it does not disturb: run it there as the daemon's user, or as root. On each
+    SFU it makes a room of nobody, and deletes it. It takes some seconds, and 45 at the most.
+
+    Exits with 0 when all is well, or there are warnings only; with 1 when something does not work.
+
+    \b
+    Examples:
+      sfu-delegate doctor --config /etc/sfu-delegate/sfu-delegate.yaml
+      sfu-delegate doctor -c delegate.yaml --json | jq '.checks[] | select(.verdict == "problem")'
+    """
+    from sfu_delegate.doctor import as_data, diagnose, progress, show
+
+    with progress() as tell:
+        report = diagnose(config, os.environ, tell)
+    if as_json:
+        typer.echo(json.dumps(as_data(report), indent=2, ensure_ascii=False))
+    else:
+        show(report)
+    raise typer.Exit(report.exit_code)
 
 
 @app.command("example-config", short_help="Print a commented configuration.")
@@ -238,6 +275,287 @@ def appservice(
     typer.echo("Now:")
     for number, step in enumerate(done.steps, 1):
         typer.echo(f"{number}. {step}")
+
+
+# ── looking into a running daemon ──
+
+AdminOption = Annotated[
+    str | None,
+    typer.Option("--admin", metavar="URL", help="The daemon's admin listener, http://… or unix:/path. Otherwise: as the configuration says."),
+]
+TokenFileOption = Annotated[
+    Path | None, typer.Option("--token-file", metavar="FILE", help="The admin token. Otherwise: the one of the configuration, if that can be read.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
+LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="How many at the most.")]
+AllOption = Annotated[bool, typer.Option("--all", help="All that there are, however many.")]
+RoomOption = Annotated[str | None, typer.Option("--room", metavar="ROOM", help="A Matrix room id, or the room's name at LiveKit.")]
+UserOption = Annotated[str | None, typer.Option("--user", metavar="USER", help="A Matrix user, or an identity at LiveKit.")]
+SfuOption = Annotated[str | None, typer.Option("--sfu", metavar="NAME", help="An SFU, by its name in the configuration.")]
+IdsArgument = Annotated[list[str], typer.Argument(metavar="ID...", help="Delegations, by their ids (dlg_…) or the numbers of their rows.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Without a terminal nobody is asked.")]
+
+
+def _duration(text: str) -> float:
+    from sfu_delegate.config.values import DURATION_REMEDY
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}: {DURATION_REMEDY}") from None
+
+
+def _moment(text: str) -> float:
+    from time import time
+
+    from sfu_delegate.operate.shown import moment
+
+    try:
+        return moment(text, time())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _asking(config: Path, admin: str | None, token_file: Path | None, as_json: bool) -> "Asking":
+    from sfu_delegate.operate.commands import Asking
+
+    return Asking(config, config == DEFAULT_CONFIG, admin, token_file, as_json)
+
+
+@app.command(short_help="How the running daemon is.")
+def status(
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every 2 s, until Ctrl-C.")] = False,
+) -> None:
+    """Show how the running daemon is: a verdict and what is wrong right now; whether nobody is dropped and nobody stays a ghost; rates, homeservers
+    and what their limits mean, SFUs, the database.
+
+    Exits with 0 when all is well, 1 when it is degraded or unavailable, or something else is wrong, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate status
+      sfu-delegate status --watch
+      sfu-delegate status --json | jq -r '.causes[]'
+      sfu-delegate status --admin unix:/run/sfu-delegate/admin.sock
+    """
+    from sfu_delegate.operate import commands
+
+    if watch and (as_json or not sys.stdout.isatty()):
+        raise typer.BadParameter("needs a terminal, and no --json: elsewhere, run it again and again", param_hint="--watch")
+    raise typer.Exit(commands.status(_asking(config, admin, token_file, as_json), watch=watch))
+
+
+@app.command("list", short_help="List delegations.")
+def list_delegations(
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+    room: RoomOption = None,
+    user: UserOption = None,
+    homeserver: Annotated[str | None, typer.Option("--homeserver", metavar="NAME", help="Of this homeserver.")] = None,
+    sfu: SfuOption = None,
+    state: Annotated[
+        str | None, typer.Option("--state", metavar="STATE", help="live, ending, superseded, vanished, adrift, done; several with commas between.")
+    ] = None,
+    presence: Annotated[
+        str | None, typer.Option("--presence", metavar="PRESENCE", help="expected, connected, away, gone; several with commas between.")
+    ] = None,
+    outcome: Annotated[
+        str | None, typer.Option("--outcome", metavar="OUTCOME", help="How it ended: sent, already_ended, lost, …; several with commas between.")
+    ] = None,
+    opened: Annotated[bool | None, typer.Option("--open/--finished", help="Only those that are open, or finished.", show_default=False)] = None,
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", parser=_duration, metavar="DURATION", help="Delegated before that: 2h, 30m, 1d.")
+    ] = None,
+    newer_than: Annotated[float | None, typer.Option("--newer-than", parser=_duration, metavar="DURATION", help="Delegated since then.")] = None,
+    limit: LimitOption = 100,
+    everything: AllOption = False,
+) -> None:
+    """List delayed events that were delegated, the newest first; all filters that are given have to match.
+
+    On a terminal it is a table. Elsewhere it is one line each, without headings, with tabs between: delegation, row, state, outcome, presence, time,
+    SFU, room, user or identity, homeserver. What cannot be seen in a name stands there as an escape (\\x1b, \\u202e).
+
+    Exits with 0 when there are some, 1 when nothing matches, 2 for a filter that is not understood, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate list --open --room '!abcdefg:example.org'
+      sfu-delegate list --outcome lost --newer-than 1d
+      sfu-delegate list --all | cut -f 10 | sort | uniq -c
+      sfu-delegate list --json --user @alice:example.org | jq -r '.events[].sentence'
+    """
+    from sfu_delegate.operate import commands
+
+    words = {"room": room, "user": user, "homeserver": homeserver, "sfu": sfu, "state": state, "presence": presence, "outcome": outcome}
+    words["open"] = None if opened is None else str(opened).lower()
+    words["older_than_s"] = None if older_than is None else str(math.floor(older_than))
+    words["newer_than_s"] = None if newer_than is None else str(math.ceil(newer_than))
+    query = {name: word for name, word in words.items() if word is not None}
+    raise typer.Exit(commands.events(_asking(config, admin, token_file, as_json), query, None if everything else limit))
+
+
+@app.command(short_help="List rooms with delegations.")
+def rooms(
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+    room: RoomOption = None,
+    sfu: SfuOption = None,
+    limit: LimitOption = 100,
+    everything: AllOption = False,
+) -> None:
+    """List rooms with delegations, by SFU and name, and how many of those who have delegated are in them.
+
+    On a terminal it is a table. Elsewhere it is one line each, without headings, with tabs between: SFU, room, participants that are connected,
+    expected, away and gone, open delayed events, the last look at the room, looks that have failed since.
+
+    Exits with 0 when there are some, 1 when there are none, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate rooms
+      sfu-delegate rooms --room '!abcdefg:example.org'
+      sfu-delegate rooms --all | sort -t "$(printf '\\t')" -k 3 -n | tail -5
+    """
+    from sfu_delegate.operate import commands
+
+    query = {name: word for name, word in (("room", room), ("sfu", sfu)) if word is not None}
+    raise typer.Exit(commands.rooms(_asking(config, admin, token_file, as_json), query, None if everything else limit))
+
+
+@app.command(short_help="Show one delegation, and its story.")
+def show(
+    id: Annotated[str, typer.Argument(metavar="ID", help="A delegation, by its id (dlg_…) or the number of a row.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one delegation: whose it is, how it is with each of its delayed events, and what happened to them.
+
+    Exits with 0 when there is one, 1 when there is none, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate show dlg_0f8fad5bd9cb469fa16570867728950e
+      sfu-delegate show 1234
+      sfu-delegate show 1234 --json | jq '.story[]'
+    """
+    from sfu_delegate.operate import commands
+
+    raise typer.Exit(commands.show(_asking(config, admin, token_file, as_json), id))
+
+
+@app.command(short_help="Why somebody was dropped, or is still there.")
+def explain(
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+    room: RoomOption = None,
+    user: UserOption = None,
+    sfu: SfuOption = None,
+    at: Annotated[
+        float | None,
+        typer.Option(
+            "--at",
+            parser=_moment,
+            metavar="TIME",
+            help="Who was there at this time, local time (10:42, or '2026-03-01 10:42'), with what happened within 5 minutes of it marked.",
+        ),
+    ] = None,
+    since: Annotated[
+        float | None, typer.Option("--since", parser=_duration, metavar="DURATION", help="Only what happened since then: 2h, 1d.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, metavar="N", help="Lines for each participant: the newest, or nearest. 0: all.")] = 40,
+) -> None:
+    """Tell the story of a room or a user: for each participant how it is now, what happened, when and why, and what is wrong right now.
+
+    With --at, the lines near to that time are marked with >, and the time itself stands between the lines.
+
+    Exits with 0 when somebody was found, 1 when nobody has delegated there, 2 for wrong usage, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate explain --room '!abcdefg:example.org'
+      sfu-delegate explain --user @alice:example.org --at 10:42
+      sfu-delegate explain --room '!abcdefg:example.org' --user @alice:example.org --since 2h
+    """
+    from sfu_delegate.operate import commands
+
+    if room is None and user is None:
+        raise typer.BadParameter("name the room, the user, or both", param_hint="--room, --user")
+    if at is not None and since is not None:
+        raise typer.BadParameter("goes without --since", param_hint="--at")
+    asking = _asking(config, admin, token_file, as_json)
+    raise typer.Exit(commands.explain(asking, room=room, user=user, sfu=sfu, around=at, since=since, limit=limit))
+
+
+@app.command(short_help="Have the leave events of delegations sent now.")
+def end(
+    ids: IdsArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+    yes: YesOption = False,
+    wait: Annotated[
+        float, typer.Option("--wait", parser=_duration, metavar="DURATION", help="How long to wait for the outcome.", show_default="10s")
+    ] = 10.0,
+) -> None:
+    """End delegations: their homeserver is told to send the leave events now (or to cancel them, where the client wants that), as if the participants
+    had left. Whoever is in the call stays connected to the SFU, and is no longer shown in it.
+
+    It tells what will happen, asks on a terminal, and waits for the outcome. Over host and port it takes the admin token. It is logged.
+
+    Exits with 0 when all of them are over, 1 when one is not (yet), is not found or is refused, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate end dlg_0f8fad5bd9cb469fa16570867728950e
+      sfu-delegate end 1234 1235 --yes
+      sfu-delegate list --open --room '!abcdefg:example.org' | cut -f 1 | xargs sfu-delegate end --yes
+    """
+    _change("end", ids, _asking(config, admin, token_file, as_json), yes, wait)
+
+
+@app.command(short_help="Have the daemon forget delegations.")
+def release(
+    ids: IdsArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+    yes: YesOption = False,
+) -> None:
+    """Release delegations: the daemon forgets them, and neither restarts nor ends their events any more. These stay at the homeserver as they are,
+    and run out after their delay unless the client restarts them: who is in the call then is dropped from it, if its client has relied on the daemon.
+
+    It tells what will happen, and asks on a terminal. Over host and port it takes the admin token. It is logged.
+
+    Exits with 0 when it is done, 1 when one is not found or refused, and 3 when the daemon cannot be asked.
+
+    \b
+    Examples:
+      sfu-delegate release dlg_0f8fad5bd9cb469fa16570867728950e
+      sfu-delegate release 1234 --yes --json
+    """
+    _change("release", ids, _asking(config, admin, token_file, as_json), yes, 0.0)
+
+
+def _change(verb: str, ids: Sequence[str], asking: "Asking", yes: bool, wait: float) -> NoReturn:
+    from sfu_delegate.operate import commands
+
+    people = sys.stdin.isatty() and sys.stderr.isatty()
+    confirm = None if yes or not people else lambda question: typer.confirm(question, err=True)
+    raise typer.Exit(commands.change(asking, verb, ids, confirm=confirm, wait=wait))
 
 
 PasswordFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the password for this one, if it is PostgreSQL.")]

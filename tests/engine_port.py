@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry
 from sfu_delegate.api import port as api_port
 from sfu_delegate.api.app import AdminServices, Public, Readiness, Services, Settings
 from sfu_delegate.api.listener import Listener
-from sfu_delegate.api.overview import Overview, Promises
+from sfu_delegate.api.overview import HomeserverState, Overview, Promises, SfuState
 from sfu_delegate.api.port import Unavailable
 from sfu_delegate.api.services import Probes
-from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Listed, Looked, Note, Seen, Task, Verdict
+from sfu_delegate.delegation.model import Accept, Action, Answered, DelayedEvent, Input, Lane, Listed, Looked, Note, Seen, Task, Verdict
 from sfu_delegate.delegation.policy import Policy
 from sfu_delegate.delegation.replies import Reply
 from sfu_delegate.engine import Change, Engine, Limits
@@ -95,10 +95,10 @@ class EngineWatch:
 class EnginePort:
     """See `port.Port`. The actions that an input sets off are carried out right after its reply, with the clock standing still."""
 
-    def __init__(self, script: Script = agrees, now: float = NOW, limits: Limits = Limits()) -> None:  # noqa: B008
+    def __init__(self, script: Script = agrees, now: float = NOW, limits: Limits = Limits(), database: str = ":memory:") -> None:  # noqa: B008
         self.script = script
         self.at = now
-        self.store = SqliteStore(":memory:")
+        self.store = SqliteStore(database)
         self.engine = Engine(self.store, Policy(), limits, Random(1))
         self.listed: tuple[Listed, ...] = ()
         self.error: Exception | None = None  # what `put` raises instead of doing anything
@@ -348,9 +348,10 @@ class Bench:
         limits: Limits = Limits(),  # noqa: B008
         settings: Settings = Settings(),  # noqa: B008
         paths: Mapping[str, str] | None = None,
+        database: str = ":memory:",
         **given: Any,
     ) -> None:
-        self.port = EnginePort(script, limits=limits)
+        self.port = EnginePort(script, limits=limits, database=database)
         self.settings = settings
         self.stopping = False
         self.scopes = Scopes()
@@ -485,6 +486,30 @@ class Uninspected:
     async def read(self, work: Callable[[Any], Any]) -> Any:
         """See `api.overview.Inspection`."""
         raise Unavailable("It is in memory.", 1.0)
+
+
+class Inspected:
+    """A daemon whose database, a file, is read beside the engine; its homeserver is limited, and its SFU does not answer."""
+
+    def __init__(self, port: EnginePort) -> None:
+        self._reader = port.store.reader()
+        self.error: Unavailable | None = None  # what `read` raises
+
+    def overview(self) -> Overview:
+        """See `api.overview.Inspection`."""
+        waiting = {Lane.END: (3, NOW - 60.0)}
+        server = HomeserverState(SERVER, SERVER, "", None, 3, "some", 1.0, 5.0, exempt=False, lateness=2.5, waiting=waiting)
+        sfu = SfuState("main", SFU_URL, "no answer", NOW - 5.0, NOW - 90.0, NOW - 60.0, several_nodes=False)
+        promises = Promises(1, {"sent": 2, "lost": 1}, 2, 0.25, 1.5)
+        states = {("live", "connected"): 2, ("ending", "gone"): 1}
+        webhooks, actions = {("main", "participant_left", "stored"): 2}, {("send", "done"): 2, ("restart", "limited"): 1}
+        return Overview("1.0.0", "a", 2, NOW - 60, NOW, "in a file", 60.0, promises, states, webhooks, actions, (server,), (sfu,))
+
+    async def read(self, work: Callable[[Any], Any]) -> Any:
+        """See `api.overview.Inspection`."""
+        if self.error is not None:
+            raise self.error
+        return work(self._reader)
 
 
 def admin_services(

@@ -18,7 +18,7 @@ from sfu_delegate.api.errors import MatrixError, json_response
 from sfu_delegate.api.health import READY_TIMEOUT, detail_of
 from sfu_delegate.api.overview import HomeserverState, Overview, SfuState
 from sfu_delegate.api.port import Unavailable
-from sfu_delegate.api.services import AdminServices
+from sfu_delegate.api.services import AdminServices, Phase
 from sfu_delegate.delegation.model import DelayedEvent, End, Lane, Note, Outcome, Presence, Room, State, Withdraw
 from sfu_delegate.delegation.replies import Withdrawn
 from sfu_delegate.livekit import names
@@ -33,7 +33,10 @@ PAGE_MOST: Final = 1000
 EXPLAINED_MOST: Final = 200
 """Delayed events that are explained at a time: the newest."""
 
+TEXT_MOST: Final = 1000  # characters of a parameter; LiveKit allows 256 in names
+
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IMPOSSIBLE: Final = re.compile("[\x00\ud800-\udfff]")  # what no text in a database has
 _NO_SUCH: Final = "There is no such delegation here. It may have been removed: finished ones are kept for `history.keep`."
 
 
@@ -87,7 +90,8 @@ class AdminApi:
         query.no_more()
         rooms, counts = await self._questions.rooms(limit, after if any(after) else None, sfu=sfu, named=named)
         more = {"after_sfu": rooms[-1].sfu, "after": rooms[-1].name} if len(rooms) == limit else {}
-        return json_response({"rooms": [room_json(room, counts) for room in rooms], **more})
+        now = self._services.inspection.overview().now
+        return json_response({"now_ts": _ts(now), "rooms": [room_json(room, counts) for room in rooms], **more})
 
     async def explain(self, request: web.Request) -> web.Response:
         """Why it is, or was, so: the story of each delayed event of a room, or of a user."""
@@ -153,11 +157,11 @@ class Query:
         self._known: set[str] = set()
 
     def text(self, name: str) -> str | None:
-        """A parameter, if it is there."""
+        """A parameter, if it is there. Names are what clients have chosen: whatever the database can have is one."""
         self._known.add(name)
         value = self._given.get(name)
-        if value is not None and (not value or len(value) > 1000 or not value.isprintable()):
-            raise _bad(f"{name} must be a text of printable characters.")
+        if value is not None and (not value or len(value) > TEXT_MOST or _IMPOSSIBLE.search(value)):
+            raise _bad(f"{name} must be a text of 1 to {TEXT_MOST} characters, without NUL.")
         return value
 
     def number(self, name: str) -> int | None:
@@ -340,12 +344,14 @@ class Questions:
     async def explained(self, wanted: Selection) -> dict[str, Any]:
         """The stories of what matches, by participant."""
 
-        def read(reader: Reader) -> tuple[list[DelayedEvent], list[Note], list[Room]]:
+        def read(reader: Reader) -> tuple[list[DelayedEvent], list[Note], list[Room], list[RoomCount]]:
             rows = reader.events(wanted, EXPLAINED_MOST)
-            rooms = reader.rooms(PAGE, named=sorted({row.room for row in rows})) if rows else []
-            return rows, reader.history([row.id for row in rows]), rooms
+            theirs = {(row.sfu, row.room) for row in rows}
+            rooms = reader.rooms(PAGE_MOST, named=sorted({room for _, room in theirs})) if rows else []
+            rooms = [room for room in rooms if (room.sfu, room.name) in theirs]
+            return rows, reader.history([row.id for row in rows]), rooms, reader.in_rooms([(room.sfu, room.name) for room in rooms])
 
-        rows, notes, rooms = await self._read(read)
+        rows, notes, rooms, counts = await self._read(read)
         overview = self.services.inspection.overview()
         people: dict[tuple[str, str, str], list[DelayedEvent]] = {}
         for row in sorted(rows, key=lambda row: row.id):
@@ -355,7 +361,8 @@ class Questions:
             "now_ts": _ts(overview.now),
             "complete": len(rows) < EXPLAINED_MOST,
             "kept_s": overview.keep,
-            "rooms": [room_json(room, ()) for room in rooms],
+            "searched": list(wanted.rooms),
+            "rooms": [room_json(room, counts) for room in rooms],
             "participants": [
                 {"sfu": sfu, "room": room, "user": theirs[-1].user, "identity": theirs[-1].identity, **story_json(theirs, notes, overview.now)}
                 for (sfu, room, _), theirs in people.items()
@@ -377,6 +384,8 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
                 f"{server.name} cannot be asked: {full_stop(server.problem)} Restarts and goodbyes there wait, and are repeated.",
                 homeserver=server.name,
             )
+        if server.service:
+            add(f"The application service does not work at {server.name}: {full_stop(server.service)}", homeserver=server.name)
         if server.lateness > 0:
             add(
                 f"At the rate of {server.name}, restarts will be {story.span(server.lateness)} late: connected people will be dropped.",
@@ -394,9 +403,19 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
     return found
 
 
-def full_stop(sentence: str) -> str:
-    """With a full stop: what homeservers and SFUs are said to be like has it now and then."""
-    return sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."
+def full_stop(problem: str) -> str:
+    """A problem as a sentence: conditions end with a full stop, or do not."""
+    return problem if problem.endswith((".", "!", "?")) else f"{problem}."
+
+
+def _own_causes(readiness: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the daemon itself."""
+    found = []
+    if readiness["phase"] != Phase.RUNNING.value:
+        found.append(f"The daemon is {readiness['phase']}: it takes no delegations and no webhooks.")
+    if readiness["database"] != "ok":
+        found.append(f"The database takes nothing: {full_stop(readiness['database'])} No delegation and no webhook is taken, and no goodbye is sent.")
+    return found
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -514,7 +533,11 @@ def status_json(overview: Overview, readiness: dict[str, Any], size: Size | None
         "sfus": [_sfu_json(sfu, overview) for sfu in overview.sfus],
         "webhooks": [{"sfu": sfu, "event": event, "result": result, "count": n} for (sfu, event, result), n in sorted(overview.webhooks.items())],
         "actions": [{"action": action, "outcome": outcome, "count": n} for (action, outcome), n in sorted(overview.actions.items())],
-        "causes": [*(cause["sentence"] for cause in causes(overview)), *_unsaid(overview, by_state[State.ENDING.value], ending)],
+        "causes": [
+            *_own_causes(readiness),
+            *(cause["sentence"] for cause in causes(overview)),
+            *_unsaid(overview, by_state[State.ENDING.value], ending),
+        ],
     }
 
 

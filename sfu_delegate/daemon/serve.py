@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import socket
-import ssl
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from sfu_delegate.api.listener import BACKLOG, Listener
 from sfu_delegate.api.webhooks import IGNORED
 from sfu_delegate.config import Config, ConfigInvalid, load, reloaded, warnings
 from sfu_delegate.config import reloadable_changes as changes_of
+from sfu_delegate.daemon import parts
 from sfu_delegate.daemon.actions import Actions, Means, Sfu
 from sfu_delegate.daemon.clock import Clock
 from sfu_delegate.daemon.inbox import Inbox
@@ -38,10 +38,10 @@ from sfu_delegate.delegation.model import Answered, DelayedEvent, Lane, Note, Pr
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Engine, Limits, Step
 from sfu_delegate.livekit.keys import KeyRing, SfuKey
-from sfu_delegate.livekit.room_service import RoomService, SfuAddress, SfuUnavailable, Trouble
-from sfu_delegate.matrix.discovery import HomeserverRule, Homeservers, trusting
+from sfu_delegate.livekit.room_service import RoomService, SfuUnavailable, Trouble
+from sfu_delegate.matrix.discovery import Homeservers
 from sfu_delegate.matrix.egress import Egress
-from sfu_delegate.matrix.federation import OF_A_STRANGER, Federation, Terms
+from sfu_delegate.matrix.federation import Federation, Terms
 from sfu_delegate.matrix.management import ManagementClient
 from sfu_delegate.matrix.openid import OpenId, OpenIdRefused
 from sfu_delegate.matrix.service import ApplicationService
@@ -277,10 +277,10 @@ class Daemon:
         await asyncio.to_thread(self._store.save_clock_mark, clock.mark)
         await self._compare_keys()
 
-        self.homeservers = Homeservers(_rules(config), self._egress, clock)
+        self.homeservers = Homeservers(parts.rules(config), self._egress, clock)
         self.client = ManagementClient(self._egress, clock)
         self._room_service = RoomService()
-        self._tls = _tls(config)
+        self._tls = parts.federation_tls(config)
         self._federation = Federation(self._terms, self._egress, clock)
         self._service = ApplicationService(self._egress, clock)
         self._openid = OpenId(self._federation, clock, cache=lambda: self.config.matrixrtc.openid_cache)
@@ -288,7 +288,7 @@ class Daemon:
         self.metrics.tls_verified.set(1 if config.federation.verify_tls else 0)
         self.metrics.known((homeserver.name for homeserver in config.homeservers), config.sfus)
         self.metrics.watch_clock(clock.behind)
-        self.keys = KeyRing(_keys(config))
+        self.keys = KeyRing(parts.keys(config))
         random = Random()  # noqa: S311 — for jitter
         self.engine = await asyncio.to_thread(
             Engine,
@@ -302,7 +302,7 @@ class Daemon:
         )
         self.metrics.watch_states(lambda: dict(self.engine.states))  # a copy at once: the engine goes on in its thread
         self.metrics.watch_late(lambda: dict.fromkeys(self.config.sfus, 0) | dict(self.engine.late))
-        reach = Means(self.homeservers, self.client, self._service, self._room_service, self._sealer, _sfus(config), config.timeouts.request)
+        reach = Means(self.homeservers, self.client, self._service, self._room_service, self._sealer, parts.sfus(config), config.timeouts.request)
         sharing = None if shared is None else Sharing(self.engine, shared, clock)
         self.metrics.watch_instances(lambda: 1 + len(self.engine.instances))
         observer = _Observer(self.metrics)
@@ -393,8 +393,8 @@ class Daemon:
             await web.SockSite(self._admin, self._socket.sock, backlog=BACKLOG).start()
             places.append(str(config.admin.socket))
         self._phase = Phase.RUNNING
-        self.actions.check(_named(config), config.sfus)
-        self.actions.check_services(_services(config))
+        self.actions.check(parts.named(config), config.sfus)
+        self.actions.check_services(parts.services(config))
         log.info("listening", public=f"{config.listen.host}:{self.public_port}", admin=", ".join(places))
 
     # ── while it runs ──
@@ -413,11 +413,11 @@ class Daemon:
         except TimeoutError:
             trouble = self.inbox.trouble or f"it does not answer within {within:g} seconds"
         conditions = self.actions.conditions
-        homeservers = {name: conditions.get(("homeserver", name)) for name in _named(self.config)}
+        homeservers = {name: conditions.get(("homeserver", name)) for name in parts.named(self.config)}
         # Of those that match a pattern, the ones in trouble: there may be many.
         homeservers |= {name: problem for (kind, name), problem in conditions.items() if kind == "homeserver" and problem}
         sfus = {name: conditions.get(("sfu", name)) for name in self.config.sfus}
-        services = {name: conditions.get(("application_service", name)) for name in _services(self.config)}
+        services = {name: conditions.get(("application_service", name)) for name in parts.services(self.config)}
         return Readiness(self._phase, trouble, homeservers, sfus, services)
 
     def _conditions(self) -> dict[tuple[str, str], str]:
@@ -469,13 +469,7 @@ class Daemon:
 
     def _terms(self, homeserver: str) -> Terms:
         """How a homeserver's federation API is reached."""
-        rule, federation = self.homeservers.rule_for(homeserver), self.config.federation
-        if rule is None:
-            return Terms(allow_private=federation.allow_private_addresses, ssl=self._tls, stranger=True)
-        context = self.homeservers.ssl_for(rule) if federation.verify_tls else self._tls
-        stranger = rule.anybodys and rule.federation_url is None
-        places = min(rule.max_in_flight, OF_A_STRANGER) if stranger else rule.max_in_flight
-        return Terms(rule.federation_url, rule.allow_private, context, places, stranger)
+        return parts.federation_terms(self.config, self.homeservers, self._tls, homeserver)
 
     def _in_flight(self, homeserver: str) -> int:
         rule = self.homeservers.rule_for(homeserver)
@@ -497,7 +491,7 @@ class Daemon:
                 return
             new = self._reread()
             _, needs_restart = changes_of(self.config, new)
-            rules, keys, tls = _rules(new), _keys(new), _tls(new)
+            rules, keys, tls = parts.rules(new), parts.keys(new), parts.federation_tls(new)
             self.homeservers.replace_rules(rules)
             self.keys.replace(keys)
         except ConfigInvalid as error:
@@ -514,15 +508,15 @@ class Daemon:
         self._settings = _settings(self.config)
         self._tls = tls
         self.metrics.tls_verified.set(1 if self.config.federation.verify_tls else 0)
-        self.actions.reach.sfus = _sfus(self.config)
+        self.actions.reach.sfus = parts.sfus(self.config)
         self.actions.reach.timeout = self.config.timeouts.request
         self.inbox.most = self.config.limits.inbox
         self.metrics.known((homeserver.name for homeserver in self.config.homeservers), self.config.sfus)
         policy, limits = self.config.policy(), _limits(self.config)
         self._reconfiguring = asyncio.ensure_future(self.inbox.in_thread(lambda: self.engine.reconfigure(policy, limits)))
         self._membership.reconsider()
-        self.actions.check(_named(self.config), self.config.sfus)
-        self.actions.check_services(_services(self.config))
+        self.actions.check(parts.named(self.config), self.config.sfus)
+        self.actions.check_services(parts.services(self.config))
         self.metrics.reloads.labels("done").inc()
         logs.set_level("info")  # so that this line is seen whatever the level was, and will be
         log.info("config_reloaded", needs_restart=needs_restart)
@@ -640,51 +634,6 @@ def _answers(path: Path) -> bool:
 # ── from the configuration to what each part takes ──
 
 
-def _named(config: Config) -> list[str]:
-    """The homeservers that the configuration names, without the patterns."""
-    return [homeserver.name.lower() for homeserver in config.homeservers if "*" not in homeserver.name]
-
-
-def _services(config: Config) -> dict[str, bool]:
-    """The homeservers with an application service, and whether they are to pass requests on."""
-    return {one.name.lower(): one.hs_token is not None for one in config.homeservers if one.as_token is not None and "*" not in one.name}
-
-
-def _rules(config: Config) -> list[HomeserverRule]:
-    return [
-        HomeserverRule(
-            pattern=homeserver.name,
-            url=homeserver.url,
-            as_token=homeserver.as_token.get_secret_value() if homeserver.as_token else None,
-            ca_file=str(homeserver.ca_file) if homeserver.ca_file else None,
-            allow_private=homeserver.allow_private_addresses,
-            federation_url=homeserver.federation_url,
-            hs_token=homeserver.hs_token.get_secret_value() if homeserver.hs_token else None,
-            max_in_flight=homeserver.in_flight,
-            limited=homeserver.rate_limited,
-        )
-        for homeserver in config.homeservers
-    ]
-
-
-def _tls(config: Config) -> ssl.SSLContext | None:
-    """What is trusted of servers that the configuration does not name; of all servers where nothing is verified. None: the system's authorities.
-
-    Raises ValueError where the file cannot be used.
-    """
-    federation = config.federation
-    if federation.verify_tls and federation.ca_file is None:
-        return None
-    try:
-        context = trusting(federation.ca_file)
-    except ValueError as error:
-        raise ValueError(f"federation.ca_file {error}") from None
-    if not federation.verify_tls:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def _of_start(error: Exception) -> str:
     """What went wrong, for somebody whose daemon does not start."""
     return str(error).removesuffix(GOES_ON).rstrip()
@@ -707,18 +656,6 @@ def _opened(config: Config) -> Store:
         address=given.address,
         connect_timeout=given.connect_timeout,
     )
-
-
-def _keys(config: Config) -> list[SfuKey]:
-    return [SfuKey(name, key, secret.get_secret_value()) for name, sfu in config.sfus.items() for key, secret in sfu.keys.items()]
-
-
-def _sfus(config: Config) -> dict[str, Sfu]:
-    sfus = {}
-    for name, sfu in config.sfus.items():
-        key = sfu.api_key or next(iter(sfu.keys))
-        sfus[name] = Sfu(SfuAddress(name, sfu.url, key, sfu.keys[key].get_secret_value()), sfu.request_timeout)
-    return sfus
 
 
 def _limits(config: Config) -> Limits:

@@ -155,6 +155,16 @@ class RoomService:
             raise
         return True
 
+    async def delete_room(self, sfu: SfuAddress, room: str, timeout: float) -> bool:  # noqa: ASYNC109
+        """Delete a room, with everybody in it; False where it is not there. Raises SfuUnavailable."""
+        try:
+            await self._call(sfu, "DeleteRoom", room, {"room": room}, timeout)
+        except SfuUnavailable as error:
+            if error.code == "not_found":
+                return False
+            raise
+        return True
+
     async def close(self) -> None:
         """Close the own session, if there is one. Can be called again."""
         session, self._own_session = self._own_session, None

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
@@ -139,13 +139,7 @@ def listener_of(admin: Admin) -> AdminListener:
 
 def listener_at(url: str, token_file: Path | None = None) -> AdminListener:
     """Where a URL says: `http://127.0.0.1:8081`, or `unix:/run/sfu-delegate/admin.sock`. Raises CannotAsk."""
-    token = None
-    if token_file is not None:
-        try:
-            token = token_file.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise CannotAsk(f"The token's file {token_file} cannot be read: {reason}.") from None
+    token = None if token_file is None else _token_in(token_file)
     if url.startswith("unix:"):
         return AdminListener(socket=url.removeprefix("unix:").removeprefix("//"), token=token)
     try:
@@ -157,11 +151,32 @@ def listener_at(url: str, token_file: Path | None = None) -> AdminListener:
         raise CannotAsk("The admin listener is named as http://HOST:PORT or unix:/PATH: such as http://127.0.0.1:8081.") from None
 
 
-def find(config: Path, environ: Mapping[str, str], *, may_be_missing: bool = False) -> AdminListener:
-    """The admin listener of the daemon that has this configuration file. Raises ConfigInvalid.
+def _token_in(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise CannotAsk(f"The token's file {path} cannot be read: {reason}.") from None
+    if not token or not token.isascii() or not token.isprintable():
+        raise CannotAsk(f"The token's file {path} must hold the token, in one line of printable ASCII characters, and nothing else.")
+    return token
 
-    `may_be_missing`: where there is no such file, the daemon's defaults count.
+
+def find(config: Path, environ: Mapping[str, str], *, may_be_missing: bool = False, token_file: Path | None = None) -> AdminListener:
+    """The admin listener of the daemon that has this configuration file. Raises ConfigInvalid, CannotAsk.
+
+    `may_be_missing`: where there is no such file, the daemon's defaults count. `token_file`: in place of the token that the configuration names.
     """
-    if may_be_missing and not config.exists():
-        return listener_of(Admin())
-    return listener_of(load_admin(config, environ))
+    at = listener_of(Admin() if may_be_missing and _is_missing(config) else load_admin(config, environ))
+    return at if token_file is None else replace(at, token=_token_in(token_file))
+
+
+def _is_missing(path: Path) -> bool:
+    """Certainly: one that may not be looked at is not."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False

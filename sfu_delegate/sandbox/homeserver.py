@@ -520,7 +520,7 @@ class HomeserverModel:
         for prefix in (UNSTABLE, STABLE):
             if path == prefix + "delayed_events" or path.startswith(prefix + "delayed_events/"):
                 parts = [unquote(part) for part in path[len(prefix) :].split("/")][1:]
-                if method == "GET":
+                if method == "GET" and len(parts) < 2:
                     return self._read(prefix, parts, query, token, now)
                 return self._management(prefix, method, parts, query, token, body, ip, now)
         if self.msc4502 and (found := _IS_JOINED.fullmatch(path)) is not None:
@@ -600,8 +600,10 @@ class HomeserverModel:
     ) -> Answer:
         in_body, in_path = ("A", "D") if prefix == STABLE else ("B", "C")
         generation = {1: in_body, 2: in_path}.get(len(parts), "")
-        if method != "POST" or not generation or generation not in self.generations:
+        if not generation or generation not in self.generations or (generation == in_path and parts[1] not in ACTIONS):
             raise self._no_such_endpoint()
+        if method != "POST":
+            raise _NO_SUCH_METHOD
         if generation == in_body:
             if token is None and (generation == "A" or self.b_needs_token):
                 raise _MISSING_TOKEN
@@ -612,8 +614,6 @@ class HomeserverModel:
                 raise MatrixError(400, "M_INVALID_PARAM", "'action' is not one of 'cancel', 'restart', 'send'")
         else:
             action = parts[1]
-            if action not in ACTIONS:
-                raise self._no_such_endpoint()
         actor = self._charge(token, query, ip, now)
         scope = self._tokens[token].delay_ids if token in self._tokens else None
         if scope is not None and parts[0] not in scope:

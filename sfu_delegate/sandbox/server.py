@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, fields
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, urlencode
@@ -221,7 +221,9 @@ class _Sandbox:
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=500)
-        return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+        response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+        response.headers.setdefault("Date", formatdate(self._clock(), usegmt=True))  # by the server's clock, which may be wrong
+        return response
 
     async def _serve_control(self, request: web.Request) -> web.StreamResponse:
         name = request.path.removeprefix("/sandbox/")

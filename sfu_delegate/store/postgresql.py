@@ -852,7 +852,7 @@ class PostgresStore:
 
     def failed(self, error: psycopg.Error) -> StoreUnavailable:
         """What an error of the driver means, for the operator."""
-        return StoreUnavailable(_sentence(self.name, error))
+        return StoreUnavailable(sentence(self.name, error))
 
     # ── the work ──
 
@@ -1255,7 +1255,7 @@ def _shown(url: str) -> str:
     return f"{parts.get('dbname', '')} at {parts.get('host') or parts.get('hostaddr') or 'the local socket'}{port}"
 
 
-def _sentence(name: str, error: psycopg.Error) -> str:
+def sentence(name: str, error: psycopg.Error) -> str:
     """The problem and its remedy, in one line and without values."""
     problem = (error.diag.message_primary or " ".join(str(error).split())).rstrip(".?! ")
     remedy = next((remedy for words, remedy in _REMEDIES if any(word in problem for word in words)), GOES_ON)

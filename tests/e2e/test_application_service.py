@@ -14,9 +14,11 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 import yaml
+from sfu_delegate.config import from_mapping
 from sfu_delegate.demo.matrix import CALL_MEMBER, V3, Account
 from sfu_delegate.demo.matrix import UNSTABLE as DELAYED
 from sfu_delegate.demo.synapse import Synapse
+from sfu_delegate.doctor import Verdict, examine
 from sfu_delegate.sandbox.sfu import JoinRefused
 
 from tests.e2e.call import running_call
@@ -201,6 +203,19 @@ async def test_the_application_service_is_seen_to_work(here: ServedCall) -> None
     await here.call.until(told, "the daemon says that it works")
     works = await here.call.metric("sfu_delegate_application_service_works")
     assert (works, here.call.daemon.entries("application_service_failed")) == (8, [])
+
+
+async def test_the_doctor_says_so_too(here: ServedCall) -> None:
+    """Beside the running daemon, the whole way is gone once more; the webhooks of a room of nobody come to it, and no limit was met."""
+    daemon = here.call.daemon
+    report = await examine(from_mapping(daemon.config), daemon.directory / "sfu-delegate.yaml")
+    found = {(result.id, result.subject): result.finding for result in report.results}
+    assert [title for title, finding in found.items() if finding.verdict is Verdict.PROBLEM] == []
+    for synapse in (here.synapse, *here.others):
+        service, limit = (found[f"homeserver.{what}", synapse.server_name] for what in ("application_service", "rate_limit"))
+        assert (service.verdict, service.evidence) == (Verdict.OK, "token, membership, federation and proxy work")
+        assert limit.verdict is Verdict.OK
+    assert "came to the daemon" in found["sfu.webhooks", "test"].evidence
 
 
 # ── refused ──
@@ -481,6 +496,9 @@ async def test_who_leaves_the_room_is_removed_from_the_call(authority: Certifica
         async def removed() -> bool:
             return await present() == {stays}
 
+        async def told() -> bool:
+            return len(here.call.daemon.entries("participant_removed")) == 3
+
         assert await present() == {stays, identity}
         path = f"{V3}/rooms/{quote(here.call.room_id, safe='')}/kick"
         await here.synapse.client.call("POST", path, host.account, {"user_id": guest.account.user_id})
@@ -492,7 +510,8 @@ async def test_who_leaves_the_room_is_removed_from_the_call(authority: Certifica
         assert await present() == {stays, identity}
         await here.call.daemon.start()
         await here.call.until(removed, "it is removed after the restart")
-        assert len(here.call.daemon.entries("participant_removed")) == 3
+        # Its line, and its count, come when the SFU's answer has.
+        await here.call.until(told, "all three are told")
         assert await here.call.metric("sfu_delegate_participants_removed_total") == 1  # since the restart
         with pytest.raises(JoinRefused):
             await here.call.sfu.call("join_with_token", guest.token[:-2])

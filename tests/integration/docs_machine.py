@@ -129,6 +129,7 @@ class Machine:
             "SFU_DELEGATE_CONFIG": str(self.root / "etc/sfu-delegate/sfu-delegate.yaml"),
             "SFU_DELEGATE_LISTEN__PORT": str(self.public),
             "SFU_DELEGATE_ADMIN__PORT": str(self.admin),
+            "SFU_DELEGATE_ADMIN__SOCKET": str(self.root / "admin.sock"),
             # So that what takes two minutes in the examples does not in the tests.
             "SFU_DELEGATE_PRESENCE__JOIN_TIMEOUT": "5s",
         }

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import requests
 import schemathesis
 from aiohttp import web
 from hypothesis import HealthCheck, settings
+from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import ignored_auth
 from sfu_delegate.api.app import Phase, Public, Readiness, Settings, admin_app
 from sfu_delegate.api.port import Overloaded, Unavailable
+from sfu_delegate.api.services import AdminServices, Probe, Probes
 from sfu_delegate.delegation.model import Task, Verdict
 from sfu_delegate.delegation.replies import TooMany
 from sfu_delegate.engine import Limits
@@ -24,7 +27,7 @@ from sfu_delegate.matrix.names import is_server_name
 from sfu_delegate.matrix.openid import OpenIdUnavailable
 from structlog.testing import capture_logs
 
-from tests.engine_port import KEY, NOW, Bench, admin_services, agrees, delayed, delegation
+from tests.engine_port import KEY, NOW, Bench, Inspected, admin_services, agrees, delayed, delegation
 from tests.webhook_requests import signature
 
 DESCRIPTION = Path(__file__).parents[2] / "docs" / "openapi.yaml"
@@ -40,6 +43,7 @@ clients = schema.include(tag="delegations")
 matrixrtc = schema.include(tag="matrixrtc")
 webhooks = schema.include(tag="webhooks")
 operation = schema.include(tag="operation")
+operators = schema.include(tag="operators")
 
 
 def answers(task: Task) -> tuple[Verdict, str] | None:
@@ -379,3 +383,120 @@ def test_the_webhooks_are_as_described(case: schemathesis.Case[Any], public: str
 def test_the_admin_listener_is_as_described(case: schemathesis.Case[Any], admin: str) -> None:
     """Health and metrics."""
     case.call_and_validate(base_url=admin)
+
+
+ADMIN_TOKEN = "the-admin-token"
+BEARER = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+PROBE_ROOM = "sfu-delegate-doctor-1"
+
+
+class Administered:
+    """A daemon with delegations, and its admin listeners, one with a token and one without."""
+
+    def __init__(self, served: Served, directory: Path) -> None:
+        self.bench = Bench(answers, database=str(directory / "delegations.db"))
+        self.inspected = Inspected(self.bench.port)
+        probes = Probes()
+        probes.heard(PROBE_ROOM, Probe(NOW, "main", "room_started"))
+        base_url = served.serve(Public(self.bench.services).app)
+        self.ids = [
+            requests.post(
+                f"{base_url}/v1/delegations",
+                json=delegation(delayed(f"syd_number_{number:020}"), delayed(f"syd_second_{number:020}")),
+                headers=self.bench.bearer(f"@user{number}:example.org:DEVICE"),
+                timeout=10,
+            ).json()["id"]
+            for number in range(4)
+        ]
+
+        def listener(token: str | None) -> str:
+            services = AdminServices(ready, CollectorRegistry(), self.bench.services.log, self.inspected, self.bench.port, probes, token)
+            return served.serve(admin_app(services))
+
+        async def ready(_: float) -> Readiness:
+            return Readiness(Phase.RUNNING, homeservers={"example.org": ""}, sfus={"main": "no answer"})
+
+        self.guarded, self.open = listener(ADMIN_TOKEN), listener(None)
+
+
+@pytest.fixture(scope="module")
+def administered(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Administered]:
+    made = Administered(served, tmp_path_factory.mktemp("administered"))
+    yield made
+    served.close(made.bench)
+
+
+def wanted(case: Any, ids: list[str]) -> Any:
+    """What the description cannot say: explanations are of a room or a user. Most of the ids are those of delegations, or of their rows."""
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        return case
+    if case.path.endswith("/explain") and not {"room", "user"} & set(case.query or {}):
+        case.query = {**(case.query or {}), "user": "@user1:example.org"}
+    if "id" in (case.path_parameters or {}):
+        given = case.path_parameters["id"]
+        case.path_parameters["id"] = given if len(given) % 4 == 0 else ids[len(given) % 3] if given.startswith("dlg") else str(1 + len(given) % 6)
+    return case
+
+
+@operators.parametrize()
+@QUICK
+def test_the_operators_api_is_as_described(case: schemathesis.Case[Any], administered: Administered) -> None:
+    """Whatever is asked, with the token: statuses, headers and bodies are those of the description, and what is not understood is refused."""
+    wanted(case, administered.ids)
+    with capture_logs():
+        case.call_and_validate(base_url=administered.guarded, headers=BEARER)
+
+
+@pytest.mark.parametrize("operation_id", ["adminStatus", "adminDelegations", "adminDelegation", "adminRooms", "adminExplain", "adminWebhooks"])
+@pytest.mark.parametrize("who", ["token", "password", "nobody", "stranger", "unguarded", "by name"])
+def test_questions_are_answered_as_described_to_whoever_may_ask(operation_id: str, who: str, administered: Administered) -> None:
+    """With something to tell in each answer; and to those who may not, as described too."""
+    operation = schema.find_operation_by_id(operation_id)
+    ids: dict[str, str] = {"adminDelegation": {"id": administered.ids[3]}, "adminWebhooks": {"room": PROBE_ROOM}}.get(operation_id, {})
+    queries: dict[str, dict[str, Any]] = {"adminDelegations": {"limit": 1}, "adminRooms": {"limit": 1}, "adminExplain": {"room": "room"}}
+    query = queries.get(operation_id, {})
+    case = operation.Case(path_parameters=ids, query=query)
+    base_url = administered.open if who in ("unguarded", "by name") else administered.guarded
+    headers = {
+        "token": BEARER,
+        "password": {"Authorization": aiohttp.encode_basic_auth("operator", ADMIN_TOKEN)},
+        "stranger": {"Authorization": "Bearer wrong"},
+        "by name": {"Host": "evil.example"},
+    }.get(who, {})
+    response = case.call_and_validate(base_url=base_url, headers=headers, excluded_checks=[ignored_auth])
+    assert response.status_code == {"nobody": 401, "stranger": 401, "by name": 403}.get(who, 200)
+    if response.status_code == 200:
+        kept = {
+            "adminDelegations": "events",
+            "adminRooms": "rooms",
+            "adminExplain": "participants",
+            "adminWebhooks": "webhooks",
+            "adminStatus": "causes",
+        }
+        assert response.json()[kept.get(operation_id, "story")]
+
+
+@pytest.mark.parametrize("operation_id", ["adminEnd", "adminRelease"])
+@pytest.mark.parametrize(
+    ("id", "guarded", "headers", "status"), [(0, True, BEARER, 200), (1, True, {}, 401), (1, False, {}, 403), (None, True, BEARER, 404)]
+)
+def test_changes_are_answered_as_described(
+    operation_id: str, id: int | None, guarded: bool, headers: dict[str, str], status: int, administered: Administered
+) -> None:
+    """To whoever proves that it may, and to others."""
+    case = schema.find_operation_by_id(operation_id).Case(path_parameters={"id": "999999" if id is None else administered.ids[id]})
+    base_url = administered.guarded if guarded else administered.open
+    with capture_logs():
+        response = case.call_and_validate(base_url=base_url, headers=headers, excluded_checks=[ignored_auth])
+    assert response.status_code == status
+
+
+@pytest.mark.parametrize("operation_id", ["adminDelegations", "adminDelegation", "adminRooms", "adminExplain", "adminEnd"])
+def test_a_database_that_cannot_be_asked_is_told_as_described(operation_id: str, administered: Administered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503, with when to try again."""
+    monkeypatch.setattr(administered.inspected, "error", Unavailable("The disk is broken.", 2.0))
+    ids = {"id": "1"} if operation_id in ("adminDelegation", "adminEnd") else {}
+    case = schema.find_operation_by_id(operation_id).Case(path_parameters=ids, query={"room": "room"} if operation_id == "adminExplain" else {})
+    response = case.call_and_validate(base_url=administered.guarded, headers=BEARER, excluded_checks=[not_a_server_error, ignored_auth])
+    assert response.status_code == 503
+    assert "The disk is broken." in response.json()["error"]

@@ -14,7 +14,7 @@ from sfu_delegate.observe.logs import short
 from sfu_delegate.operate.admin import AdminListener, CannotAsk, Refused
 from sfu_delegate.sandbox.homeserver import End
 
-from tests.integration.daemon import MATRIX_ROOM, SERVER, Site, found, open_site
+from tests.integration.daemon import MATRIX_ROOM, SERVER, Site, broken_database, found, open_site
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -93,7 +93,7 @@ async def test_delegations_are_found_by_what_is_known_of_them(tmp_path: Path) ->
         ({"limit": "0"}, "limit must be from 1 to 1000"),
         ({"older_than_s": "yesterday"}, "older_than_s must be a whole number"),
         ({"open": "maybe"}, "open must be true or false"),
-        ({"room": "\x00"}, "room must be a text of printable characters"),
+        ({"room": "\x00"}, "room must be a text of 1 to 1000 characters, without NUL"),
     ],
 )
 async def test_a_question_that_cannot_be_understood_is_refused(tmp_path: Path, query: dict[str, str], said: str) -> None:
@@ -103,6 +103,27 @@ async def test_a_question_that_cannot_be_understood_is_refused(tmp_path: Path, q
             await get(listener(site), "/delegations", **query)
         assert (await site.admin("/admin/v1/delegations?room=a&room=b")).status == 400
     assert (refused.value.status, refused.value.errcode) == (400, "M_INVALID_PARAM")
+
+
+async def test_names_that_clients_chose_can_be_asked_for(tmp_path: Path) -> None:
+    """Whatever they have in them: a page of rooms goes on behind the one that has it, too."""
+    async with open_site(tmp_path) as site:
+        for room in ("a\x1b[2J\u202e", "b"):
+            await site.in_call(await site.participant("alice", room))
+        at = listener(site)
+        first = await get(at, "/rooms", limit="1")
+        second = await get(at, "/rooms", limit="1", after_sfu=first["after_sfu"], after=first["after"])
+        assert [room["room"] for room in (*first["rooms"], *second["rooms"])] == ["a\x1b[2J\u202e", "b"]
+        assert len((await get(at, "/explain", room="a\x1b[2J\u202e"))["participants"]) == 1
+
+
+async def test_a_status_that_is_not_ok_has_a_cause(tmp_path: Path) -> None:
+    """The database, too, is told with what its failure does."""
+    async with open_site(tmp_path) as site:
+        with broken_database(site):
+            status = await get(listener(site), "/status")
+    assert status["status"] == "unavailable"
+    assert [cause.partition(":")[0] for cause in status["causes"]] == ["The database takes nothing"]
 
 
 async def test_a_delegation_tells_its_story(tmp_path: Path) -> None:
@@ -137,9 +158,11 @@ async def test_a_room_is_explained_by_its_people(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="name the room"):
             await get(at, "/explain")
     assert [person["identity"] for person in explained["participants"]] == ["alice", "bob"]
+    assert [(where["room"], where["participants"]["connected"]) for where in explained["rooms"]] == [(room, 2)]
     assert all(person["events"][0]["sentence"].startswith("In the call") for person in explained["participants"])
     assert [person["identity"] for person in one["participants"]] == ["bob"]
     assert (nobody["participants"], nobody["complete"]) == ([], True)
+    assert nobody["searched"] == ["!other:hs.test", room_name("!other:hs.test")]
 
 
 async def test_the_page_shows_what_the_daemon_does(tmp_path: Path) -> None:

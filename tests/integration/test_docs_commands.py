@@ -9,6 +9,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ import aiohttp
 import pytest
 import yaml
 from livekit.api import AccessToken, VideoGrants
+from sfu_delegate.livekit.names import room_name
 
 from tests import postgresql
 from tests.integration.docs_machine import ALICE, KEY, SECRET, Machine, needs
@@ -108,6 +110,13 @@ def test_the_quickstart_ends_with_a_delegate_that_works(machine: Machine) -> Non
     assert ready["application_services"] == {"example.org": "ok"}
     assert "application_service_works" in machine.printed
     assert "sfu_delegate_webhooks_total" in machine.printed
+
+
+def test_the_doctor_is_asked_as_the_manual_says(machine: Machine) -> None:
+    """Beside the daemon of the quickstart: nothing is wrong, but for what nobody's `.well-known` tells here."""
+    assert "problem " not in machine.run(given("docs/troubleshooting.md", "sfu-delegate doctor"))
+    told = machine.run(given("docs/operating.md", "sfu-delegate doctor --json"))
+    assert {line.split()[0] for line in told.splitlines()} <= {"homeserver.well_known", "config", "files"}, told
 
 
 @pytest.mark.slow
@@ -267,6 +276,38 @@ def test_a_delegation_is_found_by_its_person(machine: Machine) -> None:
     shown = json.loads(given("docs/operating.md", '"event":"homeserver_failed"').splitlines()[0])
     logged = machine.until_told("delegated", delegation["id"])
     assert logged.keys() == shown.keys()
+
+
+def test_a_running_daemon_is_looked_into(machine: Machine) -> None:
+    """The manual's questions are answered, with what its examples of answers show; and what can be done to a delegation is done."""
+    clients = {room: Client(machine, room) for room in (room_name(ROOM), "another")}
+    delegation = {}
+    for room, client in clients.items():
+        client.is_in()
+        posted = given("docs/clients.md", "syd_yfwFVYySnPCaLuQIazTm").replace("syd_yfwFVYySnPCaLuQIazTm", client.schedule())
+        delegation[room] = answer_in(machine.run(posted, LIVEKIT_TOKEN=client.livekit_token))["id"]
+        machine.until_told("connected", delegation[room])
+    status, at_a_time, by_room, rooms, listed, sentences = given("docs/operating.md", "--at 10:42  ").splitlines()
+    answer = machine.run(status)
+    assert answer.startswith("ok: sfu-delegate ")
+    shown = [line for line in given("docs/operating.md", "ok: sfu-delegate 0.1.0").splitlines() if line and line[0] not in " o"]
+    assert [line for line in answer.splitlines() if line and line[0] not in " o"][:-1] == shown[:-1]
+    told = machine.run(at_a_time.replace("10:42", time.strftime("%H:%M")))
+    assert "── the time that you ask about ──" in told
+    assert "> " in told
+    in_room = machine.run(by_room)
+    assert f"@alice:example.org in {room_name(ROOM)} (SFU main)" in in_room
+    assert "  Now: In the call for " in in_room
+    assert {line.split("\t")[1] for line in machine.run(rooms).splitlines()} >= set(clients)
+    ids = [line.split("\t")[0] for line in machine.run(listed).splitlines()]
+    assert set(delegation.values()) <= set(ids)
+    assert "In the call for " in machine.run(sentences)
+    first, second = given("docs/operating.md", "sfu-delegate release dlg_01a22cb581609cc6e6fa41e75020ec6b   ").splitlines()
+    ended = machine.run(first.replace("dlg_01a22cb5e0ae447ae38d4df003ea4b3f", delegation["another"]))
+    assert "The participant will be shown as gone, though it is in the call now." in ended
+    assert f"{delegation['another']}: sent. " in ended
+    released = machine.run(second.replace("dlg_01a22cb581609cc6e6fa41e75020ec6b", delegation[room_name(ROOM)]))
+    assert f"{delegation[room_name(ROOM)]}: released. " in released
 
 
 def test_a_backup_can_be_restored(machine: Machine) -> None:

@@ -579,3 +579,28 @@ async def test_with_a_wrong_secret_nobody_is_removed() -> None:
             await service.remove(sfu(server.url.removeprefix("http://"), secret=SECRET[::-1]), "call", "alice", TIMEOUT)
         assert set(server.model.rooms["call"].sessions) == {"alice"}
     assert "eyJ" not in "".join(traceback.format_exception(error.value))
+
+
+# ── deleting rooms ──
+
+
+async def test_a_room_is_deleted() -> None:
+    """The room is gone; of one that is not there that is said."""
+    model = SfuModel({KEY: SECRET})
+    async with SandboxSfu(model) as server, RoomService() as service:
+        address = SfuAddress("main", server.url, KEY, SECRET)
+        await service.create_room(address, "one", TIMEOUT)
+        assert await service.delete_room(address, "one", TIMEOUT)
+        assert model.rooms == {}
+        assert not await service.delete_room(address, "one", TIMEOUT)
+
+
+async def test_a_room_is_not_deleted_with_a_wrong_secret() -> None:
+    """Nothing is deleted, and nobody takes that for a room that was not there."""
+    model = SfuModel({KEY: SECRET})
+    async with SandboxSfu(model) as server, RoomService() as service:
+        await server.call("create_room", "one")
+        with pytest.raises(SfuUnavailable) as raised:
+            await service.delete_room(SfuAddress("main", server.url, KEY, "another" * 8), "one", TIMEOUT)
+        assert raised.value.trouble is Trouble.REFUSED
+        assert list(model.rooms) == ["one"]

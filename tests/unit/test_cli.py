@@ -52,7 +52,8 @@ def test_version() -> None:
 def test_help_is_there_for_every_command() -> None:
     """Each command explains itself, with an example."""
     assert "check-config" in run("--help").stdout
-    for command in ("serve", "check-config", "example-config", "import-env", "appservice", "copy-database", "healthcheck", "completion", "demo"):
+    commands = ("serve", "check-config", "doctor", "example-config", "import-env", "appservice", "copy-database", "healthcheck", "completion", "demo")
+    for command in commands:
         assert "Example" in run(command, "--help").stdout
 
 

@@ -34,7 +34,7 @@ DATASOURCES = "# /etc/grafana/provisioning/datasources/prometheus.yaml"
 RUN = ("sh", "python", "typescript")  # by tests that ask for them, or not at all
 PARSED = ("nginx", "caddy", "toml")  # of reverse proxies, which are not run
 LOADED = (OURS, SYNAPSE, REGISTRATION)  # by what reads them
-FIGURE = re.compile(r"[┌└│─►▼]|^(cli · demo|sfu_delegate/)$", re.MULTILINE)
+FIGURE = re.compile(r"[┌└│─►▼]|^(demo · operate|sfu_delegate/)$", re.MULTILINE)
 
 
 def first_line(snippet: Snippet) -> str:
@@ -346,7 +346,16 @@ def test_json_is_what_it_is_shown_as(snippet: Snippet) -> None:
                 pytest.fail(f"JSON of a kind that is not checked: {said}")
 
 
-@pytest.mark.parametrize("snippet", [s for s in snippets("text") if s.page.name not in ("api.md", "commands.md")], ids=str)
+PAGES_MADE = ("api.md", "commands.md")  # by docs/generate.py
+
+
+@pytest.mark.parametrize("snippet", [s for s in snippets("text") if s.page.name not in PAGES_MADE and not s.text.startswith("^/")], ids=str)
+def test_answers_are_held_to_the_program(snippet: Snippet) -> None:
+    """What a command is said to print, a test asks for, and compares with what it prints."""
+    assert is_run(snippet)
+
+
+@pytest.mark.parametrize("snippet", [s for s in snippets("text") if s.text.startswith("^/")], ids=str)
 def test_rules_for_workers_match_the_endpoints(snippet: Snippet) -> None:
     """The regular expressions for Synapse's workers match the paths that the daemon has, and no others of it."""
     rules = [re.compile(line) for line in snippet.text.splitlines()]

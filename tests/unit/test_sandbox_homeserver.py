@@ -878,3 +878,10 @@ def test_faults_of_what_others_answer() -> None:
     told = model.relay(errand, json_answer(200, {}))
     assert (told.fate, told.delay) == (Fate.CLOSE, 0.25)
     assert model.answers["proxied", 0] == 1
+
+
+def test_a_wrong_method_tells_an_endpoint_that_is_there() -> None:
+    """As Synapse has it: 405 where there is an endpoint for another method, 404 where there is none."""
+    model = homeserver()
+    paths = [f"{UNSTABLE}delayed_events/x/{action}" for action in ("restart", "send", "cancel", "forget")]
+    assert [model.request("GET", path, START).status for path in [*paths, f"{STABLE}delayed_events/x/send"]] == [405, 405, 405, 404, 404]

@@ -432,16 +432,11 @@ def _sfu(sfu: Mapping[str, Any]) -> Condition:
 
 
 def _troubles(status: Mapping[str, Any]) -> list[str]:
-    """What is wrong right now, the worst first."""
-    found = []
+    """What is wrong right now."""
     database = status["database"]
-    if database["problem"]:
-        found.append(f"The database takes nothing: {full_stop(database['problem'])} Webhooks and delegations are answered with 503, restarts go on.")
-    elif database["reading_problem"]:
-        found.append(f"The database cannot be read for this page: {full_stop(database['reading_problem'])}")
-    if status["phase"] != "running":
-        found.append(f"The daemon is {status['phase']}: it takes no delegations.")
-    return [*found, *status["causes"]]
+    if database["problem"] or not database["reading_problem"]:
+        return list(status["causes"])
+    return [*status["causes"], f"The database cannot be read for this page: {full_stop(database['reading_problem'])}"]
 
 
 class Line(NamedTuple):
