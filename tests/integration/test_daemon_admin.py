@@ -165,6 +165,27 @@ async def test_a_room_is_explained_by_its_people(tmp_path: Path) -> None:
     assert nobody["searched"] == ["!other:hs.test", room_name("!other:hs.test")]
 
 
+async def test_the_page_shows_what_the_daemon_does(tmp_path: Path) -> None:
+    """Over both ways: who is in the call, and the story of one who was."""
+    path = tmp_path / "admin.sock"
+    async with open_site(tmp_path, **over_socket(path)) as site:
+        alice, bob = await site.participant("alice"), await site.participant("bob")
+        await site.in_call(alice)
+        given = await site.in_call(bob)
+        await site.leave(bob)
+        await site.done(given)
+        for at in (listener(site), AdminListener(socket=str(path))):
+            overview, room, delegation, wrong = [
+                (await asyncio.to_thread(at.ask, "GET", where)).body for where in ("/", "/rooms/main/call", f"/delegations/{given['id']}", "/nothing")
+            ]
+            assert "All is well" in overview
+            assert ">alice<" in room
+            assert "The homeserver sent the leave event" in delegation
+            assert alice.delay_id not in overview + room + delegation
+            assert bob.delay_id not in delegation
+            assert wrong["errcode"] == "M_UNRECOGNIZED"
+
+
 # ── changes ──
 
 
