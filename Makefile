@@ -13,7 +13,7 @@ ARGS   ?=
 MINUTES ?= 10
 # Most tests wait for something: three at a time take a third as long. Those of one file share what they start.
 PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
-.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling bench-departures soak soak-daemon soak-instances docs lock clean
+.PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling bench-departures soak soak-daemon soak-instances docs screenshots lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -91,6 +91,9 @@ docs: $(VENV)/.test ## write what is generated (example configuration, reference
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sfu_delegate.delegation.diagram
 	$(BIN)/python docs/build.py
+
+screenshots: $(VENV)/.test ## take the pictures in docs/images anew (needs Debian's chromium)
+	SCREENSHOTS=1 $(BIN)/python -m pytest -n 0 tests/integration/test_page_browser.py -k screenshots $(ARGS)
 
 format: $(VENV)/.test ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

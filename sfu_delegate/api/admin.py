@@ -5,10 +5,11 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from struct import unpack
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from aiohttp import web
 
@@ -41,9 +42,9 @@ _IMPOSSIBLE: Final = re.compile("[\x00\ud800-\udfff]")  # what no text in a data
 _NO_SUCH: Final = "There is no such delegation here. It may have been removed: finished ones are kept for `history.keep`."
 
 
-def admin_routes(services: AdminServices) -> list[tuple[str, str, Callable[[web.Request], Awaitable[web.Response]]]]:
+def admin_routes(services: AdminServices, questions: "Questions") -> list[tuple[str, str, Callable[[web.Request], Awaitable[web.Response]]]]:
     """Method, path and handler of each endpoint."""
-    admin = AdminApi(services)
+    admin = AdminApi(services, questions)
     return [
         ("GET", f"{PREFIX}/status", admin.status),
         ("GET", f"{PREFIX}/delegations", admin.list),
@@ -59,9 +60,9 @@ def admin_routes(services: AdminServices) -> list[tuple[str, str, Callable[[web.
 class AdminApi:
     """Answers in JSON."""
 
-    def __init__(self, services: AdminServices) -> None:
+    def __init__(self, services: AdminServices, questions: "Questions") -> None:
         self._services = services
-        self._questions = Questions(services)
+        self._questions = questions
 
     async def status(self, _: web.Request) -> web.Response:
         """The overview."""
@@ -234,11 +235,52 @@ def livekit_names(room: str) -> tuple[str, ...]:
         return (room,)
 
 
+class Sizes:
+    """How much the database holds. To find it out reads the whole table, so it is remembered, for a time in proportion to what it took: browsers
+    that show the overview all night ask for it again and again.
+    """
+
+    SHARE: Final = 50
+    """It takes no more than one part of so many of the time of whoever reads the database."""
+    LONGEST: Final = 300.0
+    """Seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: Size | None = None
+        self._until = 0.0
+        self._one_at_a_time = asyncio.Lock()
+
+    async def read(self, read: Callable[[Callable[[Reader], Size]], Awaitable[Size]]) -> Size:
+        """As it was found last, or is found by `read` now. Raises what `read` raises, which is not remembered."""
+        async with self._one_at_a_time:
+            if self._known is None or self._clock() >= self._until:
+                self._known, self._until = None, 0.0
+                self._known = await read(self._measured)
+            return self._known
+
+    def _measured(self, reader: Reader) -> Size:
+        begun = self._clock()
+        size = reader.size()
+        done = self._clock()
+        self._until = done + min(self.LONGEST, (done - begun) * self.SHARE)
+        return size
+
+
+class InRoom(NamedTuple):
+    """A room of an SFU, and the delayed events in it. `room` is None where the SFU is not looked at for it any more."""
+
+    room: Room | None
+    open: list[DelayedEvent]
+    finished: list[DelayedEvent]  # the newest
+
+
 @dataclass(frozen=True, slots=True)
 class Questions:
     """What is asked of the daemon, for JSON and for pages. All but the status raise MatrixError."""
 
     services: AdminServices
+    sizes: Sizes = field(default_factory=Sizes)
 
     async def _read(self, work: Callable[[Reader], T]) -> T:
         """Whoever asks here is told what is wrong with the database."""
@@ -253,7 +295,7 @@ class Questions:
         overview = self.services.inspection.overview()
         size: Size | None = None
         try:
-            size = await self.services.inspection.read(lambda reader: reader.size())
+            size = await self.sizes.read(self.services.inspection.read)
         except Unavailable as error:
             problem = str(error)
         else:
@@ -288,6 +330,19 @@ class Questions:
             return rooms, reader.in_rooms([(room.sfu, room.name) for room in rooms])
 
         return await self._read(read)
+
+    async def in_room(self, sfu: str, name: str, limit: int, finished: int) -> InRoom:
+        """One room, with so many of its open delayed events and of its finished ones, the newest first."""
+
+        def read(reader: Reader) -> InRoom:
+            (room,) = reader.rooms(1, sfu=sfu, named=[name]) or (None,)
+            here = Selection(sfu=sfu, rooms=(name,), open=True)
+            return InRoom(room, reader.events(here, limit), reader.events(replace(here, open=False), finished))
+
+        found = await self._read(read)
+        if not any(found):
+            raise MatrixError(404, "M_NOT_FOUND", "There is no such room here: nobody in it has delegated, or it was removed when all was over.")
+        return found
 
     async def explained(self, wanted: Selection) -> dict[str, Any]:
         """The stories of what matches, by participant."""
@@ -327,10 +382,11 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
     for server in overview.homeservers:
         if server.problem:
             add(
-                f"{server.name} cannot be asked: {_ended(server.problem)} Restarts and goodbyes there wait, and are repeated.", homeserver=server.name
+                f"{server.name} cannot be asked: {full_stop(server.problem)} Restarts and goodbyes there wait, and are repeated.",
+                homeserver=server.name,
             )
         if server.service:
-            add(f"The application service does not work at {server.name}: {_ended(server.service)}", homeserver=server.name)
+            add(f"The application service does not work at {server.name}: {full_stop(server.service)}", homeserver=server.name)
         if server.lateness > 0:
             add(
                 f"At the rate of {server.name}, restarts will be {story.span(server.lateness)} late: connected people will be dropped.",
@@ -340,14 +396,15 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
         if waiting and overview.now - since > story.LATE:
             limited = f", which allows {server.rate:.2g} actions a second" if server.limit == "some" else ""
             late = story.span(overview.now - since)
-            add(f"{waiting} goodbyes wait for {server.name}{limited}; the oldest for {late}: ghosts in calls.", homeserver=server.name)
+            wait = f"{waiting} goodbyes wait" if waiting > 1 else "A goodbye waits"
+            add(f"{wait} for {server.name}{limited}; the oldest for {late}: ghosts in calls.", homeserver=server.name)
     for sfu in overview.sfus:
         if sfu.problem:
-            add(f"The SFU {sfu.name} cannot be asked: {_ended(sfu.problem)} Whoever is in doubt counts as connected.", sfu=sfu.name)
+            add(f"The SFU {sfu.name} cannot be asked: {full_stop(sfu.problem)} Whoever is in doubt counts as connected.", sfu=sfu.name)
     return found
 
 
-def _ended(problem: str) -> str:
+def full_stop(problem: str) -> str:
     """A problem as a sentence: conditions end with a full stop, or do not."""
     return problem if problem.endswith((".", "!", "?")) else f"{problem}."
 
@@ -358,7 +415,7 @@ def _own_causes(readiness: Mapping[str, Any]) -> list[str]:
     if readiness["phase"] != Phase.RUNNING.value:
         found.append(f"The daemon is {readiness['phase']}: it takes no delegations and no webhooks.")
     if readiness["database"] != "ok":
-        found.append(f"The database takes nothing: {_ended(readiness['database'])} No delegation and no webhook is taken, and no goodbye is sent.")
+        found.append(f"The database takes nothing: {full_stop(readiness['database'])} No delegation and no webhook is taken, and no goodbye is sent.")
     return found
 
 
@@ -465,12 +522,14 @@ def room_json(room: Room, counts: Sequence[RoomCount]) -> dict[str, Any]:
 def status_json(overview: Overview, readiness: dict[str, Any], size: Size | None, problem: str) -> dict[str, Any]:
     """The overview."""
     now, promises = overview.now, overview.promises
-    ending = None if size is None or size.oldest_ending is None else max(0.0, now - size.oldest_ending)
     by_presence = {
         presence.value: sum(n for (state, was), n in overview.states.items() if was == presence.value and state == State.LIVE.value)
         for presence in Presence
     }
     by_state = {state.value: sum(n for (was, _), n in overview.states.items() if was == state.value) for state in State}
+    # The size may be remembered, and the goodbye may have got through since.
+    waiting = size is not None and size.oldest_ending is not None and by_state[State.ENDING.value] > 0
+    ending = max(0.0, now - size.oldest_ending) if waiting and size is not None and size.oldest_ending is not None else None
     return {
         "status": readiness["status"],
         "phase": readiness["phase"],
@@ -503,8 +562,20 @@ def status_json(overview: Overview, readiness: dict[str, Any], size: Size | None
         "sfus": [_sfu_json(sfu, overview) for sfu in overview.sfus],
         "webhooks": [{"sfu": sfu, "event": event, "result": result, "count": n} for (sfu, event, result), n in sorted(overview.webhooks.items())],
         "actions": [{"action": action, "outcome": outcome, "count": n} for (action, outcome), n in sorted(overview.actions.items())],
-        "causes": [*_own_causes(readiness), *(cause["sentence"] for cause in causes(overview))],
+        "causes": [
+            *_own_causes(readiness),
+            *(cause["sentence"] for cause in causes(overview)),
+            *_unsaid(overview, by_state[State.ENDING.value], ending),
+        ],
     }
+
+
+def _unsaid(overview: Overview, endings: int, oldest: float | None) -> list[str]:
+    """Goodbyes that wait for their next try are not due, so no homeserver has them waiting; but their participants are still shown in calls."""
+    if oldest is None or oldest <= story.LATE or any(server.waiting.get(Lane.END, (0, 0.0))[0] for server in overview.homeservers):
+        return []
+    said = f"{endings} goodbyes have" if endings > 1 else "A goodbye has"
+    return [f"{said} not got through; the oldest waits for {story.span(oldest)}: ghosts in calls."]
 
 
 def _homeserver_json(server: HomeserverState, now: float) -> dict[str, Any]:

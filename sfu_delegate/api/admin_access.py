@@ -1,8 +1,8 @@
 """Who may ask what at the admin listener.
 
-Health and metrics are for probes and Prometheus, and need nothing. All else shows who is in which call: over the Unix socket the file system says who
-may see it, over TCP the token, if there is one. What changes anything needs one of the two. It must never answer with, or log, what a request had in
-place of the token.
+Health and metrics are for probes and Prometheus, and need nothing; nor do the files of the package that pages are made with. All else shows who is in
+which call: over the Unix socket the file system says who may see it, over TCP the token, if there is one. What changes anything needs one of the two.
+It must never answer with, or log, what a request had in place of the token.
 """
 
 import ipaddress
@@ -17,6 +17,8 @@ from aiohttp.typedefs import Handler, Middleware
 from sfu_delegate.api.errors import MatrixError
 
 OPEN: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
+PACKAGED: Final = "/static/{name}"
+"""Files of the package, the same for everybody: without them, the page that says that a token is needed could not be read well."""
 _CHANGES_NEED: Final = (
     "Nothing is changed without proof of who asks: use the Unix socket (admin.socket), or set admin.token and send it as `Authorization: Bearer …`."
 )
@@ -33,11 +35,16 @@ def guarded(token: str | None) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN and not over_socket(request):
+        if request.path not in OPEN and not _is_packaged(request) and not over_socket(request):
             _check(request, token)
         return await handler(request)
 
     return middleware
+
+
+def _is_packaged(request: web.Request) -> bool:
+    resource = request.match_info.route.resource
+    return resource is not None and resource.canonical == PACKAGED
 
 
 def _check(request: web.Request, token: str | None) -> None:

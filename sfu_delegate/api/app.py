@@ -6,7 +6,7 @@ from functools import partial
 
 from aiohttp import web
 
-from sfu_delegate.api.admin import admin_routes
+from sfu_delegate.api.admin import Questions, admin_routes
 from sfu_delegate.api.admin_access import guarded
 from sfu_delegate.api.cors import cors
 from sfu_delegate.api.delegations import Delegations
@@ -14,6 +14,7 @@ from sfu_delegate.api.errors import one_error_shape
 from sfu_delegate.api.health import Health, healthz
 from sfu_delegate.api.listener import AtOnce, Soon, Usual
 from sfu_delegate.api.matrixrtc import PATHS, MatrixRtc
+from sfu_delegate.api.pages import error_form, page_routes
 from sfu_delegate.api.service import PATHS as SERVICE_PATHS
 from sfu_delegate.api.service import ServiceEndpoints
 from sfu_delegate.api.services import AdminServices, Hooks, Phase, Readiness, Services, Settings
@@ -62,12 +63,16 @@ class Public:
 
 
 def admin_app(services: AdminServices) -> web.Application:
-    """For operators: health and metrics (each for GET and HEAD), and their API, for those whom `admin_access` lets in."""
-    app = web.Application(middlewares=[one_error_shape(services.log), guarded(services.token)])
+    """For operators: health and metrics (each for GET and HEAD), and their API and pages, for those whom `admin_access` lets in."""
+    errors = one_error_shape(services.log, error_form(lambda: services.inspection.overview().now))
+    app = web.Application(middlewares=[errors, guarded(services.token)])
     health = Health(services)
     app.router.add_get("/health/live", health.live)
     app.router.add_get("/health/ready", health.ready)
     app.router.add_get("/metrics", health.metrics)
-    for method, path, handler in admin_routes(services):
+    questions = Questions(services)
+    for method, path, handler in admin_routes(services, questions):
         app.router.add_route(method, path, handler)
+    for path, handler in page_routes(services, questions):
+        app.router.add_get(path, handler)
     return app

@@ -6,6 +6,7 @@ An error must never repeat a token, a delay_id or anything else out of a body or
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 from aiohttp import web
@@ -119,22 +120,17 @@ def logged(log: BoundLogger, error: Exception, method: str, path: str) -> Matrix
     return MatrixError(500, "M_UNKNOWN", "Something went wrong here that should not have. It is in the daemon's log.")
 
 
-def _response(error: Exception) -> web.Response | None:
-    expected = of_exception(error)
-    return None if expected is None else expected.response()
-
-
-def one_error_shape(log: BoundLogger) -> Middleware:
-    """Every failed request is answered in the one shape."""
+def one_error_shape(log: BoundLogger, form: Callable[[web.Request, MatrixError], web.Response] = lambda _, error: error.response()) -> Middleware:
+    """Every failed request is answered in the one shape; `form`: or in another one, where that is asked for."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except Exception as error:
-            if (response := _response(error)) is not None:
-                return response
+            if (expected := of_exception(error)) is not None:
+                return form(request, expected)
             resource = request.match_info.route.resource
-            return logged(log, error, request.method, "?" if resource is None else resource.canonical).response()
+            return form(request, logged(log, error, request.method, "?" if resource is None else resource.canonical))
 
     return middleware

@@ -213,6 +213,14 @@ def now_so(row: DelayedEvent, now: float) -> tuple[str, Tone]:
     return " ".join(_parts(row, now)), _tone(row, now)
 
 
+def briefly(row: DelayedEvent, now: float) -> str:
+    """How it is, for a list: as long as all is as it should be, whether the participant is in the call; else as `now_so` has it."""
+    sentence, tone = now_so(row, now)
+    if tone in (Tone.NOTICE, Tone.BAD):
+        return sentence
+    return "" if row.state is State.DONE else next(_parts(row, now))
+
+
 def _tone(row: DelayedEvent, now: float) -> Tone:
     late = row.state is not State.ADRIFT and row.harm is not None and row.verified_at is not None and row.harm < now - LATE
     if late and row.state in (State.LIVE, State.ENDING):

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
-ARCHIVE = os.environ.get("DEBIAN_ARCHIVE", "http://deb.debian.org/debian")
+ARCHIVE = os.environ.get("DEBIAN_ARCHIVE")  # None: where debootstrap gets it by itself
 MINUTES = 60.0
 RESOLVER = Path("/etc/resolv.conf")
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -47,7 +47,7 @@ def debian(root: Path) -> None:
         run("cp", "--archive", "--no-target-directory", base, str(root))
     else:
         done = subprocess.run(
-            ("debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", SUITE, str(root), ARCHIVE),
+            ("debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", SUITE, str(root), *([ARCHIVE] if ARCHIVE else [])),
             capture_output=True,
             text=True,
             timeout=20 * MINUTES,

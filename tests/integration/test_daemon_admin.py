@@ -209,6 +209,27 @@ async def test_a_database_that_hangs_when_it_is_read_does_not_keep_the_operator_
     assert (status["database"]["events"], "did not answer" in status["database"]["reading_problem"]) == (None, True)
 
 
+async def test_the_page_shows_what_the_daemon_does(tmp_path: Path) -> None:
+    """Over both ways: who is in the call, and the story of one who was."""
+    path = tmp_path / "admin.sock"
+    async with open_site(tmp_path, **over_socket(path)) as site:
+        alice, bob = await site.participant("alice"), await site.participant("bob")
+        await site.in_call(alice)
+        given = await site.in_call(bob)
+        await site.leave(bob)
+        await site.done(given)
+        for at in (listener(site), AdminListener(socket=str(path))):
+            overview, room, delegation, wrong = [
+                (await asyncio.to_thread(at.ask, "GET", where)).body for where in ("/", "/rooms/main/call", f"/delegations/{given['id']}", "/nothing")
+            ]
+            assert "All is well" in overview
+            assert ">alice<" in room
+            assert "The homeserver sent the leave event" in delegation
+            assert alice.delay_id not in overview + room + delegation
+            assert bob.delay_id not in delegation
+            assert wrong["errcode"] == "M_UNRECOGNIZED"
+
+
 # ── changes ──
 
 

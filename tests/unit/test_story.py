@@ -6,7 +6,7 @@ import pytest
 from sfu_delegate.delegation.lifecycle import RESTARTED
 from sfu_delegate.delegation.model import Action, Note, OnEnd, Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES, OWN_REASONS
-from sfu_delegate.observe.story import REASONS, Span, Tone, course, now_so, span, tell, why
+from sfu_delegate.observe.story import REASONS, Span, Tone, briefly, course, now_so, span, tell, why
 
 from tests.rows import DELAY, NOW, POLICY, row
 
@@ -134,6 +134,14 @@ def test_what_is_late_is_bad() -> None:
     over = row(running_since=NOW - DELAY - 60.0)
     assert now_so(over, NOW)[1] is Tone.BAD
     assert "its time is over, unless the client has restarted it" in now_so(over, NOW)[0]
+
+
+def test_a_list_tells_more_where_more_is_to_be_told() -> None:
+    """As long as all is well, whether the participant is in the call; nothing of what is over; all of what is not as it should be."""
+    assert briefly(row(), NOW) == "In the call for 1 min."
+    assert briefly(row(state=State.DONE), NOW) == ""
+    for unwell in (row(attempts=2), row(Presence.AWAY), row(state=State.DONE, outcome=Outcome.LOST)):
+        assert briefly(unwell, NOW) == now_so(unwell, NOW)[0]
 
 
 def test_one_that_is_to_be_cancelled_is_told_so() -> None:
