@@ -249,15 +249,26 @@ class Sizes:
         self._clock = clock
         self._known: Size | None = None
         self._until = 0.0
-        self._one_at_a_time = asyncio.Lock()
+        self._reading: asyncio.Task[Size] | None = None
 
     async def read(self, read: Callable[[Callable[[Reader], Size]], Awaitable[Size]]) -> Size:
         """As it was found last, or is found by `read` now. Raises what `read` raises, which is not remembered."""
-        async with self._one_at_a_time:
-            if self._known is None or self._clock() >= self._until:
-                self._known, self._until = None, 0.0
-                self._known = await read(self._measured)
+        if self._known is not None and self._clock() < self._until:
             return self._known
+        if self._reading is None:  # one for all who ask: where the database hangs, they must not wait one after the other
+            self._known = None
+            self._reading = asyncio.ensure_future(self._read(read))
+            self._reading.add_done_callback(self._is_read)
+        return await asyncio.shield(self._reading)
+
+    async def _read(self, read: Callable[[Callable[[Reader], Size]], Awaitable[Size]]) -> Size:
+        self._known = size = await read(self._measured)
+        return size
+
+    def _is_read(self, task: "asyncio.Task[Size]") -> None:
+        self._reading = None
+        if not task.cancelled():
+            task.exception()  # whoever has asked may have gone
 
     def _measured(self, reader: Reader) -> Size:
         begun = self._clock()

@@ -128,12 +128,12 @@ def moment(text: str, now: float, zone: tzinfo | None = None) -> float:
     try:
         clock = datetime.strptime(match[2], "%H:%M:%S" if match[2].count(":") == 2 else "%H:%M").time()  # noqa: DTZ007
         date = here.date() if match[1] is None else datetime.fromisoformat(match[1]).date()
-    except ValueError:
+        at = datetime.combine(date, clock, zone).astimezone(zone)
+        if match[1] is None and at > here:
+            at = datetime.combine(date - timedelta(days=1), clock, zone).astimezone(zone)
+        return at.timestamp()
+    except (ValueError, OverflowError):  # the first and the last day of all in another zone
         raise ValueError("is no time that there is") from None
-    at = datetime.combine(date, clock, zone).astimezone(zone)
-    if match[1] is None and at > here:
-        at = datetime.combine(date - timedelta(days=1), clock, zone).astimezone(zone)
-    return at.timestamp()
 
 
 # ── the overview ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """What the daemon answers its operator is shown so that people understand it, and strangers' names do no harm."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -107,6 +108,19 @@ def test_what_is_no_time_of_day_is_refused(text: str) -> None:
     """With words that say what to write, or that there is no such time."""
     with pytest.raises(ValueError, match=r"such as 10:42|no time that there is"):
         moment(text, NOON, BERLIN)
+
+
+@pytest.mark.parametrize(("zone", "text"), [("America/New_York", "9999-12-31 23:59"), ("Pacific/Kiritimati", "0001-01-01 00:01")])
+def test_a_time_that_no_calendar_has_elsewhere_is_refused(zone: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is another day in UTC, which comes before the first, or after the last."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        with pytest.raises(ValueError, match="no time that there is"):
+            moment(text, NOON)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # ── the overview ──
