@@ -492,7 +492,7 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
     new = EVENTS.get((old, what), old)
     match old, new:
         case _, State.DONE if what is Happening.WITHDRAWN:
-            return _done(row, Outcome.WITHDRAWN, now, policy)
+            return _done(row._replace(end_tried=_tried(row)), Outcome.WITHDRAWN, now, policy)
         case _, State.DONE if what is Happening.TIME_UP:
             return _done(row, Outcome.RAN_OUT, now, policy)
         case State.VANISHED, State.DONE:

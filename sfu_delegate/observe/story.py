@@ -106,11 +106,17 @@ _RAN_OUT_THERE: Final = (
     "participant is no longer shown in the call.",
     Tone.BAD,
 )
+_WITHDRAWN_LATE: Final = (
+    "It was taken back when its end was under way already, which may have got through: the daemon forgot it, and does not ask.",
+    Tone.NOTICE,
+)
 
 
 def _ending(outcome: Outcome, row: DelayedEvent) -> tuple[str, Tone]:
     if outcome is Outcome.RAN_OUT and row.presence is not Presence.GONE:  # it was let run, or a newer delegation had taken its place
         return _RAN_OUT_THERE
+    if outcome is Outcome.WITHDRAWN and row.end_tried:
+        return _WITHDRAWN_LATE
     return _ENDINGS[outcome]
 
 

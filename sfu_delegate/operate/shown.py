@@ -547,7 +547,8 @@ def result(shown: Json, verb: str, changed: int) -> Line:
     if not changed:
         return Line(f"{name}: nothing to do, it was over already ({outcomes})", Tone.NOTICE)
     if verb == "release":
-        return Line(f"{name}: released. What it had delegated is as it was at the homeserver.", Tone.GOOD)
+        said = dict.fromkeys(plain(event["sentence"]) for event in events if event["outcome"] == "withdrawn")
+        return Line(f"{name}: released. {' '.join(said)}".rstrip(), Tone.GOOD)
     bad = any(Tone(event["tone"]) is Tone.BAD for event in events)
     return Line(f"{name}: {outcomes}. {plain(events[-1]['sentence'])}", Tone.BAD if bad else Tone.GOOD)
 

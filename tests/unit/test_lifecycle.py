@@ -774,6 +774,13 @@ def test_what_has_ended_already_is_not_ended_by_the_operator() -> None:
         assert advance(row(state=state), End("D1"), NOW, POLICY, 0.5).state is state
 
 
+def test_what_is_taken_back_while_it_is_being_ended_may_have_been_ended() -> None:
+    """The row says so, since nobody will ask any more; otherwise the event is at the homeserver as it was."""
+    leaving = row(Presence.GONE, State.ENDING)
+    assert advance(claim(leaving, NOW, POLICY), Withdraw("D1"), NOW, POLICY, 0.5).end_tried
+    assert not advance(leaving, Withdraw("D1"), NOW, POLICY, 0.5).end_tried
+
+
 @pytest.mark.parametrize("done", [False, True])
 def test_who_delegates_anew_after_the_operator_has_ended_it_is_found_in_the_call(done: bool) -> None:
     """The session has gone on all the time: a look shows it, and its end is a departure like any other."""

@@ -449,7 +449,8 @@ def test_what_will_happen_is_said_before(verb: str, event: DelayedEvent, said: s
             Tone.NOTICE,
         ),
         ("end", SENT._replace(outcome=Outcome.REJECTED), 1, ": rejected. The homeserver refuses to manage it.", Tone.BAD),
-        ("release", SENT._replace(outcome=Outcome.WITHDRAWN), 1, ": released. What it had delegated is as it was", Tone.GOOD),
+        ("release", SENT._replace(outcome=Outcome.WITHDRAWN), 1, "forgot it, and left it at the homeserver as it was.", Tone.GOOD),
+        ("release", SENT._replace(outcome=Outcome.WITHDRAWN, end_tried=True), 1, "under way already, which may have got through", Tone.GOOD),
     ],
 )
 def test_what_has_become_of_it_is_said_after(verb: str, event: DelayedEvent, changed: int, said: str, tone: Tone) -> None:
