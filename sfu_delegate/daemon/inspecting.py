@@ -148,8 +148,9 @@ class Inspecting:
     def _homeservers(self, config: Config) -> tuple[HomeserverState, ...]:
         paces = self._engine.paces()
         named = [homeserver.name.lower() for homeserver in config.homeservers if "*" not in homeserver.name]
-        others = sorted((name for name in paces if name not in named), key=lambda name: -paces[name].events)
-        found = []
+        given = frozenset(named)
+        others = sorted((name for name in paces if name not in given), key=lambda name: -paces[name].events)
+        found, backlog = [], self._survey.backlog
         for name in [*named, *others][:SHOWN_MOST]:
             pace = paces.get(name)
             found.append(
@@ -164,7 +165,7 @@ class Inspecting:
                     burst=pace.burst if pace else 0.0,
                     exempt=pace.exempt if pace else False,
                     lateness=self._survey.lateness.get(name, 0.0),
-                    waiting={lane: found for (homeserver, lane), found in self._survey.backlog.items() if homeserver == name},
+                    waiting={lane: backlog[name, lane] for lane in Lane if (name, lane) in backlog},
                 )
             )
         return tuple(found)
