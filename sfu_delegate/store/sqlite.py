@@ -362,6 +362,7 @@ class SqliteStore:
         self._lock: IO[str] | None = None
         self._file: tuple[int, int] | None = None  # device and inode
         self._damage: str | None = None  # the sentence about it, once it was met
+        self._closed = False
         self._checkpointed = 0  # rows that had been written then
         self._tried = 0  # … when somebody who reads was in the way
         self._keeps_log = False  # … at a length of its own, since there is space
@@ -482,7 +483,7 @@ class SqliteStore:
         def connect() -> sqlite3.Connection:
             connection = sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True, timeout=PATIENCE, check_same_thread=False)
             give_up = time.monotonic() + READS_FOR  # there is one for each question
-            connection.set_progress_handler(lambda: int(time.monotonic() > give_up), 100_000)
+            connection.set_progress_handler(lambda: int(self._closed or time.monotonic() > give_up), 100_000)
             return connection
 
         return Reader("sqlite", connect, self._not_read)
@@ -789,6 +790,7 @@ class SqliteStore:
             self._checkpointed = self._connection.total_changes
 
     def close(self) -> None:
+        self._closed = True  # whoever reads beside the engine stops: the process would not end before
         try:
             self._connection.close()
         finally:

@@ -1,6 +1,8 @@
 """What operators read beside the engine, on both databases: the right rows, no secrets, and nothing that holds up a step."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from sfu_delegate.store.sqlite import SqliteStore
 
 from tests import stores
 from tests.rows import HOMESERVER, NOW, ROOM, SFU, row
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
 @pytest.fixture(params=stores.KINDS)
@@ -200,11 +204,29 @@ def test_damage_that_a_question_meets_does_not_stop_the_daemon(tmp_path: Path) -
         assert there.reader().size().events == 1
 
 
+def test_a_question_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up when the store is closed, however long it might have taken."""
+    monkeypatch.setattr(sqlite, "READS_FOR", 3600.0)
+    there = SqliteStore(tmp_path / "there.db")
+    reader, begun = there.reader(), threading.Event()
+
+    def ask() -> None:
+        with reader._reading() as connection:
+            begun.set()
+            connection.exec_driver_sql(ENDLESS)
+
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask)
+        begun.wait()
+        there.close()
+        with pytest.raises(StoreUnavailable):
+            asked.result()
+
+
 def test_a_question_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as somebody reads, SQLite's log grows."""
     monkeypatch.setattr(sqlite, "READS_FOR", -1.0)
-    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     with closing(SqliteStore(tmp_path / "there.db")) as there:
         reader = there.reader()
         with pytest.raises(StoreUnavailable, match="too much to read"), reader._reading() as connection:
-            connection.exec_driver_sql(endless)
+            connection.exec_driver_sql(ENDLESS)
