@@ -17,7 +17,7 @@ from sfu_delegate.api.admin_access import over_socket
 from sfu_delegate.api.errors import MatrixError, json_response
 from sfu_delegate.api.health import READY_TIMEOUT, detail_of
 from sfu_delegate.api.overview import HomeserverState, Overview, SfuState
-from sfu_delegate.api.port import Unavailable
+from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import AdminServices, Phase
 from sfu_delegate.delegation.model import DelayedEvent, End, Lane, Note, Outcome, Presence, Room, State, Withdraw
 from sfu_delegate.delegation.replies import Withdrawn
@@ -124,13 +124,17 @@ class AdminApi:
         if not _ID.fullmatch(id):
             raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
         before, _ = await self._questions.delegation(id)
-        reply = await self._services.port.put(change(before[0].delegation))
+        row, by = before[0], _who(request)
+        try:
+            reply = await self._services.port.put(change(row.delegation))
+        except Unavailable as error:  # it may have been kept all the same
+            self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, by=by, problem=str(error))
+            raise
         assert isinstance(reply, Withdrawn)  # noqa: S101
         if not reply.rows:
             raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
         changed = sum(row.state is not State.DONE for row in before)
-        row = before[0]
-        self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, events=changed, by=_who(request))
+        self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, events=changed, by=by)
         now = self._services.inspection.overview().now
         return json_response({"id": row.delegation, "changed": changed, "events": [event_json(row._replace(delay_id=""), now) for row in reply.rows]})
 
@@ -307,7 +311,7 @@ class Questions:
         size: Size | None = None
         try:
             size = await self.sizes.read(self.services.inspection.read)
-        except Unavailable as error:
+        except (Unavailable, Overloaded) as error:
             problem = str(error)
         else:
             problem = ""

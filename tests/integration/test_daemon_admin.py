@@ -170,6 +170,16 @@ async def test_a_room_is_explained_by_its_people(tmp_path: Path) -> None:
     assert nobody["searched"] == ["!other:hs.test", room_name("!other:hs.test")]
 
 
+async def test_the_status_is_told_while_too_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what only the database knows."""
+    monkeypatch.setattr(inspecting, "WAITING_MOST", 0)
+    async with open_site(tmp_path) as site:
+        status = await get(listener(site), "/status")
+        with pytest.raises(Refused, match="Too many questions"):
+            await get(listener(site), "/rooms")
+    assert (status["database"]["events"], status["database"]["reading_problem"]) == (None, "Too many questions wait for the database already.")
+
+
 async def test_stories_are_put_together_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Webhooks wait for no story, however long it is; and each participant's is made of its own lines."""
     threads, told = [], []
@@ -249,6 +259,18 @@ async def test_the_operator_has_a_delegation_ended(tmp_path: Path) -> None:
     assert "the operator had it ended" in shown["story"][-3]["sentence"]
     assert (line["delegation"], line["events"]) == (given["id"], 1)
     assert line["by"].startswith("socket, by user ")
+
+
+async def test_a_change_that_may_not_have_been_kept_is_logged(tmp_path: Path) -> None:
+    """With who wanted it, and what the trouble was: a database that fails may have kept it all the same."""
+    path = tmp_path / "admin.sock"
+    async with open_site(tmp_path, **over_socket(path)) as site:
+        given = await site.in_call(await site.participant("alice"))
+        with broken_database(site), pytest.raises(Refused) as refused:
+            await post(AdminListener(socket=str(path)), f"/delegations/{given['id']}/end")
+        (line,) = site.lines("operator_ended")
+    assert refused.value.status == 503
+    assert (line["delegation"], "disk is full" in line["problem"], line["by"].startswith("socket")) == (given["id"], True, True)
 
 
 async def test_the_operator_has_a_delegation_released(tmp_path: Path) -> None:
