@@ -666,6 +666,8 @@ def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float
     if old is None or (old.state is State.DONE and new.state is not State.DONE) or old.delegation != new.delegation:
         yield Note(new.id, now, "delegated", new.delegation)
     if old is None:
+        if new.presence is not Presence.EXPECTED:  # inherited
+            yield Note(new.id, now, new.presence.value, new.reason)
         if new.verified_at is not None:
             yield Note(new.id, now, "verified", "")
         return

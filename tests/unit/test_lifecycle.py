@@ -252,6 +252,14 @@ def test_claims_only_count_up() -> None:
         assert advance(before, given_input, NOW, POLICY, 0.5).claim == before.claim
 
 
+def test_a_delegation_of_somebody_who_is_in_the_call_says_so() -> None:
+    """Presence that is inherited is told like presence that was found: without it, the story would begin with nobody."""
+    assert [note.what for note in story(None, row(), accept("D2"), NOW)] == ["delegated", "connected", "verified"]
+    away = list(story(None, row(Presence.AWAY, verified_at=None), accept("D2"), NOW))
+    assert [(note.what, note.detail) for note in away[1:]] == [("away", "CLIENT_INITIATED")]
+    assert [note.what for note in story(None, row(Presence.EXPECTED, verified_at=None), accept("D2"), NOW)] == ["delegated"]
+
+
 def test_every_change_of_state_leaves_a_line_in_the_history() -> None:
     """And a change that is none leaves none."""
     for before, given_input in CASES:
