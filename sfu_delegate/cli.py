@@ -143,11 +143,12 @@ def doctor(
       sfu-delegate doctor -c delegate.yaml --json | jq '.checks[] | select(.verdict == "problem")'
     """
     from sfu_delegate.doctor import as_data, diagnose, progress, show
+    from sfu_delegate.operate.screen import show_json
 
     with progress() as tell:
         report = diagnose(config, os.environ, tell)
     if as_json:
-        typer.echo(json.dumps(as_data(report), indent=2, ensure_ascii=False))
+        show_json(as_data(report))
     else:
         show(report)
     raise typer.Exit(report.exit_code)
@@ -730,12 +731,14 @@ def healthcheck(
       sfu-delegate healthcheck --ready --config /etc/sfu-delegate/sfu-delegate.yaml
     """
     from sfu_delegate.operate.healthcheck import check
+    from sfu_delegate.operate.screen import write
+    from sfu_delegate.operate.shown import plain
 
     try:
         well, line = check(config, os.environ, ready=ready)
     except ConfigInvalid as error:
         _fail(config, error.problems)
-    typer.echo(line, err=not well)
+    write(sys.stdout if well else sys.stderr, f"{plain(line)}\n")
     raise typer.Exit(0 if well else 1)
 
 

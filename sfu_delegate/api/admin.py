@@ -17,7 +17,7 @@ from sfu_delegate.api.admin_access import over_socket
 from sfu_delegate.api.errors import MatrixError, json_response
 from sfu_delegate.api.health import READY_TIMEOUT, detail_of
 from sfu_delegate.api.overview import HomeserverState, Overview, SfuState
-from sfu_delegate.api.port import Unavailable
+from sfu_delegate.api.port import Overloaded, Unavailable
 from sfu_delegate.api.services import AdminServices, Phase
 from sfu_delegate.delegation.model import DelayedEvent, End, Lane, Note, Outcome, Presence, Room, State, Withdraw
 from sfu_delegate.delegation.replies import Withdrawn
@@ -32,6 +32,8 @@ PAGE: Final = 100
 PAGE_MOST: Final = 1000
 EXPLAINED_MOST: Final = 200
 """Delayed events that are explained at a time: the newest."""
+EXPLAINED_LINES: Final = 20_000
+"""Lines of their histories, about: the newest of each."""
 
 TEXT_MOST: Final = 1000  # characters of a parameter; LiveKit allows 256 in names
 
@@ -80,7 +82,8 @@ class AdminApi:
         """One delegation, with its story."""
         rows, notes = await self._questions.delegation(request.match_info["id"])
         now = self._services.inspection.overview().now
-        return json_response({"id": rows[0].delegation, "now_ts": _ts(now), **story_json(rows, notes, now)})
+        told = await asyncio.to_thread(story_json, rows, notes, now)  # a long one must not hold up webhooks
+        return json_response({"id": rows[0].delegation, "now_ts": _ts(now), **told})
 
     async def rooms(self, request: web.Request) -> web.Response:
         """Rooms with delegations, by SFU and name."""
@@ -91,7 +94,7 @@ class AdminApi:
         rooms, counts = await self._questions.rooms(limit, after if any(after) else None, sfu=sfu, named=named)
         more = {"after_sfu": rooms[-1].sfu, "after": rooms[-1].name} if len(rooms) == limit else {}
         now = self._services.inspection.overview().now
-        return json_response({"now_ts": _ts(now), "rooms": [room_json(room, counts) for room in rooms], **more})
+        return json_response({"now_ts": _ts(now), "rooms": rooms_json(rooms, counts), **more})
 
     async def explain(self, request: web.Request) -> web.Response:
         """Why it is, or was, so: the story of each delayed event of a room, or of a user."""
@@ -121,13 +124,17 @@ class AdminApi:
         if not _ID.fullmatch(id):
             raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
         before, _ = await self._questions.delegation(id)
-        reply = await self._services.port.put(change(before[0].delegation))
+        row, by = before[0], _who(request)
+        try:
+            reply = await self._services.port.put(change(row.delegation))
+        except Unavailable as error:  # it may have been kept all the same
+            self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, by=by, problem=str(error))
+            raise
         assert isinstance(reply, Withdrawn)  # noqa: S101
         if not reply.rows:
             raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
         changed = sum(row.state is not State.DONE for row in before)
-        row = before[0]
-        self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, events=changed, by=_who(request))
+        self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, events=changed, by=by)
         now = self._services.inspection.overview().now
         return json_response({"id": row.delegation, "changed": changed, "events": [event_json(row._replace(delay_id=""), now) for row in reply.rows]})
 
@@ -246,15 +253,26 @@ class Sizes:
         self._clock = clock
         self._known: Size | None = None
         self._until = 0.0
-        self._one_at_a_time = asyncio.Lock()
+        self._reading: asyncio.Task[Size] | None = None
 
     async def read(self, read: Callable[[Callable[[Reader], Size]], Awaitable[Size]]) -> Size:
         """As it was found last, or is found by `read` now. Raises what `read` raises, which is not remembered."""
-        async with self._one_at_a_time:
-            if self._known is None or self._clock() >= self._until:
-                self._known, self._until = None, 0.0
-                self._known = await read(self._measured)
+        if self._known is not None and self._clock() < self._until:
             return self._known
+        if self._reading is None:  # one for all who ask: where the database hangs, they must not wait one after the other
+            self._known = None
+            self._reading = asyncio.ensure_future(self._read(read))
+            self._reading.add_done_callback(self._is_read)
+        return await asyncio.shield(self._reading)
+
+    async def _read(self, read: Callable[[Callable[[Reader], Size]], Awaitable[Size]]) -> Size:
+        self._known = size = await read(self._measured)
+        return size
+
+    def _is_read(self, task: "asyncio.Task[Size]") -> None:
+        self._reading = None
+        if not task.cancelled():
+            task.exception()  # whoever has asked may have gone
 
     def _measured(self, reader: Reader) -> Size:
         begun = self._clock()
@@ -293,7 +311,7 @@ class Questions:
         size: Size | None = None
         try:
             size = await self.sizes.read(self.services.inspection.read)
-        except Unavailable as error:
+        except (Unavailable, Overloaded) as error:
             problem = str(error)
         else:
             problem = ""
@@ -344,29 +362,27 @@ class Questions:
     async def explained(self, wanted: Selection) -> dict[str, Any]:
         """The stories of what matches, by participant."""
 
-        def read(reader: Reader) -> tuple[list[DelayedEvent], list[Note], list[Room], list[RoomCount]]:
+        overview = self.services.inspection.overview()
+
+        def read(reader: Reader) -> tuple[list[DelayedEvent], dict[str, Any]]:
+            """All of it in the reader's thread: long stories must not hold up webhooks."""
             rows = reader.events(wanted, EXPLAINED_MOST)
+            notes = reader.history([row.id for row in rows], EXPLAINED_LINES // max(len(rows), 1))
             theirs = {(row.sfu, row.room) for row in rows}
             rooms = reader.rooms(PAGE_MOST, named=sorted({room for _, room in theirs})) if rows else []
             rooms = [room for room in rooms if (room.sfu, room.name) in theirs]
-            return rows, reader.history([row.id for row in rows]), rooms, reader.in_rooms([(room.sfu, room.name) for room in rooms])
+            counts = reader.in_rooms([(room.sfu, room.name) for room in rooms])
+            told = {"rooms": rooms_json(rooms, counts), "participants": participants_json(rows, notes, overview.now)}
+            return rows, told
 
-        rows, notes, rooms, counts = await self._read(read)
-        overview = self.services.inspection.overview()
-        people: dict[tuple[str, str, str], list[DelayedEvent]] = {}
-        for row in sorted(rows, key=lambda row: row.id):
-            people.setdefault((row.sfu, row.room, row.user or row.identity), []).append(row)
+        rows, told = await self._read(read)
         concerned = {row.homeserver for row in rows}, {row.sfu for row in rows}
         return {
             "now_ts": _ts(overview.now),
             "complete": len(rows) < EXPLAINED_MOST,
             "kept_s": overview.keep,
             "searched": list(wanted.rooms),
-            "rooms": [room_json(room, counts) for room in rooms],
-            "participants": [
-                {"sfu": sfu, "room": room, "user": theirs[-1].user, "identity": theirs[-1].identity, **story_json(theirs, notes, overview.now)}
-                for (sfu, room, _), theirs in people.items()
-            ],
+            **told,
             "causes": [cause for cause in causes(overview) if cause["homeserver"] in concerned[0] or cause["sfu"] in concerned[1]],
         }
 
@@ -472,6 +488,34 @@ def story_json(rows: Sequence[DelayedEvent], notes: Sequence[Note], now: float) 
             for line in story.tell(rows, notes)
         ],
     }
+
+
+def participants_json(rows: Sequence[DelayedEvent], notes: Sequence[Note], now: float) -> list[dict[str, Any]]:
+    """The stories of delayed events, by participant."""
+    people: dict[tuple[str, str, str], list[DelayedEvent]] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        people.setdefault((row.sfu, row.room, row.user or row.identity), []).append(row)
+    by_event: dict[int, list[Note]] = {}
+    for note in notes:
+        by_event.setdefault(note.event, []).append(note)
+    return [
+        {
+            "sfu": sfu,
+            "room": room,
+            "user": theirs[-1].user,
+            "identity": theirs[-1].identity,
+            **story_json(theirs, [note for row in theirs for note in by_event.get(row.id, ())], now),
+        }
+        for (sfu, room, _), theirs in people.items()
+    ]
+
+
+def rooms_json(rooms: Sequence[Room], counts: Sequence[RoomCount]) -> list[dict[str, Any]]:
+    """Rooms, and who is in them."""
+    by_room: dict[tuple[str, str], list[RoomCount]] = {}
+    for count in counts:
+        by_room.setdefault((count.sfu, count.room), []).append(count)
+    return [room_json(room, by_room.get((room.sfu, room.name), ())) for room in rooms]
 
 
 def room_json(room: Room, counts: Sequence[RoomCount]) -> dict[str, Any]:

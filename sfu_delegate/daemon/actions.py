@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from sfu_delegate.delegation.model import Action, Answered, Listed, Looked, Task, Verdict
@@ -23,6 +24,7 @@ CHECK_SERVICE_AGAIN = 120.0  # … and where something is wrong with it
 CHECK_SERVICE_ALWAYS = 600.0  # … and where all is well: a registration may get lost at the homeserver
 CHECK_EVERY = 60.0  # seconds between two looks for somebody in trouble who …
 CHECK_AFTER = 120.0  # … was not asked for so long, since there is nothing to do there
+FORGOTTEN_AFTER = 900.0  # … or until the trouble is forgotten of one that the configuration does not name: nothing leads there any more
 LEASE_MARGIN = 1.0  # seconds between the end of an action's time and the end of its lease
 
 log = get_logger(__name__)
@@ -154,6 +156,16 @@ class Actions:
                     self._begin_check(self._check_homeserver(name, again=True))
                 elif kind == "sfu" and name in sfus:
                     self._begin_check(self._check_sfu(name))
+                elif kind in ("homeserver", "sfu") and self._failed_at.get((kind, name), -inf) <= self._clock() - FORGOTTEN_AFTER:
+                    self._forget(kind, name)
+
+    def _forget(self, kind: str, name: str) -> None:
+        """Nobody knows how it is, and nobody needs to: a status that is degraded for it would be so until the next start."""
+        del self.conditions[kind, name]
+        self._failed_at.pop((kind, name), None)
+        told = self._told.pop((kind, name), None)
+        if told is not None and told.lasting is not None:
+            told.lasting.cancel()
 
     def check_services(self, homeservers: Mapping[str, bool]) -> None:
         """See whether the application service is set up well at each of these, now and again and again: what is wrong is mended there, while we run.

@@ -4,9 +4,11 @@ It must never make anybody's call wait: it does not use the engine's thread or c
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import Any, TypeVar
 
 from sfu_delegate import __version__
@@ -25,6 +27,33 @@ T = TypeVar("T")
 SHOWN_MOST = 200  # homeservers: with patterns there may be any number
 WAITING_MOST = 16  # questions: what is asked by more at a time is asked by nobody who reads the answers
 RETRY_AFTER = 2.0  # seconds
+ANSWERED_WITHIN = 10.0  # seconds: who asks for the status of a daemon whose database hangs is to be told that, and gives up after 30
+
+REST_MOST = 1.0  # seconds between two questions
+
+
+class Rests:
+    """Leaves the database alone between two questions, for as long as the last one took.
+
+    SQLite's log can begin anew only at a moment when nobody reads. Where one question followed the other, there never was one, and the log grew by
+    some megabytes a second until the disk was full.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._clock = clock
+        self._sleep = sleep
+        self._over_at = -inf
+
+    def __call__(self, question: Callable[[], T]) -> T:
+        """Its answer, after a rest."""
+        if (left := self._over_at - self._clock()) > 0:
+            self._sleep(left)
+        begun = self._clock()
+        try:
+            return question()
+        finally:
+            done = self._clock()
+            self._over_at = done + min(done - begun, REST_MOST)
 
 
 class Survey:
@@ -63,6 +92,7 @@ class Inspecting:
         self._started_at = clock()
         self._reader: Reader | None = None
         self._thread = ThreadPoolExecutor(1, "reader")
+        self._rests = Rests()
         self._waiting = 0
 
     async def read(self, work: Callable[[Reader], T]) -> T:
@@ -71,16 +101,19 @@ class Inspecting:
             raise Overloaded("Too many questions wait for the database already.", RETRY_AFTER)
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, work)
+            async with asyncio.timeout(ANSWERED_WITHIN):  # whoever waits for his turn by then has none any more
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, work)
         except StoreUnavailable as error:
             raise Unavailable(str(error), RETRY_AFTER) from None
+        except TimeoutError:
+            sentence = f"It did not answer the question within {ANSWERED_WITHIN:g} s: it hangs, or there is too much to read. Ask for less."
+            raise Unavailable(sentence, RETRY_AFTER) from None
         finally:
             self._waiting -= 1
 
     def _read(self, work: Callable[[Reader], T]) -> T:
-        if self._reader is None:
-            self._reader = self._store.reader()
-        return work(self._reader)
+        reader = self._reader = self._reader or self._store.reader()
+        return self._rests(lambda: work(reader))
 
     def overview(self) -> Overview:
         """See `api.overview.Inspection`."""
@@ -115,8 +148,9 @@ class Inspecting:
     def _homeservers(self, config: Config) -> tuple[HomeserverState, ...]:
         paces = self._engine.paces()
         named = [homeserver.name.lower() for homeserver in config.homeservers if "*" not in homeserver.name]
-        others = sorted((name for name in paces if name not in named), key=lambda name: -paces[name].events)
-        found = []
+        given = frozenset(named)
+        others = sorted((name for name in paces if name not in given), key=lambda name: -paces[name].events)
+        found, backlog = [], self._survey.backlog
         for name in [*named, *others][:SHOWN_MOST]:
             pace = paces.get(name)
             found.append(
@@ -131,7 +165,7 @@ class Inspecting:
                     burst=pace.burst if pace else 0.0,
                     exempt=pace.exempt if pace else False,
                     lateness=self._survey.lateness.get(name, 0.0),
-                    waiting={lane: found for (homeserver, lane), found in self._survey.backlog.items() if homeserver == name},
+                    waiting={lane: backlog[name, lane] for lane in Lane if (name, lane) in backlog},
                 )
             )
         return tuple(found)

@@ -211,7 +211,7 @@ def advance(row: DelayedEvent, given: Given, now: float, policy: Policy, random:
         case SfuFound():
             return _told(row, now, policy, random) if row.reason == SFU_LOST else row
         case Accept():
-            return _apply(row, Finding(Sign.DELEGATED, row.sessions), now, policy, random)
+            return _apply(row, Finding(Sign.DELEGATED, _sessions_after(row)), now, policy, random)
         case Answered():
             return _answered(row, given, now, policy, random)
         case Withdraw():
@@ -255,7 +255,7 @@ def delegate(
     if row is not None and row.state is State.LIVE:
         return _delegated_again(row, accept, event, now, accepted_at, policy, random, doubtful=doubtful)
     alias, twin = _other_forms(accept, row, like)
-    sessions: tuple[Session, ...] = like.sessions if like else ()
+    sessions = _sessions_after(like) if like else ()
     if like is not None and like.state is State.DONE:
         # Nobody told it of the end of those that were live: a look finds those that go on. And none was seen under this delegation.
         sessions = tuple(s._replace(heard_at=0.0) for s in sessions if not s.live)
@@ -305,6 +305,11 @@ def delegate(
         if _ending_under_way(row):
             base = base._replace(claimed=True, lane=Lane.END, due=row.due)  # a restart must not overtake it
     return base
+
+
+def _sessions_after(row: DelayedEvent) -> tuple[Session, ...]:
+    """The sessions of a row for a delegation that follows it. What the operator has ended goes on at the SFU, and a look finds it there."""
+    return () if row.presence is Presence.GONE and row.reason == ENDED_BY_OPERATOR else row.sessions
 
 
 def _shown(row: DelayedEvent, running_since: float, now: float, policy: Policy, random: float) -> DelayedEvent:
@@ -487,7 +492,7 @@ def _happen(row: DelayedEvent, what: Happening, now: float, policy: Policy, rand
     new = EVENTS.get((old, what), old)
     match old, new:
         case _, State.DONE if what is Happening.WITHDRAWN:
-            return _done(row, Outcome.WITHDRAWN, now, policy)
+            return _done(row._replace(end_tried=_tried(row)), Outcome.WITHDRAWN, now, policy)
         case _, State.DONE if what is Happening.TIME_UP:
             return _done(row, Outcome.RAN_OUT, now, policy)
         case State.VANISHED, State.DONE:

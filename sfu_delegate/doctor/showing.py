@@ -8,6 +8,8 @@ from typing import Any, Final
 from sfu_delegate import __version__
 from sfu_delegate.doctor.findings import Check, Report, Verdict
 from sfu_delegate.doctor.words import counted, listed, spoken
+from sfu_delegate.operate.screen import write
+from sfu_delegate.operate.shown import plain
 
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "bold yellow", Verdict.PROBLEM: "bold red", Verdict.SKIPPED: "dim"}
 
@@ -40,13 +42,18 @@ def lines(report: Report) -> Iterator[str]:
     width = max(len(f"{result.id} {result.subject}".rstrip()) for result in report.results)
     for result in report.results:
         finding = result.finding
-        first, *more = finding.evidence.splitlines() or [""]
+        first, *more = _plain_lines(finding.evidence) or [""]
         yield f"{finding.verdict:<8} {f'{result.id} {result.subject}'.rstrip():<{width}}  {first}"
         indent = " " * (8 + 1 + width + 2)
         yield from (f"{indent}{line}" for line in more)
-        remedy = finding.remedy.splitlines()
+        remedy = _plain_lines(finding.remedy)
         yield from (f"{indent}{'→' if number == 0 else ' '} {line}" for number, line in enumerate(remedy))
     yield summary(report)
+
+
+def _plain_lines(text: str) -> list[str]:
+    """What homeservers, SFUs and proxies have answered stands in it, and must not be obeyed by a terminal."""
+    return [plain(line) for line in text.splitlines()]
 
 
 def summary(report: Report) -> str:
@@ -65,7 +72,7 @@ def summary(report: Report) -> str:
 def show(report: Report) -> None:
     """On standard output: a table on a terminal, else lines."""
     if not sys.stdout.isatty():
-        sys.stdout.write("".join(f"{line}\n" for line in lines(report)))
+        write(sys.stdout, "".join(f"{line}\n" for line in lines(report)))
         return
     from rich.console import Console
     from rich.table import Table
@@ -83,10 +90,13 @@ def show(report: Report) -> None:
             name.append(f"\n{result.subject}", style="not bold")
         style = _STYLES[finding.verdict]
         # As Text: in what others have said, square brackets are no markup.
-        table.add_row(name, Text(finding.verdict.value, style=style), Text(finding.evidence), Text(finding.remedy))
+        evidence, remedy = ("\n".join(_plain_lines(text)) for text in (finding.evidence, finding.remedy))
+        table.add_row(name, Text(finding.verdict.value, style=style), Text(evidence), Text(remedy))
     console = Console(file=sys.stdout)
-    console.print(table)
-    console.print(Text(summary(report), style=_STYLES[report.verdict]))
+    with console.capture() as drawn:
+        console.print(table)
+        console.print(Text(summary(report), style=_STYLES[report.verdict]))
+    write(sys.stdout, drawn.get())
 
 
 @contextmanager

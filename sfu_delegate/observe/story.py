@@ -97,10 +97,27 @@ _ENDINGS: Final = {
         Tone.BAD,
     ),
     Outcome.REJECTED: ("The homeserver refuses to manage it.", Tone.BAD),
-    Outcome.REPLACED: ("A newer delegation of the same participant took its place, and it was cancelled.", Tone.GOOD),
+    Outcome.REPLACED: ("A newer delegation of the same participant took its place: it was cancelled, or had ended already.", Tone.GOOD),
     Outcome.WITHDRAWN: ("It was taken back: the daemon forgot it, and left it at the homeserver as it was.", Tone.NOTICE),
-    Outcome.UNKNOWN: ("The homeserver had never heard of it: the client delegated an event that is not there.", Tone.BAD),
+    Outcome.UNKNOWN: ("The homeserver did not know it when it was first asked: it had ended by then, or there never was such an event.", Tone.BAD),
 }
+_RAN_OUT_THERE: Final = (
+    "Its time ran out before it could be restarted or cancelled, or the client ended it then: if the homeserver sent the leave event, the "
+    "participant is no longer shown in the call.",
+    Tone.BAD,
+)
+_WITHDRAWN_LATE: Final = (
+    "It was taken back when its end was under way already, which may have got through: the daemon forgot it, and does not ask.",
+    Tone.NOTICE,
+)
+
+
+def _ending(outcome: Outcome, row: DelayedEvent) -> tuple[str, Tone]:
+    if outcome is Outcome.RAN_OUT and row.presence is not Presence.GONE:  # it was let run, or a newer delegation had taken its place
+        return _RAN_OUT_THERE
+    if outcome is Outcome.WITHDRAWN and row.end_tried:
+        return _WITHDRAWN_LATE
+    return _ENDINGS[outcome]
 
 
 def _sentence(note: Note, row: DelayedEvent, *, first: bool) -> tuple[str, Tone]:
@@ -142,10 +159,11 @@ def _sentence(note: Note, row: DelayedEvent, *, first: bool) -> tuple[str, Tone]
             return f"The first try to {what.removesuffix('_failed')} it failed{_because(detail)}. It is tried again.", Tone.NOTICE
         case _:
             try:
-                sentence, tone = _ENDINGS[Outcome(what)]
+                sentence, tone = _ending(Outcome(what), row)
             except (ValueError, KeyError):
                 return f"{what}{_because(detail)}", Tone.PLAIN
-            if Outcome(what) in (Outcome.REJECTED, Outcome.LOST, Outcome.UNKNOWN) and detail:
+            refused = what == Outcome.REPLACED and detail[:1] == "4"  # then it may be there still, or have fired
+            if detail and (refused or Outcome(what) in (Outcome.REJECTED, Outcome.LOST, Outcome.UNKNOWN)):
                 sentence = f"{sentence} It answered: {detail}."
             return sentence, tone
 
@@ -197,8 +215,7 @@ _OUTCOMES: Final = frozenset(outcome.value for outcome in Outcome)
 def now_so(row: DelayedEvent, now: float) -> tuple[str, Tone]:
     """How it is with a delayed event, in a sentence or two. `now` in Unix seconds."""
     if row.state is State.DONE:
-        sentence, tone = _ENDINGS.get(row.outcome, ("It has ended.", Tone.PLAIN))
-        return sentence, tone
+        return _ending(row.outcome, row)
     return " ".join(_parts(row, now)), _tone(row, now)
 
 

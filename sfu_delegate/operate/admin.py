@@ -78,6 +78,8 @@ class AdminListener:
         target = f"{path}?{urlencode(query)}" if query else path
         headers = {"Accept": "application/json, text/plain"}
         if self.token:
+            if not _is_token(self.token):  # the daemon refuses it, too; and http.client would show it in its complaint
+                raise CannotAsk("The admin token must be one line of printable ASCII characters: check admin.token_file, or admin.token.")
             headers["Authorization"] = f"Bearer {self.token}"
         content = None
         if body is not None:
@@ -140,15 +142,22 @@ def listener_of(admin: Admin) -> AdminListener:
 def listener_at(url: str, token_file: Path | None = None) -> AdminListener:
     """Where a URL says: `http://127.0.0.1:8081`, or `unix:/run/sfu-delegate/admin.sock`. Raises CannotAsk."""
     token = None if token_file is None else _token_in(token_file)
-    if url.startswith("unix:"):
-        return AdminListener(socket=url.removeprefix("unix:").removeprefix("//"), token=token)
     try:
+        if url.startswith("unix:"):
+            path = url.removeprefix("unix:").removeprefix("//")
+            if not path:
+                raise ValueError
+            return AdminListener(socket=path, token=token)
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
             raise ValueError
-        return AdminListener(parts.hostname, parts.port or 8081, token=token)
+        return AdminListener(parts.hostname, 8081 if parts.port is None else parts.port, token=token)
     except ValueError:
         raise CannotAsk("The admin listener is named as http://HOST:PORT or unix:/PATH: such as http://127.0.0.1:8081.") from None
+
+
+def _is_token(text: str) -> bool:
+    return bool(text) and text.isascii() and text.isprintable()
 
 
 def _token_in(path: Path) -> str:
@@ -157,7 +166,7 @@ def _token_in(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CannotAsk(f"The token's file {path} cannot be read: {reason}.") from None
-    if not token or not token.isascii() or not token.isprintable():
+    if not _is_token(token):
         raise CannotAsk(f"The token's file {path} must hold the token, in one line of printable ASCII characters, and nothing else.")
     return token
 

@@ -71,6 +71,8 @@ def _asked(asking: Asking, work: Callable[[AdminListener], int]) -> int:
                 return _fail(asking, Exit.CANNOT_ASK, f"{error} {remedy}")
             case _:
                 return _fail(asking, Exit.CANNOT_ASK, str(error))
+    except UnicodeEncodeError:
+        return _fail(asking, Exit.USAGE, "A name that was given is no text in this locale: give it in UTF-8, with LC_ALL=C.UTF-8 where need be.")
     except (KeyError, TypeError, ValueError, AttributeError, LookupError) as error:
         sentence = f"The daemon's answer is not understood ({type(error).__name__}): is it of the same version as this command?"
         return _fail(asking, Exit.CANNOT_ASK, sentence)

@@ -4,6 +4,7 @@ It asks the admin listener, of which only the section `admin` of the configurati
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ READY_WITHIN: Final = 8.0  # the daemon itself waits for five seconds for its da
 
 def check(config: Path, environ: Mapping[str, str], *, ready: bool = False) -> tuple[bool, str]:
     """Whether it lives, or with `ready` whether it can take delegations and webhooks, and a line about it. Raises ConfigInvalid."""
-    listener = find(config, environ)
+    listener = replace(find(config, environ), token=None)
     try:
         answer = listener.ask("GET", "/health/ready" if ready else "/health/live", timeout=READY_WITHIN if ready else LIVE_WITHIN)
     except CannotAsk as error:

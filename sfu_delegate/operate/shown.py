@@ -128,12 +128,12 @@ def moment(text: str, now: float, zone: tzinfo | None = None) -> float:
     try:
         clock = datetime.strptime(match[2], "%H:%M:%S" if match[2].count(":") == 2 else "%H:%M").time()  # noqa: DTZ007
         date = here.date() if match[1] is None else datetime.fromisoformat(match[1]).date()
-    except ValueError:
+        at = datetime.combine(date, clock, zone).astimezone(zone)
+        if match[1] is None and at > here:
+            at = datetime.combine(date - timedelta(days=1), clock, zone).astimezone(zone)
+        return at.timestamp()
+    except (ValueError, OverflowError):  # the first and the last day of all in another zone
         raise ValueError("is no time that there is") from None
-    at = datetime.combine(date, clock, zone).astimezone(zone)
-    if match[1] is None and at > here:
-        at = datetime.combine(date - timedelta(days=1), clock, zone).astimezone(zone)
-    return at.timestamp()
 
 
 # ── the overview ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -547,7 +547,8 @@ def result(shown: Json, verb: str, changed: int) -> Line:
     if not changed:
         return Line(f"{name}: nothing to do, it was over already ({outcomes})", Tone.NOTICE)
     if verb == "release":
-        return Line(f"{name}: released. What it had delegated is as it was at the homeserver.", Tone.GOOD)
+        said = dict.fromkeys(plain(event["sentence"]) for event in events if event["outcome"] == "withdrawn")
+        return Line(f"{name}: released. {' '.join(said)}".rstrip(), Tone.GOOD)
     bad = any(Tone(event["tone"]) is Tone.BAD for event in events)
     return Line(f"{name}: {outcomes}. {plain(events[-1]['sentence'])}", Tone.BAD if bad else Tone.GOOD)
 

@@ -112,13 +112,13 @@ class Reader:
             row = connection.execute(select(*_SHOWN).where(_event.c.id == event)).one_or_none()
             return None if row is None else delayed_event_of(tuple(row))
 
-    def history(self, events: Iterable[int]) -> list[Note]:
-        """What happened to these events, oldest first."""
+    def history(self, events: Iterable[int], most: int = NOTES_MOST) -> list[Note]:
+        """What happened to these events, oldest first; `most`: so many lines of each, the newest."""
         notes: list[Note] = []
         columns = (_history.c.event, _history.c.at, _history.c.what, _history.c.detail)
         with self._reading() as connection:
             for event in events:
-                newest = select(*columns).where(_history.c.event == event).order_by(_history.c.at.desc()).limit(NOTES_MOST)
+                newest = select(*columns).where(_history.c.event == event).order_by(_history.c.at.desc()).limit(min(most, NOTES_MOST))
                 notes += reversed([Note(*row) for row in connection.execute(newest)])
         return sorted(notes, key=lambda note: note.at)
 
@@ -137,9 +137,11 @@ class Reader:
     def in_rooms(self, rooms: Sequence[tuple[str, str]]) -> list[RoomCount]:
         """Who is in these rooms, by SFU and name: open events only."""
         c = _event.c
-        if not rooms:
-            return []
-        these = or_(*(and_(c.sfu == sfu, c.room == name) for sfu, name in rooms))
+        by_sfu: dict[str, list[str]] = {}
+        for sfu, name in rooms:
+            by_sfu.setdefault(sfu, []).append(name)
+        # Not a condition for each room: a thousand of them are too deep for SQLite.
+        these = or_(false(), *(and_(c.sfu == sfu, c.room.in_(names)) for sfu, names in by_sfu.items()))
         columns = (c.sfu, c.room, c.state, c.presence)
         statement = select(*columns, func.count(), func.count(c.identity.distinct())).where(these, c.state != State.DONE.value).group_by(*columns)
         with self._reading() as connection:

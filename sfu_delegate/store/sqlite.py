@@ -7,6 +7,7 @@ process out. SQLAlchemy Core compiles the few statements once, and the driver ru
 import fcntl
 import os
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -70,6 +71,7 @@ LOG_MOST = 64 * 1024 * 1024  # … that stay after it had to be longer, because 
 CHECKPOINT_ABOVE = 800  # rows written since the last one, under load: a departure writes five, and in a storm 800 make some 7 MB of pages
 CHECKPOINT_IDLE_ABOVE = 200
 CACHE_SIZE = -8192  # KiB, for SQLite: pages that are kept in memory
+READS_FOR = 10.0  # seconds for a question beside the engine: as long as somebody reads, the log grows
 PATIENCE = 1.0  # seconds that a lock of another process is waited for; whoever asks is better served by a reason than by waiting
 
 # Bytes of a database that is checked at the start. On two shared cores, 57 MB (100,000 rows) took 0.6 s, and 1.2 s from the disk; 577 MB 2.6 and
@@ -360,6 +362,7 @@ class SqliteStore:
         self._lock: IO[str] | None = None
         self._file: tuple[int, int] | None = None  # device and inode
         self._damage: str | None = None  # the sentence about it, once it was met
+        self._closed = False
         self._checkpointed = 0  # rows that had been written then
         self._tried = 0  # … when somebody who reads was in the way
         self._keeps_log = False  # … at a length of its own, since there is space
@@ -428,11 +431,14 @@ class SqliteStore:
 
     def failed(self, error: sqlite3.Error) -> StoreUnavailable:
         """What an error of the driver means, for the operator. Damage is remembered."""
-        name = "_".join((getattr(error, "sqlite_errorname", None) or "").split("_")[:2])
-        sentence = _sentence(self.path, str(error), name)
+        name, unavailable = _name(error), self._not_read(error)
         if name in _DAMAGE:
-            self._damage = self._damage or sentence
-        return StoreUnavailable(sentence)
+            self._damage = self._damage or str(unavailable)
+        return unavailable
+
+    def _not_read(self, error: sqlite3.Error) -> StoreUnavailable:
+        """The same for a question beside the engine, whose work goes on: what was asked about need not be what calls need."""
+        return StoreUnavailable(_sentence(self.path, str(error), _name(error)))
 
     def _still_sound(self) -> None:
         if self._damage is not None:
@@ -475,9 +481,12 @@ class SqliteStore:
 
     def reader(self) -> Reader:
         def connect() -> sqlite3.Connection:
-            return sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True, timeout=PATIENCE, check_same_thread=False)
+            connection = sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True, timeout=PATIENCE, check_same_thread=False)
+            give_up = time.monotonic() + READS_FOR  # there is one for each question
+            connection.set_progress_handler(lambda: int(self._closed or time.monotonic() > give_up), 100_000)
+            return connection
 
-        return Reader("sqlite", connect, self.failed)
+        return Reader("sqlite", connect, self._not_read)
 
     def census(self) -> StoreCensus:
         run = self._connection.execute
@@ -781,6 +790,7 @@ class SqliteStore:
             self._checkpointed = self._connection.total_changes
 
     def close(self) -> None:
+        self._closed = True  # whoever reads beside the engine stops: the process would not end before
         try:
             self._connection.close()
         finally:
@@ -826,9 +836,15 @@ def _for_us_only(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
+def _name(error: sqlite3.Error) -> str:
+    """SQLite's primary result code."""
+    return "_".join((getattr(error, "sqlite_errorname", None) or "").split("_")[:2])
+
+
 def _sentence(path: str, problem: str, name: str) -> str:
     """The problem and its remedy; `name` is SQLite's primary result code."""
     remedy = {
+        "SQLITE_INTERRUPT": f"There is too much to read within {READS_FOR:g} s: ask for less.",
         "SQLITE_FULL": "The disk is full: free some space; it goes on by itself.",
         "SQLITE_BUSY": "Another process holds it: let go of it; it goes on by itself.",
         "SQLITE_READONLY": "It is read-only: check the owner and the file system.",

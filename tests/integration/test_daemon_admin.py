@@ -3,13 +3,18 @@
 import asyncio
 import socket
 import stat
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from sfu_delegate.daemon import inspecting
 from sfu_delegate.daemon.serve import CannotStart, _bound_to
+from sfu_delegate.delegation.model import DelayedEvent, Note
 from sfu_delegate.livekit.names import room_name
+from sfu_delegate.observe import story
 from sfu_delegate.observe.logs import short
 from sfu_delegate.operate.admin import AdminListener, CannotAsk, Refused
 from sfu_delegate.sandbox.homeserver import End
@@ -165,6 +170,55 @@ async def test_a_room_is_explained_by_its_people(tmp_path: Path) -> None:
     assert nobody["searched"] == ["!other:hs.test", room_name("!other:hs.test")]
 
 
+async def test_the_status_is_told_while_too_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what only the database knows."""
+    monkeypatch.setattr(inspecting, "WAITING_MOST", 0)
+    async with open_site(tmp_path) as site:
+        status = await get(listener(site), "/status")
+        with pytest.raises(Refused, match="Too many questions"):
+            await get(listener(site), "/rooms")
+    assert (status["database"]["events"], status["database"]["reading_problem"]) == (None, "Too many questions wait for the database already.")
+
+
+async def test_stories_are_put_together_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Webhooks wait for no story, however long it is; and each participant's is made of its own lines."""
+    threads, told = [], []
+    tell = story.tell
+
+    def watched(rows: Sequence[DelayedEvent], notes: Sequence[Note]) -> list[story.Line]:
+        threads.append(threading.current_thread())
+        told.append({row.id for row in rows} == {note.event for note in notes})
+        return tell(rows, notes)
+
+    monkeypatch.setattr(story, "tell", watched)
+    async with open_site(tmp_path) as site:
+        given = [await site.in_call(await site.participant(name)) for name in ("alice", "bob")]
+        at = listener(site)
+        assert len((await get(at, "/explain", room="call"))["participants"]) == 2
+        await get(at, f"/delegations/{given[0]['id']}")
+    assert threading.main_thread() not in threads
+    assert told == [True, True, True]
+
+
+async def test_a_database_that_hangs_when_it_is_read_does_not_keep_the_operator_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status tells it, with all that it knows without the database; and other questions are told it, too."""
+    monkeypatch.setattr(inspecting, "ANSWERED_WITHIN", 0.2)
+    released = threading.Event()
+    monkeypatch.setattr(inspecting.Inspecting, "_read", lambda *_: released.wait())
+    async with open_site(tmp_path) as site:
+        try:
+            await site.in_call(await site.participant("alice"))
+            status = await get(listener(site), "/status")
+            for path in ("/delegations", "/rooms", "/delegations/1"):
+                with pytest.raises(Refused, match="did not answer the question") as refused:
+                    await get(listener(site), path)
+                assert refused.value.status == 503
+        finally:
+            released.set()
+    assert (status["status"], status["events"]["states"]["live"]) == ("ok", 1)
+    assert (status["database"]["events"], "did not answer" in status["database"]["reading_problem"]) == (None, True)
+
+
 async def test_the_page_shows_what_the_daemon_does(tmp_path: Path) -> None:
     """Over both ways: who is in the call, and the story of one who was."""
     path = tmp_path / "admin.sock"
@@ -205,6 +259,18 @@ async def test_the_operator_has_a_delegation_ended(tmp_path: Path) -> None:
     assert "the operator had it ended" in shown["story"][-3]["sentence"]
     assert (line["delegation"], line["events"]) == (given["id"], 1)
     assert line["by"].startswith("socket, by user ")
+
+
+async def test_a_change_that_may_not_have_been_kept_is_logged(tmp_path: Path) -> None:
+    """With who wanted it, and what the trouble was: a database that fails may have kept it all the same."""
+    path = tmp_path / "admin.sock"
+    async with open_site(tmp_path, **over_socket(path)) as site:
+        given = await site.in_call(await site.participant("alice"))
+        with broken_database(site), pytest.raises(Refused) as refused:
+            await post(AdminListener(socket=str(path)), f"/delegations/{given['id']}/end")
+        (line,) = site.lines("operator_ended")
+    assert refused.value.status == 503
+    assert (line["delegation"], "disk is full" in line["problem"], line["by"].startswith("socket")) == (given["id"], True, True)
 
 
 async def test_the_operator_has_a_delegation_released(tmp_path: Path) -> None:
@@ -255,6 +321,24 @@ async def test_a_page_of_a_stranger_cannot_read_it_under_a_name_of_its_own(tmp_p
                 assert (host, response.status) == (host, status)
         async with site.http.get(f"{url}/metrics", headers={"Host": "sfu-delegate:8081"}) as response:
             assert response.status == 200
+
+
+async def test_a_request_without_a_host_is_refused_without_asking_the_dns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HTTP/1.0 allows: the event loop must not wait for what this machine is called."""
+    asked: list[str] = []
+
+    def getfqdn(name: str = "") -> str:
+        asked.append(name)
+        return "localhost"
+
+    monkeypatch.setattr(socket, "getfqdn", getfqdn)
+    async with open_site(tmp_path) as site:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.daemon.admin_port)
+        writer.write(b"GET /admin/v1/status HTTP/1.0\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.0 403 ")
+    assert not asked
 
 
 async def test_with_a_token_nothing_but_health_and_metrics_is_told_without_it(tmp_path: Path) -> None:

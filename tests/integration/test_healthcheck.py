@@ -40,6 +40,19 @@ async def test_a_daemon_that_is_well(tmp_path: Path) -> None:
         assert await ask(config, ready=True) == (True, "It is ready.")
 
 
+async def test_a_token_that_is_none_is_neither_sent_nor_shown(tmp_path: Path) -> None:
+    """Health is told without one. Commands that need it say what is wrong with it, and not what it is."""
+    for text in ("its-first-line\nand-more", "its-first-line-\u20ac"):
+        (tmp_path / "token").write_text(text, encoding="utf-8")
+        async with open_site(tmp_path) as site:
+            config = configuration(tmp_path, port=port_of(site), token_file=str(tmp_path / "token"))
+            assert (await ask(config))[0]
+            refused = await asyncio.to_thread(CliRunner().invoke, app, ["status", "-c", str(config)])
+        assert refused.exit_code == 3
+        assert "printable ASCII" in refused.output
+        assert "its-first-line" not in refused.output
+
+
 async def test_over_the_socket(tmp_path: Path) -> None:
     """Where the daemon listens there only."""
     path = tmp_path / "admin.sock"

@@ -321,7 +321,10 @@ def test_only_a_file_that_is_certainly_missing_means_the_defaults(tmp_path: Path
         (["explain", "--user", "a", "--at", "10:42", "--since", "1h"], "goes without --since"),
         (["list", "--older-than", "yesterday"], "such as 500ms, 30s"),
         (["status", "--watch"], "needs a terminal"),
-        (["list", "--admin", "ftp://x"], ""),
+        (["list", "--admin", "ftp://x"], "http://HOST:PORT or unix:/PATH"),
+        (["list", "--admin", "unix:"], "http://HOST:PORT or unix:/PATH"),
+        (["show", "\udcff"], "no text"),
+        (["explain", "--room", "\udcff"], "no text"),
         (["show"], "Missing argument"),
     ],
 )

@@ -658,6 +658,26 @@ async def test_who_was_in_trouble_and_is_not_asked_any_more_is_checked_again() -
         ]
 
 
+async def test_the_trouble_of_one_that_is_not_configured_by_name_is_forgotten() -> None:
+    """A homeserver of a pattern, whose users are gone: its trouble would degrade the status for ever. Who is still asked stays in trouble."""
+    bench = Bench()
+    failed = Answer(Verdict.FAILED, 502, "", None, "502")
+    with captured_log() as log, in_time(bench):
+        bench.actions.check([], [])
+        for _ in range(5):
+            await bench.act_once(failed)
+            await asyncio.sleep(actions.FORGOTTEN_AFTER - 1.0)
+        assert bench.actions.conditions == {("homeserver", "hs.test"): "502"}
+        await asyncio.sleep(2 * actions.CHECK_EVERY)
+        assert bench.actions.conditions == {}
+        assert bench.looked_after == []
+        await bench.act_once(failed)
+        assert bench.actions.conditions == {("homeserver", "hs.test"): "502"}
+        await bench.actions.finish(20.0)
+    lines = [json.loads(line)["event"] for line in log.getvalue().splitlines()]
+    assert lines.count("homeserver_failed") == 2
+
+
 async def test_who_is_asked_anyway_or_is_configured_no_more_is_not_checked_again() -> None:
     """What real requests say counts, and /versions may work where they do not."""
     bench = Bench()

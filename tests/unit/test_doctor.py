@@ -15,6 +15,7 @@ from sfu_delegate.doctor import showing
 from sfu_delegate.doctor.findings import CannotLook, Check, Finding, Report, Result, Verdict, ok, problem, skipped, warning
 from sfu_delegate.doctor.running import Shared, in_thread, run_all
 from sfu_delegate.doctor.showing import as_data, lines, show
+from sfu_delegate.operate.screen import show_json
 from typer.testing import CliRunner
 
 SECRET = "hunter2-hunter2-hunter2-hunter2-hunter2"
@@ -192,6 +193,28 @@ def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     show(REPORT)
     for words in ("Verdict", "sfu.webhooks", "they [do not] come", "8 min 15 s", "1 problem, 1 warning"):
         assert words in terminal.getvalue()
+
+
+def test_what_others_have_answered_is_not_obeyed_by_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lines, in the table, and in JSON: a homeserver's newest version may be an escape sequence, or half a character."""
+    report = Report("x.yaml", [Result("a", "b", warning("newest \x1b]0;owned\x07\u202e\udc80", "url\x9b2J"), 0.0)], 0.1)
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    show(report)
+    show_json(as_data(report))
+    for text in ("\n".join(lines(report)), terminal.getvalue()):
+        assert not {"\x07", "\u202e", "\udc80", "\x9b"} & set(text)
+        assert "\x1b]" not in text
+        assert r"newest \x1b]0;owned\x07\u202e\udc80" in text
+    assert json.loads(terminal.getvalue().partition("\n{")[2].join(("{", "")))["checks"][0]["remedy"] == "url\x9b2J"
+
+
+def test_a_terminal_without_our_characters_gets_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the arrow, where the locale is not UTF-8."""
+    with (tmp_path / "out").open("w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        show(REPORT)
+    assert r"\u2192 register" in (tmp_path / "out").read_text(encoding="ascii")
 
 
 def test_progress_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:

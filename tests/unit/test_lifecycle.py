@@ -782,6 +782,29 @@ def test_what_has_ended_already_is_not_ended_by_the_operator() -> None:
         assert advance(row(state=state), End("D1"), NOW, POLICY, 0.5).state is state
 
 
+def test_what_is_taken_back_while_it_is_being_ended_may_have_been_ended() -> None:
+    """The row says so, since nobody will ask any more; otherwise the event is at the homeserver as it was."""
+    leaving = row(Presence.GONE, State.ENDING)
+    assert advance(claim(leaving, NOW, POLICY), Withdraw("D1"), NOW, POLICY, 0.5).end_tried
+    assert not advance(leaving, Withdraw("D1"), NOW, POLICY, 0.5).end_tried
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_who_delegates_anew_after_the_operator_has_ended_it_is_found_in_the_call(done: bool) -> None:
+    """The session has gone on all the time: a look shows it, and its end is a departure like any other."""
+    ended = advance(row(sessions=(live("S1"),)), End("D1"), NOW, POLICY, 0.5)
+    if done:
+        ended = advance(claim(ended, NOW, POLICY), answered(claim(ended, NOW, POLICY), Action.SEND, Verdict.DONE), NOW, POLICY, 0.5)
+        assert ended.state is State.DONE
+    given_anew = accept()
+    before = advance(ended, given_anew, NOW + 5, POLICY, 0.5)
+    anew = delegate(None, 2, given_anew, given_anew.events[0], before, NOW + 5, NOW + 5, POLICY, 0.5)
+    for there in (anew, *(() if done else (before,))):
+        shown = advance(there, looked(listed("S1"), sent_at=NOW + 7), NOW + 7, POLICY, 0.5)
+        assert shown.presence is Presence.CONNECTED
+        assert advance(shown, left("S1"), NOW + 60, POLICY, 0.5).presence is Presence.AWAY
+
+
 def test_the_history_has_no_secrets() -> None:
     """No line has a delay_id in it."""
     for before, given_input in CASES[::7]:

@@ -1,5 +1,6 @@
 """The pages of the admin listener, without a browser: what they show, to whom, and how a browser is told to treat them."""
 
+import asyncio
 import re
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,7 +24,7 @@ from sfu_delegate.store.reading import Selection, Size
 from yarl import URL
 
 from tests import page_scene as scene
-from tests.engine_port import Uninspected
+from tests.engine_port import Uninspected, until
 from tests.rows import HOMESERVER, NOW, row
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -427,6 +428,28 @@ async def test_the_size_is_remembered_in_proportion_to_what_it_took() -> None:
     assert (await sizes.read(read)).events == 1
     now[0] += 1.5
     assert (await sizes.read(read)).events == 2
+
+
+async def test_whoever_asks_for_the_size_meanwhile_waits_for_the_same_reading() -> None:
+    """Where the database hangs, all are told at the same time, and not one after the other; the next one asks anew."""
+    begun: list[asyncio.Event] = []
+
+    async def hang(_: Callable[[Any], Size]) -> Size:
+        begun.append(asyncio.Event())
+        await begun[-1].wait()
+        raise LookupError
+
+    sizes = Sizes()
+    asking = [asyncio.ensure_future(sizes.read(hang)) for _ in range(3)]
+    await until(lambda: begun)
+    asking.pop().cancel()
+    begun[0].set()
+    assert [type(error) for error in await asyncio.gather(*asking, return_exceptions=True)] == [LookupError] * 2
+    again = asyncio.ensure_future(sizes.read(hang))
+    await until(lambda: len(begun) == 2)
+    begun[1].set()
+    with pytest.raises(LookupError):
+        await again
 
 
 def test_rates_are_of_the_last_minutes() -> None:

@@ -1,6 +1,7 @@
 """What the daemon answers its operator is shown so that people understand it, and strangers' names do no harm."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -107,6 +108,19 @@ def test_what_is_no_time_of_day_is_refused(text: str) -> None:
     """With words that say what to write, or that there is no such time."""
     with pytest.raises(ValueError, match=r"such as 10:42|no time that there is"):
         moment(text, NOON, BERLIN)
+
+
+@pytest.mark.parametrize(("zone", "text"), [("America/New_York", "9999-12-31 23:59"), ("Pacific/Kiritimati", "0001-01-01 00:01")])
+def test_a_time_that_no_calendar_has_elsewhere_is_refused(zone: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is another day in UTC, which comes before the first, or after the last."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        with pytest.raises(ValueError, match="no time that there is"):
+            moment(text, NOON)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # ── the overview ──
@@ -435,7 +449,8 @@ def test_what_will_happen_is_said_before(verb: str, event: DelayedEvent, said: s
             Tone.NOTICE,
         ),
         ("end", SENT._replace(outcome=Outcome.REJECTED), 1, ": rejected. The homeserver refuses to manage it.", Tone.BAD),
-        ("release", SENT._replace(outcome=Outcome.WITHDRAWN), 1, ": released. What it had delegated is as it was", Tone.GOOD),
+        ("release", SENT._replace(outcome=Outcome.WITHDRAWN), 1, "forgot it, and left it at the homeserver as it was.", Tone.GOOD),
+        ("release", SENT._replace(outcome=Outcome.WITHDRAWN, end_tried=True), 1, "under way already, which may have got through", Tone.GOOD),
     ],
 )
 def test_what_has_become_of_it_is_said_after(verb: str, event: DelayedEvent, changed: int, said: str, tone: Tone) -> None:

@@ -1,18 +1,25 @@
 """What operators read beside the engine, on both databases: the right rows, no secrets, and nothing that holds up a step."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sfu_delegate.api.admin import PAGE_MOST
 from sfu_delegate.delegation.model import DelayedEvent, Note, Outcome, Presence, Room, State
 from sfu_delegate.observe.logs import short
+from sfu_delegate.store import sqlite
 from sfu_delegate.store.base import Store, StoreUnavailable
 from sfu_delegate.store.reading import NOTES_MOST, Reader, Selection
 from sfu_delegate.store.sqlite import SqliteStore
 
 from tests import stores
 from tests.rows import HOMESERVER, NOW, ROOM, SFU, row
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
 @pytest.fixture(params=stores.KINDS)
@@ -148,6 +155,7 @@ def test_a_history_that_is_endless_is_read_from_its_end(store: Store, reader: Re
     notes = reader.history([1, 2])
     assert [note.at for note in (notes[0], notes[-1])] == [NOW + 5, NOW + NOTES_MOST + 4]
     assert len(notes) == NOTES_MOST
+    assert [note.at for note in reader.history([1, 2], 2)] == [NOW + NOTES_MOST + 3, NOW + NOTES_MOST + 4]
 
 
 def test_reading_changes_nothing_and_waits_for_nobody(store: Store, reader: Reader) -> None:
@@ -173,3 +181,52 @@ def test_a_file_with_an_odd_name_can_be_read(tmp_path: Path) -> None:
         assert store.reader().events(Selection(), 1) == []
     finally:
         store.close()
+
+
+def test_a_whole_page_of_rooms_can_be_counted(store: Store, reader: Reader) -> None:
+    """As many as the daemon gives at a time, of several SFUs."""
+    rooms = [(sfu, f"room{number}") for sfu in ("main", "second") for number in range(PAGE_MOST // 2)]
+    keep(store, *(event(id, sfu=sfu, room=name) for id, (sfu, name) in enumerate(rooms, 1)))
+    page = [(one.sfu, one.name) for one in reader.rooms(PAGE_MOST)]
+    assert sorted((count.sfu, count.room) for count in reader.in_rooms(page)) == sorted(page) == sorted(rooms)
+
+
+def test_damage_that_a_question_meets_does_not_stop_the_daemon(tmp_path: Path) -> None:
+    """It is told to whoever asks; what the engine keeps is kept as before."""
+    path, damaged = tmp_path / "there.db", tmp_path / "damaged.db"
+    damaged.write_bytes(b"no database" * 1000)
+    with closing(SqliteStore(path)) as there:
+        there.path = str(damaged)
+        with pytest.raises(StoreUnavailable, match="no SQLite database"):
+            there.reader().size()
+        there.path = str(path)
+        keep(there, event(1))
+        assert there.reader().size().events == 1
+
+
+def test_a_question_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up when the store is closed, however long it might have taken."""
+    monkeypatch.setattr(sqlite, "READS_FOR", 3600.0)
+    there = SqliteStore(tmp_path / "there.db")
+    reader, begun = there.reader(), threading.Event()
+
+    def ask() -> None:
+        with reader._reading() as connection:
+            begun.set()
+            connection.exec_driver_sql(ENDLESS)
+
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask)
+        begun.wait()
+        there.close()
+        with pytest.raises(StoreUnavailable):
+            asked.result()
+
+
+def test_a_question_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as somebody reads, SQLite's log grows."""
+    monkeypatch.setattr(sqlite, "READS_FOR", -1.0)
+    with closing(SqliteStore(tmp_path / "there.db")) as there:
+        reader = there.reader()
+        with pytest.raises(StoreUnavailable, match="too much to read"), reader._reading() as connection:
+            connection.exec_driver_sql(ENDLESS)

@@ -60,6 +60,22 @@ def test_what_the_homeserver_said_is_told_where_it_matters() -> None:
     assert told[2].tone is Tone.BAD
 
 
+@pytest.mark.parametrize("presence", Presence)
+def test_only_who_is_gone_has_departed_before_its_time_ran_out(presence: Presence) -> None:
+    """An event that was let run, or replaced, has run out while its participant was there, as far as is known: then that is bad."""
+    there = row(presence=presence, state=State.DONE, outcome=Outcome.RAN_OUT, finished_at=NOW)
+    (line,) = tell([there], [Note(1, NOW, "ran_out", "")])
+    assert now_so(there, NOW) == (line.sentence, line.tone)
+    assert ("after the departure" in line.sentence, line.tone is Tone.BAD) == ((True, False) if presence is Presence.GONE else (False, True))
+
+
+def test_a_cancellation_that_was_refused_is_told_as_such() -> None:
+    """The older event was not cancelled then, though a newer one has taken its place."""
+    cancelled, refused = tell([row()], [Note(1, NOW, "replaced", "200"), Note(1, NOW + 1, "replaced", "403 M_FORBIDDEN")])
+    assert "It answered" not in cancelled.sentence
+    assert "It answered: 403 M_FORBIDDEN." in refused.sentence
+
+
 def test_every_reason_is_explained() -> None:
     """Each that the rules know by name, ours and LiveKit's; one of the future by its name."""
     assert (set(DEPARTURES) | OWN_REASONS) - {"OTHER"} <= set(REASONS)
