@@ -416,14 +416,19 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
             )
         waiting, since = server.waiting.get(Lane.END, (0, overview.now))
         if waiting and overview.now - since > story.LATE:
-            limited = f", which allows {server.rate:.2g} actions a second" if server.limit == "some" else ""
+            limited = f", which allows {server.rate:.2g} action{'' if server.rate == 1 else 's'} a second" if server.limit == "some" else ""
             late = story.span(overview.now - since)
             wait = f"{waiting} goodbyes wait" if waiting > 1 else "A goodbye waits"
             add(f"{wait} for {server.name}{limited}; the oldest for {late}: ghosts in calls.", homeserver=server.name)
     for sfu in overview.sfus:
         if sfu.problem:
-            add(f"The SFU {sfu.name} cannot be asked. {full_stop(sfu.problem)} Whoever is in doubt counts as connected.", sfu=sfu.name)
+            add(f"The SFU {sfu.name} cannot be asked. {sentence_of(sfu.problem)} Whoever is in doubt counts as connected.", sfu=sfu.name)
     return found
+
+
+def sentence_of(problem: str) -> str:
+    """A problem by itself: conditions begin with a capital, or do not."""
+    return full_stop(problem[:1].upper() + problem[1:])
 
 
 def full_stop(problem: str) -> str:

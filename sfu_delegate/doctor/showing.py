@@ -86,7 +86,7 @@ def paragraphs(report: Report) -> Iterator[Paragraph]:
     for verdict in _IN_FULL:
         for result in report.results:
             if result.finding.verdict is verdict:
-                evidence, remedy = ("\n".join(_plain_lines(text)) for text in (result.finding.evidence, result.finding.remedy))
+                evidence, remedy = "\n".join(_plain_lines(result.finding.evidence)), "\n  ".join(_plain_lines(result.finding.remedy))
                 what = [Line(f"{verdict}: {_title(result)}", _TONES[verdict], heading=True), Line(evidence)]
                 yield Paragraph([*what, Line(f"→ {remedy}"), Line("")] if remedy else [*what, Line("")], hang=2)
     rest = [result for verdict in (Verdict.SKIPPED, Verdict.OK) for result in report.results if result.finding.verdict is verdict]

@@ -58,8 +58,8 @@ def _asked(asking: Asking, work: Callable[[AdminListener], int]) -> int:
         return work(asking.listener())
     except ConfigInvalid as error:
         unreadable = not is_missing(asking.config) and not os.access(asking.config, os.R_OK)
-        head = "As somebody who may not read it, name the admin listener" if unreadable else "Name another file, --config FILE, or the admin listener"
-        remedy = f"{head}: --admin http://127.0.0.1:8081, or --admin unix:/PATH."
+        named = "name the admin listener: --admin http://127.0.0.1:8081, or --admin unix:/PATH"
+        remedy = f"As somebody who may not read it, {named}." if unreadable else f"Or {named}; or another file: --config FILE."
         return _fail(asking, Exit.CANNOT_ASK, *(str(problem) for problem in error.problems), remedy)
     except CannotAsk as error:
         return _fail(asking, Exit.CANNOT_ASK, str(error))

@@ -117,7 +117,7 @@ async def test_lists_are_lines_for_programs(tmp_path: Path) -> None:
         assert "--all shows them" in one.stderr
         for nothing in (("--room", "other"), ("--older-than", "2h")):
             none = await run("list", *at, *nothing)
-            assert (none.exit_code, none.stdout, none.stderr) == (1, "", "Nothing matches.\n")
+            assert (none.exit_code, none.stdout, none.stderr) == (1, "", "No delegations match.\n")
         data = json.loads((await run("list", *at, "--json")).stdout)
         assert [event["id"] for event in data["events"]] == both
         fields = (await run("list", *at)).stdout.splitlines()[1].split("\t")
@@ -340,7 +340,7 @@ async def test_a_filter_that_is_not_understood_is_wrong_usage(tmp_path: Path) ->
     async with open_site(tmp_path, **with_socket(tmp_path)):
         result = await run("list", "--state", "happy", *at_socket(tmp_path))
     assert result.exit_code == 2
-    assert "state: one of live, ending" in result.stderr
+    assert "state cannot be happy: it is one of live, ending" in result.stderr
 
 
 # ── terminals and pipes ──

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from aiohttp import web
 
-from sfu_delegate.api.admin import Query, Questions, full_stop
+from sfu_delegate.api.admin import Query, Questions, full_stop, sentence_of
 from sfu_delegate.api.errors import MatrixError
 from sfu_delegate.api.pages.answers import STATIC, page, rendered, static
 from sfu_delegate.api.pages.timeline import drawings
@@ -412,19 +412,14 @@ _LIMITS: Final = {
 }
 
 
-def _sentence(problem: str) -> str:
-    """A condition by itself."""
-    return full_stop(problem[:1].upper() + problem[1:])
-
-
 def _homeserver(server: Mapping[str, Any]) -> Condition:
-    words = [_sentence(server["problem"]) if server["problem"] else _ASKED[server["asked"]]]
+    words = [sentence_of(server["problem"]) if server["problem"] else _ASKED[server["asked"]]]
     tone = "bad" if server["problem"] else "good" if server["asked"] else "plain"
     if server["application_service"] not in ("none", "ok"):
         words.append(f"Its application service does not work: {full_stop(server['application_service'])}")
         tone = "bad" if tone == "bad" else "notice"
     if server["rate"] is not None:
-        words.append(f"Allows {server['rate']:.2g} actions a second, {server['burst']:.2g} at once.")
+        words.append(f"Allows {server['rate']:.2g} action{'' if server['rate'] == 1 else 's'} a second, {server['burst']:.2g} at once.")
     else:
         words.append(f"{_LIMITS.get(server['limit'], server['limit'])}.")
     if server["restart_lateness_s"] > 0:
@@ -437,7 +432,7 @@ def _homeserver(server: Mapping[str, Any]) -> Condition:
 
 
 def _sfu(sfu: Mapping[str, Any]) -> Condition:
-    words = [_sentence(sfu["problem"]) if sfu["problem"] else _ASKED[sfu["asked"]]]
+    words = [sentence_of(sfu["problem"]) if sfu["problem"] else _ASKED[sfu["asked"]]]
     tone = "bad" if sfu["problem"] else "good" if sfu["asked"] else "plain"
     if sfu["several_nodes"]:
         words.append("Has several nodes: its lists may be wrong for a while.")
