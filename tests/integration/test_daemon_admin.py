@@ -287,12 +287,12 @@ async def test_the_operator_has_a_delegation_released(tmp_path: Path) -> None:
 
 
 async def test_there_is_nothing_to_end_where_nobody_delegated(tmp_path: Path) -> None:
-    """404, with the reason that it might have."""
+    """404, with the reason that it might have; what is no id at all is told so."""
     path = tmp_path / "admin.sock"
     async with open_site(tmp_path, **over_socket(path)) as site:
         at = AdminListener(socket=str(path))
-        for id in ("nothing", "12345", "%2e%2e", "'"):
-            with pytest.raises(Refused, match="no such delegation") as refused:
+        for id, said in {"dlg_none": "no such delegation", "12345": "no such delegation", "abc": "no id", "%2e%2e": "no id", "'": "no id"}.items():
+            with pytest.raises(Refused, match=said) as refused:
                 await post(at, f"/delegations/{id}/end")
             assert refused.value.status == 404
         assert not site.lines("operator_ended")

@@ -163,6 +163,17 @@ async def test_why_somebody_is_gone_is_explained(tmp_path: Path) -> None:
     assert [line["what"] for line in data["participants"][0]["story"]][-1] == "sent"
 
 
+async def test_a_user_who_was_not_named_in_full_is_suggested(tmp_path: Path) -> None:
+    """By the beginning of the name, and only where nothing is found."""
+    async with open_site(tmp_path, **with_socket(tmp_path)) as site:
+        await site.in_call(await site.participant("device", user="@alice:hs.test"))
+        at = at_socket(tmp_path)
+        short, full, other = [await run("explain", "--user", user, *at) for user in ("alice", "@alice:hs.test", "bob")]
+    assert (short.exit_code, full.exit_code, other.exit_code) == (1, 0, 1)
+    assert "A Matrix user is written @name:server. Is it one of these? @alice:hs.test\n" in short.stdout
+    assert "one of these" not in full.stdout + other.stdout
+
+
 async def test_who_never_delegated_is_explained(tmp_path: Path) -> None:
     """1, with the room's name at LiveKit, and how long it would be known."""
     async with open_site(tmp_path, **with_socket(tmp_path)):

@@ -353,6 +353,7 @@ async def test_errors_are_pages_for_browsers_and_json_for_programs(calm: Site) -
         for path, status in (("/nothing", 404), ("/delegations/nobody", 404), ("/rooms/main/nowhere", 404), ("/delegations?open=maybe", 400)):
             html = await page(client, path, status)
             assert "To the overview" in html
+            assert ("There is no such page here." in html) is (path == "/nothing")
             for asked in ({}, {"Accept": "application/json"}, {"Accept": "*/*"}):
                 answer = await client.get(path, headers=asked)
                 assert (answer.status, answer.content_type) == (status, "application/json")
