@@ -86,15 +86,21 @@ def paragraphs(report: Report) -> Iterator[Paragraph]:
     for verdict in _IN_FULL:
         for result in report.results:
             if result.finding.verdict is verdict:
-                evidence, remedy = "\n".join(_plain_lines(result.finding.evidence)), "\n  ".join(_plain_lines(result.finding.remedy))
+                evidence, remedy = _told(result)
                 what = [Line(f"{verdict}: {_title(result)}", _TONES[verdict], heading=True), Line(evidence)]
                 yield Paragraph([*what, Line(f"→ {remedy}"), Line("")] if remedy else [*what, Line("")], hang=2)
     rest = [result for verdict in (Verdict.SKIPPED, Verdict.OK) for result in report.results if result.finding.verdict is verdict]
     width = max((len(_title(result)) for result in rest), default=0)
     for result in rest:
-        first, *_ = _plain_lines(result.finding.evidence) or [""]
-        yield Paragraph([Line(f"{result.finding.verdict:<8} {_title(result):<{width}}  {first}", _TONES[result.finding.verdict])], hang=9)
+        evidence, remedy = _told(result)
+        said = [Line(f"{result.finding.verdict:<8} {_title(result):<{width}}  {evidence}", _TONES[result.finding.verdict])]
+        yield Paragraph([*said, Line(f"→ {remedy}")] if remedy else said, hang=9)
     yield Paragraph([Line(summary(report), _TONES[report.verdict], heading=True)])
+
+
+def _told(result: Result) -> tuple[str, str]:
+    """Evidence and remedy; what goes on below its arrow is indented with it."""
+    return "\n".join(_plain_lines(result.finding.evidence)), "\n  ".join(_plain_lines(result.finding.remedy))
 
 
 def _title(result: Result) -> str:

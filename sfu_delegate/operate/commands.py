@@ -235,12 +235,13 @@ def explain(
 
 
 def _alike(at: AdminListener, user: str) -> list[str]:
-    """Matrix users who have delegated lately, whose names begin with what was given."""
+    """Matrix users, or identities made of them, who have delegated lately and begin with what was given."""
     if user.startswith("@") and ":" in user:
         return []
     begun = f"@{user.removeprefix('@')}".lower()
     newest = at.get("/delegations", {"limit": str(PAGE)})["events"]
-    return list(dict.fromkeys(event["user"] for event in newest if event["user"] and event["user"].lower().startswith(begun)))[:ALIKE]
+    names = dict.fromkeys(event["user"] or event["identity"] for event in newest)
+    return [name for name in names if name.lower().startswith(begun)][:ALIKE]
 
 
 # ── changes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

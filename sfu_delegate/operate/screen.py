@@ -68,7 +68,7 @@ def show_paragraphs(paragraphs: Iterable[Paragraph], *, error: bool = False) -> 
     for paragraph in paragraphs:
         for number, line in enumerate(paragraph.lines):
             indent = " " * (paragraph.hang if number else 0)
-            more = indent + ("  " if number or paragraph.hang else "")
+            more = f"{indent}  " if number else " " * paragraph.hang
             style = f"{_STYLES[line.tone]} bold" if line.heading else _STYLES[line.tone]
             for row in line.text.split("\n"):
                 wrapped = textwrap.wrap(

@@ -166,7 +166,7 @@ async def test_why_somebody_is_gone_is_explained(tmp_path: Path) -> None:
 async def test_a_user_who_was_not_named_in_full_is_suggested(tmp_path: Path) -> None:
     """By the beginning of the name, and only where nothing is found."""
     async with open_site(tmp_path, **with_socket(tmp_path)) as site:
-        await site.in_call(await site.participant("device", user="@alice:hs.test"))
+        await site.in_call(await site.participant("@alice:hs.test:DEVICE"))
         at = at_socket(tmp_path)
         short, full, other = [await run("explain", "--user", user, *at) for user in ("alice", "@alice:hs.test", "bob")]
     assert (short.exit_code, full.exit_code, other.exit_code) == (1, 0, 1)

@@ -188,7 +188,7 @@ class Terminal(io.StringIO):
 
 
 def test_people_see_what_is_wrong_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal: problems, warnings, then the rest in a line each; and square brackets are no markup."""
+    """Problems, warnings, then the rest in a line each, with what to do where there is something; and square brackets are no markup."""
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     show(REPORT)

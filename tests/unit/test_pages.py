@@ -123,6 +123,7 @@ async def test_the_overview_begins_with_how_it_is(calm: Site) -> None:
         "3 × unknown key",
     ):
         assert said in text
+    assert re.search(r"\d+ delayed events are kept alive: \d+ in a call, ", text)
 
 
 async def test_what_is_wrong_comes_first(bad: Site) -> None:
