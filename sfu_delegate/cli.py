@@ -9,14 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from sfu_delegate import __version__
 from sfu_delegate.config import Config, ConfigInvalid, Problem, example, load, parse_duration, warnings
-from sfu_delegate.operate.completion import VARIABLE, Shell, answer_shells, script
+from sfu_delegate.operate.completion import VARIABLE, Shell, answer_shells, outcomes, presences, script, states
 
 if TYPE_CHECKING:
     from sfu_delegate.operate.commands import Asking
@@ -34,14 +36,45 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class _Command(TyperCommand):
+    """A command that calls its arguments by their names alone: the library adds braces and the types of this program to them."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        for parameter in self.params:
+            if parameter.param_type_name == "argument" and parameter.metavar:
+                named: Any = parameter  # versions of the library that do not add them do not ask these either
+                named._usage_display_name = partial(str, parameter.metavar)
+                named.display_type_rich = lambda **_: ""
+
+
+command = partial(app.command, cls=_Command)
+
 ConfigOption = Annotated[
     Path,
-    typer.Option("--config", "-c", envvar="SFU_DELEGATE_CONFIG", metavar="FILE", help="The configuration file.", show_envvar=True),
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="SFU_DELEGATE_CONFIG",
+        metavar="FILE",
+        help="The configuration file.",
+        show_envvar=True,
+        readable=False,  # that it is not is told by whoever reads it, with what to do
+    ),
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
-def _about() -> None:
+def _about(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Keeps Matrix call memberships alive while the SFU sees their participants, and ends them within seconds of a departure.
 
     \b
@@ -61,7 +94,7 @@ def _about() -> None:
     """
 
 
-@app.command()
+@command()
 def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Run the daemon.
 
@@ -78,7 +111,7 @@ def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
     raise typer.Exit(run(loaded, config))
 
 
-@app.command("check-config", short_help="Find everything that is wrong with a configuration.")
+@command("check-config", short_help="Find everything that is wrong with a configuration.")
 def check_config(
     config: ConfigOption = DEFAULT_CONFIG,
     strict: Annotated[bool, typer.Option("--strict", help="Risky settings count as problems.")] = False,
@@ -124,7 +157,7 @@ def check_config(
     raise typer.Exit(0 if good else 1)
 
 
-@app.command(short_help="Look at everything that the daemon needs: what is wrong, and what to do.")
+@command(short_help="Look at everything that the daemon needs: what is wrong, and what to do.")
 def doctor(
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
@@ -154,7 +187,7 @@ def doctor(
     raise typer.Exit(report.exit_code)
 
 
-@app.command("example-config", short_help="Print a commented configuration.")
+@command("example-config", short_help="Print a commented configuration.")
 def example_config() -> None:
     """Print the commented example: every key with its default.
 
@@ -165,7 +198,7 @@ def example_config() -> None:
     typer.echo(example(), nl=False)
 
 
-@app.command("import-env", short_help="Make a configuration from LIVEKIT_… variables.")
+@command("import-env", short_help="Make a configuration from LIVEKIT_… variables.")
 def import_env(
     env_file: Annotated[
         Path | None,
@@ -207,7 +240,7 @@ def import_env(
     typer.echo(imported.text, nl=False)
 
 
-@app.command(short_help="Make the registration by which a homeserver knows the daemon.")
+@command(short_help="Make the registration by which a homeserver knows the daemon.")
 def appservice(
     config: ConfigOption = DEFAULT_CONFIG,
     homeserver: Annotated[
@@ -323,7 +356,7 @@ def _asking(config: Path, admin: str | None, token_file: Path | None, as_json: b
     return Asking(config, config == DEFAULT_CONFIG, admin, token_file, as_json)
 
 
-@app.command(short_help="How the running daemon is.")
+@command(short_help="How the running daemon is.")
 def status(
     config: ConfigOption = DEFAULT_CONFIG,
     admin: AdminOption = None,
@@ -350,7 +383,7 @@ def status(
     raise typer.Exit(commands.status(_asking(config, admin, token_file, as_json), watch=watch))
 
 
-@app.command("list", short_help="List delegations.")
+@command("list", short_help="List delegations.")
 def list_delegations(
     config: ConfigOption = DEFAULT_CONFIG,
     admin: AdminOption = None,
@@ -361,13 +394,28 @@ def list_delegations(
     homeserver: Annotated[str | None, typer.Option("--homeserver", metavar="NAME", help="Of this homeserver.")] = None,
     sfu: SfuOption = None,
     state: Annotated[
-        str | None, typer.Option("--state", metavar="STATE", help="live, ending, superseded, vanished, adrift, done; several with commas between.")
+        str | None,
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            help="live, ending, superseded, vanished, adrift, done; several with commas between.",
+            autocompletion=states,
+        ),
     ] = None,
     presence: Annotated[
-        str | None, typer.Option("--presence", metavar="PRESENCE", help="expected, connected, away, gone; several with commas between.")
+        str | None,
+        typer.Option(
+            "--presence", metavar="PRESENCE", help="expected, connected, away, gone; several with commas between.", autocompletion=presences
+        ),
     ] = None,
     outcome: Annotated[
-        str | None, typer.Option("--outcome", metavar="OUTCOME", help="How it ended: sent, already_ended, lost, …; several with commas between.")
+        str | None,
+        typer.Option(
+            "--outcome",
+            metavar="OUTCOME",
+            help="How it ended: sent, already_ended, lost, …; several with commas between.",
+            autocompletion=outcomes,
+        ),
     ] = None,
     opened: Annotated[bool | None, typer.Option("--open/--finished", help="Only those that are open, or finished.", show_default=False)] = None,
     older_than: Annotated[
@@ -401,7 +449,7 @@ def list_delegations(
     raise typer.Exit(commands.events(_asking(config, admin, token_file, as_json), query, None if everything else limit))
 
 
-@app.command(short_help="List rooms with delegations.")
+@command(short_help="List rooms with delegations.")
 def rooms(
     config: ConfigOption = DEFAULT_CONFIG,
     admin: AdminOption = None,
@@ -431,7 +479,7 @@ def rooms(
     raise typer.Exit(commands.rooms(_asking(config, admin, token_file, as_json), query, None if everything else limit))
 
 
-@app.command(short_help="Show one delegation, and its story.")
+@command(short_help="Show one delegation, and its story.")
 def show(
     id: Annotated[str, typer.Argument(metavar="ID", help="A delegation, by its id (dlg_…) or the number of a row.")],
     config: ConfigOption = DEFAULT_CONFIG,
@@ -454,7 +502,7 @@ def show(
     raise typer.Exit(commands.show(_asking(config, admin, token_file, as_json), id))
 
 
-@app.command(short_help="Why somebody was dropped, or is still there.")
+@command(short_help="Why somebody was dropped, or is still there.")
 def explain(
     config: ConfigOption = DEFAULT_CONFIG,
     admin: AdminOption = None,
@@ -499,7 +547,7 @@ def explain(
     raise typer.Exit(commands.explain(asking, room=room, user=user, sfu=sfu, around=at, since=since, limit=limit))
 
 
-@app.command(short_help="Have the leave events of delegations sent now.")
+@command(short_help="Have the leave events of delegations sent now.")
 def end(
     ids: IdsArgument,
     config: ConfigOption = DEFAULT_CONFIG,
@@ -508,7 +556,8 @@ def end(
     as_json: JsonOption = False,
     yes: YesOption = False,
     wait: Annotated[
-        float, typer.Option("--wait", parser=_duration, metavar="DURATION", help="How long to wait for the outcome.", show_default="10s")
+        float,
+        typer.Option("--wait", parser=_duration, metavar="DURATION", help="How long to wait for the outcome. Otherwise: 10s.", show_default=False),
     ] = 10.0,
 ) -> None:
     """End delegations: their homeserver is told to send the leave events now (or to cancel them, where the client wants that), as if the participants
@@ -527,7 +576,7 @@ def end(
     _change("end", ids, _asking(config, admin, token_file, as_json), yes, wait)
 
 
-@app.command(short_help="Have the daemon forget delegations.")
+@command(short_help="Have the daemon forget delegations.")
 def release(
     ids: IdsArgument,
     config: ConfigOption = DEFAULT_CONFIG,
@@ -562,7 +611,7 @@ def _change(verb: str, ids: Sequence[str], asking: "Asking", yes: bool, wait: fl
 PasswordFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the password for this one, if it is PostgreSQL.")]
 
 
-@app.command("copy-database", short_help="Move to PostgreSQL, or back.")
+@command("copy-database", short_help="Move to PostgreSQL, or back.")
 def copy_database(
     source: Annotated[str, typer.Argument(metavar="FROM", help="The database that there is, written as the key `database`.")],
     target: Annotated[str, typer.Argument(metavar="TO", help="The one to fill, without delegations. A file of SQLite need not be there.")],
@@ -714,7 +763,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
-@app.command(short_help="Ask whether the running daemon is well.")
+@command(short_help="Ask whether the running daemon is well.")
 def healthcheck(
     config: ConfigOption = DEFAULT_CONFIG,
     ready: Annotated[bool, typer.Option("--ready", help="Can it take delegations and webhooks? Otherwise: does it live?")] = False,
@@ -742,8 +791,8 @@ def healthcheck(
     raise typer.Exit(0 if well else 1)
 
 
-@app.command(short_help="Print what lets a shell complete the commands.")
-def completion(shell: Annotated[Shell, typer.Argument(help="Which one.")]) -> None:
+@command(short_help="Print what lets a shell complete the commands.")
+def completion(shell: Annotated[Shell, typer.Argument(metavar="bash|zsh|fish", help="Which one.")]) -> None:
     """Print the script that lets a shell complete this command line. Nothing is installed.
 
     \b
@@ -755,13 +804,13 @@ def completion(shell: Annotated[Shell, typer.Argument(help="Which one.")]) -> No
     typer.echo(script(shell), nl=False)
 
 
-@app.command()
+@command()
 def version() -> None:
     """Print the version."""
     typer.echo(f"sfu-delegate {__version__}")
 
 
-@app.command(short_help="See the main job done, live.")
+@command(short_help="See the main job done, live.")
 def demo(
     no_synapse: Annotated[bool, typer.Option("--no-synapse", help="With a stand-in for Synapse, which needs nothing installed.")] = False,
     seconds: Annotated[float | None, typer.Option("--seconds", min=1, metavar="N", help="End after about this many seconds.")] = None,
@@ -824,7 +873,7 @@ def _as_dict(problem: Problem) -> dict[str, str]:
 
 
 def _print(kind: str, problems: Sequence[Problem], *, error: bool) -> None:
-    """A table on a terminal; elsewhere one line each, which programs like grep can work with."""
+    """For people on a terminal; elsewhere one line each, which programs like grep can work with."""
     if not problems:
         return
     stream = sys.stderr if error else sys.stdout
@@ -832,20 +881,18 @@ def _print(kind: str, problems: Sequence[Problem], *, error: bool) -> None:
         for problem in problems:
             typer.echo(f"{kind.lower()}: {problem}", err=error)
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from sfu_delegate.observe.story import Tone
+    from sfu_delegate.operate.screen import show_paragraphs
+    from sfu_delegate.operate.shown import Line, Paragraph
 
-    table = Table(title=f"{kind}s", title_justify="left", title_style="bold red" if kind == "Problem" else "bold yellow", show_lines=True)
-    for heading in ("Key", "Value", kind, "Remedy"):
-        table.add_column(heading, overflow="fold")
+    tone = Tone.BAD if kind == "Problem" else Tone.NOTICE
+    paragraphs = [Paragraph([Line(f"{kind}s", tone, heading=True)])]
     for problem in problems:
-        # As Text: in values, square brackets are no markup.
-        key = Text(problem.key or "(the file)", style="bold")
-        if problem.where:
-            key.append(f"\n{problem.where}", style="dim")
-        table.add_row(key, Text(problem.value), Text(problem.problem), Text(problem.remedy))
-    Console(file=stream).print(table)
+        where = f"  ({problem.where})" if problem.where else ""
+        value = f" = {problem.value}" if problem.value and problem.key else ""
+        first = Line(f"{problem.key or problem.value or '(the file)'}{value}{where}", heading=True)
+        paragraphs.append(Paragraph([first, Line(problem.problem, tone), Line(f"→ {problem.remedy}")], hang=2))
+    show_paragraphs(paragraphs, error=error)
 
 
 if __name__ == "__main__":

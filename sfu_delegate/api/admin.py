@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiohttp import web
 
 from sfu_delegate.api.admin_access import over_socket
-from sfu_delegate.api.errors import MatrixError, json_response
+from sfu_delegate.api.errors import MatrixError, json_response, printable
 from sfu_delegate.api.health import READY_TIMEOUT, detail_of
 from sfu_delegate.api.overview import HomeserverState, Overview, SfuState
 from sfu_delegate.api.port import Overloaded, Unavailable
@@ -40,6 +40,7 @@ TEXT_MOST: Final = 1000  # characters of a parameter; LiveKit allows 256 in name
 
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _IMPOSSIBLE: Final = re.compile("[\x00\ud800-\udfff]")  # what no text in a database has
+_NO_ID: Final = "This is no id of a delegation, which begins with dlg_, and no number of a row: `sfu-delegate list` shows them."
 _NO_SUCH: Final = "There is no such delegation here. It may have been removed: finished ones are kept for `history.keep`."
 
 
@@ -123,7 +124,7 @@ class AdminApi:
     async def _change(self, request: web.Request, what: str, change: Callable[[str], End | Withdraw]) -> web.Response:
         id = request.match_info["id"]
         if not _ID.fullmatch(id):
-            raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
+            raise _none(id)
         before, _ = await self._questions.delegation(id)
         row, by = before[0], _who(request)
         try:
@@ -138,6 +139,12 @@ class AdminApi:
         self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, events=changed, by=by)
         now = self._services.inspection.overview().now
         return json_response({"id": row.delegation, "changed": changed, "events": [event_json(row._replace(delay_id=""), now) for row in reply.rows]})
+
+
+def _none(id: str) -> MatrixError:
+    """There is no such delegation: because it has gone, or because that is none."""
+    could_be = id.startswith("dlg_") or (id.isdecimal() and id.isascii())
+    return MatrixError(404, "M_NOT_FOUND", _NO_SUCH if could_be else _NO_ID)
 
 
 def _who(request: web.Request) -> str:
@@ -198,7 +205,7 @@ class Query:
         words = () if value is None else tuple(value.split(","))
         for word in words:
             if word not in allowed:
-                raise _bad(f"{name}: one of {', '.join(allowed)}, or several with commas between.")
+                raise _bad(f"{name} cannot be {printable(word)}: it is one of {', '.join(allowed)}, or several with commas between.")
         return words
 
     def _seconds(self, name: str) -> float | None:
@@ -333,7 +340,7 @@ class Questions:
 
         rows, notes = await self._read(read)
         if not rows:
-            raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
+            raise _none(id)
         return rows, notes
 
     async def rooms(
@@ -398,7 +405,7 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
     for server in overview.homeservers:
         if server.problem:
             add(
-                f"{server.name} cannot be asked: {full_stop(server.problem)} Restarts and goodbyes there wait, and are repeated.",
+                f"{server.name} cannot be asked ({server.problem.rstrip('.')}). Restarts and goodbyes there wait, and are repeated.",
                 homeserver=server.name,
             )
         if server.service:
@@ -410,14 +417,19 @@ def causes(overview: Overview) -> list[dict[str, Any]]:
             )
         waiting, since = server.waiting.get(Lane.END, (0, overview.now))
         if waiting and overview.now - since > story.LATE:
-            limited = f", which allows {server.rate:.2g} actions a second" if server.limit == "some" else ""
+            limited = f", which allows {server.rate:.2g} action{'' if server.rate == 1 else 's'} a second" if server.limit == "some" else ""
             late = story.span(overview.now - since)
             wait = f"{waiting} goodbyes wait" if waiting > 1 else "A goodbye waits"
             add(f"{wait} for {server.name}{limited}; the oldest for {late}: ghosts in calls.", homeserver=server.name)
     for sfu in overview.sfus:
         if sfu.problem:
-            add(f"The SFU {sfu.name} cannot be asked: {full_stop(sfu.problem)} Whoever is in doubt counts as connected.", sfu=sfu.name)
+            add(f"The SFU {sfu.name} cannot be asked. {sentence_of(sfu.problem)} Whoever is in doubt counts as connected.", sfu=sfu.name)
     return found
+
+
+def sentence_of(problem: str) -> str:
+    """A problem by itself: conditions begin with a capital, or do not."""
+    return full_stop(problem[:1].upper() + problem[1:])
 
 
 def full_stop(problem: str) -> str:

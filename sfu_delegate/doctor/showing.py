@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from sfu_delegate import __version__
-from sfu_delegate.doctor.findings import Check, Report, Verdict
+from sfu_delegate.doctor.findings import Check, Report, Result, Verdict
 from sfu_delegate.doctor.words import counted, listed, spoken
-from sfu_delegate.operate.screen import write
-from sfu_delegate.operate.shown import plain
+from sfu_delegate.observe.story import Tone
+from sfu_delegate.operate.screen import show_paragraphs, write
+from sfu_delegate.operate.shown import Line, Paragraph, plain
 
-_STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "bold yellow", Verdict.PROBLEM: "bold red", Verdict.SKIPPED: "dim"}
+_TONES: Final = {Verdict.OK: Tone.GOOD, Verdict.WARNING: Tone.NOTICE, Verdict.PROBLEM: Tone.BAD, Verdict.SKIPPED: Tone.PLAIN}
 
 
 def as_data(report: Report) -> dict[str, Any]:
@@ -39,11 +40,11 @@ def as_data(report: Report) -> dict[str, Any]:
 
 def lines(report: Report) -> Iterator[str]:
     """For pipes and files: a line for each check, and what to do indented below it."""
-    width = max(len(f"{result.id} {result.subject}".rstrip()) for result in report.results)
+    width = max(len(_title(result)) for result in report.results)
     for result in report.results:
         finding = result.finding
         first, *more = _plain_lines(finding.evidence) or [""]
-        yield f"{finding.verdict:<8} {f'{result.id} {result.subject}'.rstrip():<{width}}  {first}"
+        yield f"{finding.verdict:<8} {_title(result):<{width}}  {first}"
         indent = " " * (8 + 1 + width + 2)
         yield from (f"{indent}{line}" for line in more)
         remedy = _plain_lines(finding.remedy)
@@ -70,33 +71,40 @@ def summary(report: Report) -> str:
 
 
 def show(report: Report) -> None:
-    """On standard output: a table on a terminal, else lines."""
+    """On standard output: on a terminal what needs somebody first, else a line for each check in its order."""
     if not sys.stdout.isatty():
         write(sys.stdout, "".join(f"{line}\n" for line in lines(report)))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    show_paragraphs(paragraphs(report))
 
-    table = Table(show_lines=True)
-    table.add_column("Check", overflow="fold")
-    table.add_column("Verdict")
-    table.add_column("Evidence", overflow="fold", ratio=3)
-    table.add_column("Remedy", overflow="fold", ratio=3)
-    for result in report.results:
-        finding = result.finding
-        name = Text(result.id, style="bold")
-        if result.subject:
-            name.append(f"\n{result.subject}", style="not bold")
-        style = _STYLES[finding.verdict]
-        # As Text: in what others have said, square brackets are no markup.
-        evidence, remedy = ("\n".join(_plain_lines(text)) for text in (finding.evidence, finding.remedy))
-        table.add_row(name, Text(finding.verdict.value, style=style), Text(evidence), Text(remedy))
-    console = Console(file=sys.stdout)
-    with console.capture() as drawn:
-        console.print(table)
-        console.print(Text(summary(report), style=_STYLES[report.verdict]))
-    write(sys.stdout, drawn.get())
+
+_IN_FULL: Final = (Verdict.PROBLEM, Verdict.WARNING)
+
+
+def paragraphs(report: Report) -> Iterator[Paragraph]:
+    """For people: problems, then warnings, with what to do; of the rest a line each; the verdict last, where it is seen."""
+    for verdict in _IN_FULL:
+        for result in report.results:
+            if result.finding.verdict is verdict:
+                evidence, remedy = _told(result)
+                what = [Line(f"{verdict}: {_title(result)}", _TONES[verdict], heading=True), Line(evidence)]
+                yield Paragraph([*what, Line(f"→ {remedy}"), Line("")] if remedy else [*what, Line("")], hang=2)
+    rest = [result for verdict in (Verdict.SKIPPED, Verdict.OK) for result in report.results if result.finding.verdict is verdict]
+    width = max((len(_title(result)) for result in rest), default=0)
+    for result in rest:
+        evidence, remedy = _told(result)
+        said = [Line(f"{result.finding.verdict:<8} {_title(result):<{width}}  {evidence}", _TONES[result.finding.verdict])]
+        yield Paragraph([*said, Line(f"→ {remedy}")] if remedy else said, hang=9)
+    yield Paragraph([Line(summary(report), _TONES[report.verdict], heading=True)])
+
+
+def _told(result: Result) -> tuple[str, str]:
+    """Evidence and remedy; what goes on below its arrow is indented with it."""
+    return "\n".join(_plain_lines(result.finding.evidence)), "\n  ".join(_plain_lines(result.finding.remedy))
+
+
+def _title(result: Result) -> str:
+    return f"{result.id} {result.subject}".rstrip()
 
 
 @contextmanager
@@ -111,7 +119,10 @@ def progress() -> Iterator[Callable[[Sequence[Check]], object]]:
     with Console(stderr=True).status("looking …") as status:
 
         def tell(left: Sequence[Check]) -> None:
-            titles = [check.title for check in left[:3]] + (["…"] if len(left) > 3 else [])
-            status.update(f"looking: {counted(len(left), 'check')} to go: {escape(', '.join(titles))}")
+            if left:
+                titles = [check.title for check in left[:3]] + (["…"] if len(left) > 3 else [])
+                status.update(f"looking at {escape(', '.join(titles))} ({counted(len(left), 'check')} to go)")
+            else:
+                status.update("everything has been looked at")
 
         yield tell

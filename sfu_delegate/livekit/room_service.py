@@ -279,7 +279,7 @@ def _no_connection(error: Exception) -> SfuUnavailable:
         case aiohttp.ClientConnectorDNSError():
             return SfuUnavailable("The host name of the SFU's URL was not found.", Trouble.CONNECTION)
         case aiohttp.ClientConnectorError():
-            return SfuUnavailable("The SFU could not be connected to: is it running, and the URL right?", Trouble.CONNECTION)
+            return SfuUnavailable("The SFU could not be connected to: is it running, and is its URL right?", Trouble.CONNECTION)
         case aiohttp.InvalidURL():
             return SfuUnavailable("The SFU's URL cannot be used for a request.", Trouble.CONNECTION)
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError() | ConnectionError():

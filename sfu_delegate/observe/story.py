@@ -87,6 +87,18 @@ def span(seconds: float) -> str:
     raise AssertionError(whole)
 
 
+def often(a_second: float) -> str:
+    """How often something happens, given how often in a second: "3.2 a second", "0.8 a minute", in the unit that fits."""
+    if a_second <= 0:
+        return "0"
+    units = ((1, "a second"), (60, "a minute"), (3600, "an hour"))
+    times, unit = next((each for each in units if a_second * each[0] >= 0.5), units[-1])
+    number = a_second * times
+    if number < 0.05:
+        return f"less than 0.1 {unit}"
+    return f"{number:,.0f} {unit}" if number >= 9.95 else f"{number:.2g} {unit}"
+
+
 _TAKEN_BACK: Final = "It was taken back by its client, or released by the operator"  # which, the history tells
 _ENDINGS: Final = {
     Outcome.SENT: ("The homeserver sent the leave event: the participant is no longer shown in the call.", Tone.GOOD),
@@ -251,7 +263,7 @@ def _parts(row: DelayedEvent, now: float) -> Iterator[str]:
         case Presence.CONNECTED:
             yield f"In the call {for_so_long}."
         case Presence.EXPECTED:
-            yield f"Not seen in the call yet, {for_so_long}; it is given up when it does not join in time."
+            yield f"Not seen in the call yet, {for_so_long}; unless the participant joins within presence.join_timeout, it is given up."
         case Presence.AWAY:
             look = (
                 "" if row.look_at is None else f"; the SFU is asked in {span(row.look_at - now)}" if row.look_at > now else "; the SFU is being asked"

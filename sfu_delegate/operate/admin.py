@@ -176,11 +176,11 @@ def find(config: Path, environ: Mapping[str, str], *, may_be_missing: bool = Fal
 
     `may_be_missing`: where there is no such file, the daemon's defaults count. `token_file`: in place of the token that the configuration names.
     """
-    at = listener_of(Admin() if may_be_missing and _is_missing(config) else load_admin(config, environ))
+    at = listener_of(Admin() if may_be_missing and is_missing(config) else load_admin(config, environ))
     return at if token_file is None else replace(at, token=_token_in(token_file))
 
 
-def _is_missing(path: Path) -> bool:
+def is_missing(path: Path) -> bool:
     """Certainly: one that may not be looked at is not."""
     try:
         path.stat()

@@ -16,11 +16,12 @@ from typing import Any, Final
 from sfu_delegate.config import ConfigInvalid
 from sfu_delegate.observe.story import Tone
 from sfu_delegate.operate import shown
-from sfu_delegate.operate.admin import AdminListener, CannotAsk, Refused, find, listener_at, part
+from sfu_delegate.operate.admin import AdminListener, CannotAsk, Refused, find, is_missing, listener_at, part
 from sfu_delegate.operate.screen import drawn, is_terminal, show_json, show_lines, show_table, tell_problem
 from sfu_delegate.operate.shown import Around, Line, Times
 
 PAGE: Final = 1000  # the most that the daemon gives at a time
+ALIKE: Final = 5  # users who are suggested, at the most
 EVERY: Final = 2.0  # seconds between the looks of `status --watch`
 _POLL: Final = 0.25  # seconds
 
@@ -56,7 +57,9 @@ def _asked(asking: Asking, work: Callable[[AdminListener], int]) -> int:
     try:
         return work(asking.listener())
     except ConfigInvalid as error:
-        remedy = "As somebody who may not read it, name the admin listener: --admin http://127.0.0.1:8081, or --admin unix:/PATH."
+        unreadable = not is_missing(asking.config) and not os.access(asking.config, os.R_OK)
+        named = "name the admin listener: --admin http://127.0.0.1:8081, or --admin unix:/PATH"
+        remedy = f"As somebody who may not read it, {named}." if unreadable else f"Or {named}; or another file: --config FILE."
         return _fail(asking, Exit.CANNOT_ASK, *(str(problem) for problem in error.problems), remedy)
     except CannotAsk as error:
         return _fail(asking, Exit.CANNOT_ASK, str(error))
@@ -131,12 +134,12 @@ def _watch(at: AdminListener) -> int:
 
 def events(asking: Asking, query: Mapping[str, str], limit: int | None) -> int:
     """Delayed events that match; `limit`: None is no limit."""
-    return _list(asking, "/delegations", query, "events", ("before",), limit, shown.events_table)
+    return _list(asking, "/delegations", query, "events", "delegations", ("before",), limit, shown.events_table)
 
 
 def rooms(asking: Asking, query: Mapping[str, str], limit: int | None) -> int:
     """Rooms."""
-    return _list(asking, "/rooms", query, "rooms", ("after_sfu", "after"), limit, shown.rooms_table)
+    return _list(asking, "/rooms", query, "rooms", "rooms with delegations", ("after_sfu", "after"), limit, shown.rooms_table)
 
 
 def _list(
@@ -144,6 +147,7 @@ def _list(
     path: str,
     query: Mapping[str, str],
     key: str,
+    what: str,
     cursors: Sequence[str],
     limit: int | None,
     table: Callable[[Sequence[shown.Json], Times], shown.Table],
@@ -169,7 +173,7 @@ def _list(
             if cursor:
                 show_lines([Line(f"There may be more than these {len(found):,}: --all shows them.", Tone.NOTICE)], error=True)
         else:
-            show_lines([Line("Nothing matches." if query else "There is nothing.", Tone.NOTICE)], error=True)
+            show_lines([Line(f"No {what} match." if query else f"No {what} yet.", Tone.NOTICE)], error=True)
         return Exit.DONE if found else Exit.NOT
 
     return _asked(asking, work)
@@ -222,11 +226,22 @@ def explain(
                 around=None if around is None else Around(int(around * 1000)),
                 since=None if since is None else int(now - since * 1000),
                 limit=limit,
+                alike=() if answer["participants"] or user is None else _alike(at, user),
             )
             show_lines(list(lines))
         return Exit.DONE if answer["participants"] else Exit.NOT
 
     return _asked(asking, work)
+
+
+def _alike(at: AdminListener, user: str) -> list[str]:
+    """Matrix users, or identities made of them, who have delegated lately and begin with what was given."""
+    if user.startswith("@") and ":" in user:
+        return []
+    begun = f"@{user.removeprefix('@')}".lower()
+    newest = at.get("/delegations", {"limit": str(PAGE)})["events"]
+    names = dict.fromkeys(event["user"] or event["identity"] for event in newest)
+    return [name for name in names if name.lower().startswith(begun)][:ALIKE]
 
 
 # ── changes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

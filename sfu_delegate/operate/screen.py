@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Final, TextIO
 
 from sfu_delegate.observe.story import Tone
-from sfu_delegate.operate.shown import Line, Table, as_json, plain
+from sfu_delegate.operate.shown import Line, Paragraph, Table, as_json, plain
 
 _STYLES: Final = {Tone.PLAIN: "", Tone.GOOD: "green", Tone.NOTICE: "yellow", Tone.BAD: "bold red"}
 _COLUMN: Final = re.compile(r"(\s*\S.*?\s{2,})\S")
@@ -55,6 +55,35 @@ def drawn(lines: Iterable[Line], width: int) -> Any:
         style = f"{_STYLES[line.tone]} bold" if line.heading else _STYLES[line.tone]
         text.append("\n".join(wrapped) + "\n", style=style.strip())
     return text
+
+
+def show_paragraphs(paragraphs: Iterable[Paragraph], *, error: bool = False) -> None:
+    """Paragraphs on a terminal. A word that is longer than a line, such as a path, is left to the terminal, which copies it in one piece."""
+    from rich.console import Console
+    from rich.text import Text
+
+    stream = sys.stderr if error else sys.stdout
+    console = Console(file=stream, highlight=False, soft_wrap=True)
+    text = Text(end="")
+    for paragraph in paragraphs:
+        for number, line in enumerate(paragraph.lines):
+            indent = " " * (paragraph.hang if number else 0)
+            more = f"{indent}  " if number else " " * paragraph.hang
+            style = f"{_STYLES[line.tone]} bold" if line.heading else _STYLES[line.tone]
+            for row in line.text.split("\n"):
+                wrapped = textwrap.wrap(
+                    row,
+                    max(console.width - 1, 20),
+                    initial_indent=indent,
+                    subsequent_indent=more,
+                    break_on_hyphens=False,
+                    break_long_words=False,
+                    replace_whitespace=False,
+                )
+                text.append("\n".join(wrapped) + "\n", style=style.strip())
+    with console.capture() as drawn_text:
+        console.print(text, end="")
+    write(stream, drawn_text.get())
 
 
 def _hang(text: str, width: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from typing import Any, Final, NamedTuple
 
-from sfu_delegate.observe.story import Tone, span
+from sfu_delegate.observe.story import Tone, often, span
 
 Json = Mapping[str, Any]
 
@@ -28,6 +28,13 @@ class Line(NamedTuple):
     text: str
     tone: Tone = Tone.PLAIN
     heading: bool = False
+
+
+class Paragraph(NamedTuple):
+    """Lines that belong together, each wrapped for itself; all but the first are indented by `hang`. No word is broken, so paths can be copied."""
+
+    lines: Sequence[Line]
+    hang: int = 0
 
 
 class Table(NamedTuple):
@@ -136,7 +143,7 @@ def moment(text: str, now: float, zone: tzinfo | None = None) -> float:
             at = datetime.combine(date - timedelta(days=1), clock, zone).astimezone(zone)
         return at.timestamp()
     except (ValueError, OverflowError):  # the first and the last day of all in another zone
-        raise ValueError("is no time that there is") from None
+        raise ValueError(f"there is no such time: {text.strip()}") from None
 
 
 # ── the overview ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,21 +258,24 @@ def _rates(status: Json, before: Json | None) -> Iterator[Line]:
     for name, kind, wanted, good, key, otherwise in rows:
         number, each, bad = rate(kind, wanted, good, key)
         trouble = f", {bad:,} {otherwise}" if bad > 0 else ""
-        yield Line(f"  {name:<22}{each:.3g} a second, {number:,} since the start{trouble}", Tone.NOTICE if trouble else Tone.PLAIN)
+        yield Line(f"  {name:<22}{often(each)}, {number:,} since the start{trouble}", Tone.NOTICE if trouble else Tone.PLAIN)
 
 
 def _homeserver(name: str, server: Json) -> Iterator[Line]:
     problem, service = server["problem"], server["application_service"]
     works = f"DOES NOT WORK: {plain(problem)}" if problem else "works" if server["asked"] else "not asked yet"
-    own = {"none": "", "ok": ", with its application service"}.get(service, f", APPLICATION SERVICE DOES NOT WORK: {plain(service)}")
+    own = {"none": "", "ok": "" if problem else ", with its application service"}.get(
+        service, f"; APPLICATION SERVICE DOES NOT WORK: {plain(service)}"
+    )
     tone = Tone.BAD if problem or service not in ("none", "ok") else Tone.GOOD if server["asked"] else Tone.PLAIN
     yield Line(f"  {name}  {works}{own}; {count(server['events'], 'open event')}", tone)
     indent = " " * (len(name) + 4)
     yield Line(f"{indent}{limit_words(server)}", Tone.PLAIN)
-    for lane, what in (("endings_waiting", "goodbyes"), ("restarts_waiting", "restarts")):
+    for lane, what in (("endings_waiting", "goodbye"), ("restarts_waiting", "restart")):
         waiting = server[lane]
         if waiting["count"]:
-            yield Line(f"{indent}{waiting['count']:,} {what} are due, the oldest for {span(waiting['oldest_s'] or 0.0)}", Tone.NOTICE)
+            due = f"{count(waiting['count'], f'{what} is', f'{what}s are')} due{', the oldest' if waiting['count'] > 1 else ''}"
+            yield Line(f"{indent}{due} for {span(waiting['oldest_s'] or 0.0)}", Tone.NOTICE)
     if server["restart_lateness_s"] > 0:
         yield Line(f"{indent}at this rate, restarts will be {span(server['restart_lateness_s'])} late", Tone.BAD)
 
@@ -401,9 +411,11 @@ def _facts(event: Json, times: Times) -> Iterator[tuple[str, str]]:
     yield "delay", f"{span(event['delay_ms'] / 1000)}; to be {end} when the participant is gone"
     tries = f"; {count(event['attempts'], 'failed try', 'failed tries')} of what is due" if event["attempts"] else ""
     yield "restarts", f"{event['restarts']:,}{tries}"
-    for name, key in (("running", "running_since_ts"), ("restart by", "restart_due_ts"), ("runs out", "deadline_ts"), ("SFU asked", "look_ts")):
+    for name, key in (("runs since", "running_since_ts"), ("restart by", "restart_due_ts"), ("runs out", "deadline_ts")):
         if event[key] is not None and (key != "running_since_ts" or event["state"] != "done"):
             yield name, times.both(event[key])
+    if event["look_ts"] is not None:
+        yield "next look", f"{times.both(event['look_ts'])}: the SFU is asked who is there"
     for name, key in (("departed", "departed_ts"), ("finished", "finished_ts")):
         if event[key] is not None:
             yield name, times.both(event[key])
@@ -465,12 +477,22 @@ def _rule(times: Times, around: Around) -> Line:
 
 
 def explanation_lines(
-    explained: Json, times: Times, *, asked: str, around: Around | None = None, since: int | None = None, limit: int = 0
+    explained: Json,
+    times: Times,
+    *,
+    asked: str,
+    around: Around | None = None,
+    since: int | None = None,
+    limit: int = 0,
+    alike: Sequence[str] = (),
 ) -> Iterator[Line]:
-    """For each participant how it is now, and what happened. `asked` says what was asked for, for the case that nothing is found."""
+    """For each participant how it is now, and what happened.
+
+    Where nothing is found, `asked` says what was asked for, and `alike` which users may have been meant.
+    """
     people = explained["participants"]
     if not people:
-        yield from _nobody(explained, times, asked, around, since)
+        yield from _nobody(explained, times, asked, around, since, alike)
         return
     rooms = {(person["sfu"], person["room"]) for person in people}
     yield Line(f"{count(len(people), 'participant')} in {count(len(rooms), 'room')}: {asked}. {times.said()}", heading=True)
@@ -505,11 +527,13 @@ def _person(person: Json, times: Times, around: Around | None, since: int | None
     yield from story_lines(person, times, around=around, since=since, limit=limit)
 
 
-def _nobody(explained: Json, times: Times, asked: str, around: Around | None, since: int | None) -> Iterator[Line]:
+def _nobody(explained: Json, times: Times, asked: str, around: Around | None, since: int | None, alike: Sequence[str]) -> Iterator[Line]:
     kept = explained["kept_s"]
     then = "" if around is None else f" within {span(NEAR)} of {times.when(around.at)}"
     then = then if since is None else f" since {times.when(since)}"
     yield Line(f"Nothing is known of {asked}{then}.", Tone.NOTICE, heading=True)
+    if alike:
+        yield Line(f"  A Matrix user is written @name:server. Is it one of these? {', '.join(map(plain, alike))}", Tone.NOTICE)
     for name in explained["searched"][1:]:
         yield Line(f"  Searched, too: {plain(name)}, which is the room of its call at LiveKit.")
     if around is not None and around.at < times.now - kept * 1000:
@@ -535,7 +559,7 @@ def intention(shown: Json, verb: str, times: Times) -> Iterator[Line]:
         here = plain(event["homeserver"])
         there = {"connected": "though it is in the call now", "gone": "as it has left"}.get(event["presence"], "whether it comes back or not")
         if event["state"] == "done":
-            yield Line(f"  Event {event['row']} is over already: {plain(event['sentence'])}", Tone.NOTICE)
+            yield Line(f"  Event {event['row']} is over already. {plain(event['sentence'])}", Tone.NOTICE)
         elif verb == "end" and event["on_disconnect"] == "send":
             yield Line(f"  Event {event['row']}: {here} is told to send the leave event now. The participant will be shown as gone, {there}.")
         elif verb == "end":

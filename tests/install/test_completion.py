@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from sfu_delegate.cli import app
-from sfu_delegate.operate.completion import VARIABLE, Shell, script
+from sfu_delegate.operate.completion import VARIABLE, Shell, outcomes, presences, script, states
 from typer.main import get_command
 
 from tests.snippets import given
@@ -107,6 +107,16 @@ def test_what_is_completed(ask: Callable[[str, str], set[str]], path: str) -> No
     assert ask(path, "sfu-delegate check") & COMMANDS == {"check-config"}
     assert "--strict" in ask(path, "sfu-delegate check-config --s")
     assert ask(path, "sfu-delegate completion ") >= {"bash", "zsh", "fish"}
+    assert {"connected", "expected", "away", "gone"} <= ask(path, "sfu-delegate list --presence ")
+
+
+def test_lists_of_words_go_on_behind_a_comma() -> None:
+    """With each word that is not there yet."""
+    assert states("l") == ["live"]
+    assert states("live,") == [f"live,{word}" for word in ("ending", "superseded", "vanished", "adrift", "done")]
+    assert presences("gone,a") == ["gone,away"]
+    assert "sent" in outcomes("")
+    assert "" not in outcomes("")
 
 
 def test_the_program_answers_shells_only_when_asked(path: str) -> None:

@@ -93,7 +93,7 @@ async def test_delegations_are_found_by_what_is_known_of_them(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("query", "said"),
     [
-        ({"state": "happy"}, "state: one of live"),
+        ({"state": "happy"}, "state cannot be happy: it is one of live"),
         ({"rooom": "call"}, "rooom is no parameter here"),
         ({"limit": "0"}, "limit must be from 1 to 1000"),
         ({"older_than_s": "yesterday"}, "older_than_s must be a whole number"),
@@ -287,12 +287,12 @@ async def test_the_operator_has_a_delegation_released(tmp_path: Path) -> None:
 
 
 async def test_there_is_nothing_to_end_where_nobody_delegated(tmp_path: Path) -> None:
-    """404, with the reason that it might have."""
+    """404, with the reason that it might have; what is no id at all is told so."""
     path = tmp_path / "admin.sock"
     async with open_site(tmp_path, **over_socket(path)) as site:
         at = AdminListener(socket=str(path))
-        for id in ("nothing", "12345", "%2e%2e", "'"):
-            with pytest.raises(Refused, match="no such delegation") as refused:
+        for id, said in {"dlg_none": "no such delegation", "12345": "no such delegation", "abc": "no id", "%2e%2e": "no id", "'": "no id"}.items():
+            with pytest.raises(Refused, match=said) as refused:
                 await post(at, f"/delegations/{id}/end")
             assert refused.value.status == 404
         assert not site.lines("operator_ended")

@@ -142,7 +142,7 @@ async def test_before_the_first_start(bench: Bench) -> None:
     report = await bench.examined(of_homeserver=bench.service)
     assert (verdicts(report, PROBLEM), verdicts(report, WARNING), verdicts(report, SKIPPED)) == (set(), {"homeserver.well_known"}, {"daemon"})
     assert report.exit_code == 0
-    says(of(report, "sfu.webhooks", "main"), OK, f"came to 127.0.0.1:{bench.listen}, where this command listened")
+    says(of(report, "sfu.webhooks", "main"), OK, f"came to 127.0.0.1:{bench.listen} (where this command listened)")
     says(of(report, "homeserver.rate_limit", SERVER), OK, "8 of 8 requests at once were granted (measured, as the application service)")
     says(of(report, "homeserver.largest_delay", SERVER), OK, "1d is the longest", "100 at a time")
     says(of(report, "homeserver.application_service", SERVER), OK, "token, membership and federation work", "none runs")

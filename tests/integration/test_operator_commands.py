@@ -117,7 +117,7 @@ async def test_lists_are_lines_for_programs(tmp_path: Path) -> None:
         assert "--all shows them" in one.stderr
         for nothing in (("--room", "other"), ("--older-than", "2h")):
             none = await run("list", *at, *nothing)
-            assert (none.exit_code, none.stdout, none.stderr) == (1, "", "Nothing matches.\n")
+            assert (none.exit_code, none.stdout, none.stderr) == (1, "", "No delegations match.\n")
         data = json.loads((await run("list", *at, "--json")).stdout)
         assert [event["id"] for event in data["events"]] == both
         fields = (await run("list", *at)).stdout.splitlines()[1].split("\t")
@@ -161,6 +161,17 @@ async def test_why_somebody_is_gone_is_explained(tmp_path: Path) -> None:
     assert before.stdout.startswith("Nothing is known of user bob within 5 min of ")
     assert "6 lines before" in since.stdout
     assert [line["what"] for line in data["participants"][0]["story"]][-1] == "sent"
+
+
+async def test_a_user_who_was_not_named_in_full_is_suggested(tmp_path: Path) -> None:
+    """By the beginning of the name, and only where nothing is found."""
+    async with open_site(tmp_path, **with_socket(tmp_path)) as site:
+        await site.in_call(await site.participant("@alice:hs.test:DEVICE"))
+        at = at_socket(tmp_path)
+        short, full, other = [await run("explain", "--user", user, *at) for user in ("alice", "@alice:hs.test", "bob")]
+    assert (short.exit_code, full.exit_code, other.exit_code) == (1, 0, 1)
+    assert "A Matrix user is written @name:server. Is it one of these? @alice:hs.test\n" in short.stdout
+    assert "one of these" not in full.stdout + other.stdout
 
 
 async def test_who_never_delegated_is_explained(tmp_path: Path) -> None:
@@ -340,7 +351,7 @@ async def test_a_filter_that_is_not_understood_is_wrong_usage(tmp_path: Path) ->
     async with open_site(tmp_path, **with_socket(tmp_path)):
         result = await run("list", "--state", "happy", *at_socket(tmp_path))
     assert result.exit_code == 2
-    assert "state: one of live, ending" in result.stderr
+    assert "state cannot be happy: it is one of live, ending" in result.stderr
 
 
 # ── terminals and pipes ──

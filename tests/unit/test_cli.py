@@ -1,14 +1,16 @@
 """The command line helps: exit codes as documented, words instead of tracebacks, and no secret on the screen."""
 
+import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -141,8 +143,8 @@ def test_a_missing_file_is_explained() -> None:
         assert "example-config" in result.output
 
 
-def test_on_a_terminal_problems_are_a_table(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal gets a table, in which brackets in values and keys are text."""
+def test_on_a_terminal_problems_are_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets in values and keys are text; and a path is in one piece, however narrow the terminal is, so that it can be copied."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -153,10 +155,50 @@ def test_on_a_terminal_problems_are_a_table(write: Write, monkeypatch: pytest.Mo
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "160")
-    cli._print("Problem", [Problem("homeservers[0].name", "[red]x[/blue]", "is odd", "change it", "line 7")], error=False)
-    for part in ("Key", "Remedy", "homeservers[0].name", "[red]x[/blue]", "is odd", "change it", "line 7"):
+    monkeypatch.setenv("COLUMNS", "40")
+    path = f"/etc/{'long-' * 12}name"
+    cli._print("Problem", [Problem("homeservers[0].name", "[red]x[/blue]", "is odd", f"change {path}", "line 7")], error=False)
+    for part in ("Problems", "homeservers[0].name", "[red]x[/blue]", "is odd", path, "line 7"):
         assert part in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("command", "code"), [("check-config", 1), ("serve", 1), ("doctor", 1), ("healthcheck", 1), ("status", 3)])
+def test_a_file_that_may_not_be_read_is_explained(command: str, code: int, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do, and the exit codes that the manual has: it is no wrong usage."""
+    path = write("{}")
+
+    def denied(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    result = run(command, "-c", str(path))
+    assert result.exit_code == code
+    assert "Permission denied" in result.output
+    assert "the daemon's user may read it" in result.output
+    assert ("As somebody who may not read it" in result.output) is (command == "status")
+
+
+def test_where_no_file_is_the_hint_does_not_tell_of_rights() -> None:
+    """But which other ways there are to name the daemon."""
+    result = run("status", "-c", "/nonexistent/delegate.yaml")
+    assert result.exit_code == 3
+    assert "who may not read it" not in result.output
+    assert "Or name the admin listener: --admin http://127.0.0.1:8081" in result.output
+    assert "or another file: --config FILE." in result.output
+
+
+def test_the_version_is_an_option_too() -> None:
+    """As of most programs."""
+    assert run("--version").output == run("version").output
+
+
+def test_the_help_names_arguments_as_people_do() -> None:
+    """Without types of the language that this is written in, and without braces."""
+    for command in ("show", "end", "release", "copy-database", "completion"):
+        said = run(command, "--help").output
+        assert not re.search(r"\{|<str|<list|\(10s\)", said)
+    assert "Usage: sfu-delegate end [OPTIONS] ID...\n" in run("end", "--help").output
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., int]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import sys
 import threading
 from collections.abc import Awaitable, Callable
@@ -186,13 +187,26 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal it is one, and square brackets are no markup."""
+def test_people_see_what_is_wrong_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems, warnings, then the rest in a line each, with what to do where there is something; and square brackets are no markup."""
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     show(REPORT)
-    for words in ("Verdict", "sfu.webhooks", "they [do not] come", "8 min 15 s", "1 problem, 1 warning"):
-        assert words in terminal.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines() == [
+        "problem: sfu.webhooks main",
+        "  they [do not] come",
+        "  → livekit.yaml needs",
+        "    webhook:",
+        "      urls: [x]",
+        "",
+        "warning: homeserver.rate_limit example.org",
+        "  a call of 500 takes 8 min 15 s",
+        "  → register",
+        "",
+        "skipped  daemon  no daemon runs",
+        "ok       config  it can be used",
+        "x.yaml: 1 problem, 1 warning, 1 ok and 1 skipped, in 2.5 s",
+    ]
 
 
 def test_what_others_have_answered_is_not_obeyed_by_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,7 @@ LIVEKIT = "webhook:\n  api_key: APIone\n  urls:\n    - http://10.0.0.7:8080/webh
     ("seen", "verdict", "said"),
     [
         (heard(), OK, ("came to the daemon within 20 ms",)),
-        (heard(by_daemon=False), OK, ("came to 10.0.0.7:8080, where this command listened",)),
+        (heard(by_daemon=False), OK, ("came to 10.0.0.7:8080 (where this command listened)",)),
         (heard(finished=7.2), WARNING, ("late: after 7.2 s",)),
         (heard(finished=None), WARNING, ("room_started came", "room_finished did not")),
         (heard(started=None), WARNING, ("room_finished came", "room_started did not")),
@@ -310,7 +310,7 @@ def test_a_servers_clock(seen: Offset | None, whose: str, verdict: Verdict, said
         ({"A": Offset(90.0, 91.0), "B": Offset(-0.5, 0.6)}, WARNING, "differs from that of A, and agrees with that of B"),
         ({"A": Offset(90.0, 91.0), "B": Offset(-91.0, -90.0)}, WARNING, "differs from that of A and B"),
         ({"A": Offset(90.0, 91.0), "B": None}, WARNING, "differs from that of A"),
-        ({"A": None}, SKIPPED, "nobody"),
+        ({"A": None}, SKIPPED, "no server that was asked"),
     ],
 )
 def test_this_machines_clock(seen: dict[str, Offset | None], verdict: Verdict, said: str) -> None:

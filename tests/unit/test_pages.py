@@ -112,7 +112,7 @@ async def test_the_overview_begins_with_how_it_is(calm: Site) -> None:
     """The two promises in numbers, who is in calls, and what homeservers and SFUs are like in words."""
     async with served(calm[0]) as client:
         text = Markup(await page(client, "/")).text
-    assert text.index("All is well") < text.index("The two promises") < text.index("Homeservers") < text.index("What happens")
+    assert text.index("All is well") < text.index("The two promises") < text.index("Homeservers") < text.index("How often")
     for said in (
         "nobody, since the start",
         "in time",
@@ -123,6 +123,7 @@ async def test_the_overview_begins_with_how_it_is(calm: Site) -> None:
         "3 × unknown key",
     ):
         assert said in text
+    assert re.search(r"\d+ delayed events are kept alive: \d+ in a call, ", text)
 
 
 async def test_what_is_wrong_comes_first(bad: Site) -> None:
@@ -130,7 +131,7 @@ async def test_what_is_wrong_comes_first(bad: Site) -> None:
     async with served(bad[0]) as client:
         html = await page(client, "/")
     text = Markup(html).text
-    assert text.index("4 things are wrong") < text.index("slow.example cannot be asked: no connection: connection refused.") < text.index("promises")
+    assert text.index("4 things are wrong") < text.index("slow.example cannot be asked (no connection: connection refused).") < text.index("promises")
     for said in (
         "A goodbye waits for slow.example",
         "1 min 35 s late",
@@ -353,6 +354,7 @@ async def test_errors_are_pages_for_browsers_and_json_for_programs(calm: Site) -
         for path, status in (("/nothing", 404), ("/delegations/nobody", 404), ("/rooms/main/nowhere", 404), ("/delegations?open=maybe", 400)):
             html = await page(client, path, status)
             assert "To the overview" in html
+            assert ("There is no such page here." in html) is (path == "/nothing")
             for asked in ({}, {"Accept": "application/json"}, {"Accept": "*/*"}):
                 answer = await client.get(path, headers=asked)
                 assert (answer.status, answer.content_type) == (status, "application/json")
@@ -455,13 +457,13 @@ async def test_whoever_asks_for_the_size_meanwhile_waits_for_the_same_reading() 
 def test_rates_are_of_the_last_minutes() -> None:
     """The first look knows the average since the start; later ones the difference to a look some minutes ago."""
     rates = Rates()
-    assert rates.lately(1000.0, 400.0, {"webhooks": 50}) == (600.0, {"webhooks": 5.0})
+    assert rates.lately(1000.0, 400.0, {"webhooks": 50}) == (600.0, {"webhooks": 50 / 600})
     assert rates.lately(1001.0, 400.0, {"webhooks": 60})[0] == 601.0
-    assert rates.lately(1060.0, 400.0, {"webhooks": 170}) == (60.0, {"webhooks": 120.0})
+    assert rates.lately(1060.0, 400.0, {"webhooks": 170}) == (60.0, {"webhooks": 2.0})
     for at in range(1070, 1700, 10):
         over, found = rates.lately(float(at), 400.0, {"webhooks": 170 + at - 1060})
     assert 290.0 <= over <= 310.0
-    assert found == {"webhooks": pytest.approx(60.0)}
+    assert found == {"webhooks": pytest.approx(1.0)}
     assert rates.lately(9000.0, 400.0, {"webhooks": 860})[0] == 8600.0  # nobody has looked for long
 
 

@@ -6,7 +6,7 @@ import pytest
 from sfu_delegate.delegation.lifecycle import BY_OPERATOR, RESTARTED
 from sfu_delegate.delegation.model import Action, Note, OnEnd, Outcome, Presence, State
 from sfu_delegate.delegation.policy import DEPARTURES, ENDED_BY_OPERATOR, OWN_REASONS
-from sfu_delegate.observe.story import REASONS, Span, Tone, briefly, course, now_so, span, tell, why
+from sfu_delegate.observe.story import REASONS, Span, Tone, briefly, course, now_so, often, span, tell, why
 
 from tests.rows import DELAY, NOW, POLICY, row
 
@@ -182,3 +182,22 @@ def test_the_course_of_a_call() -> None:
 def test_who_was_connected_already_has_been_so_from_the_beginning() -> None:
     """A delegation that inherits its participant's presence has no line of it."""
     assert course(row(accepted_at=NOW), [Note(1, NOW, "delegated", "D1")]) == [Span(Presence.CONNECTED, "", NOW, None)]
+
+
+@pytest.mark.parametrize(
+    ("a_second", "said"),
+    [
+        (0.0, "0"),
+        (1234.5, "1,234 a second"),
+        (25.0, "25 a second"),
+        (0.5, "0.5 a second"),
+        (0.1, "6 a minute"),
+        (0.00947, "0.57 a minute"),
+        (1 / 360, "10 an hour"),
+        (1 / 36000, "0.1 an hour"),
+        (1e-9, "less than 0.1 an hour"),
+    ],
+)
+def test_a_rate_has_the_unit_that_fits(a_second: float, said: str) -> None:
+    """The same in the commands and on the page."""
+    assert often(a_second) == said

@@ -94,7 +94,7 @@ def _environment() -> Environment:
         "many": wording.many,
         "seconds": wording.seconds,
         "span": story.span,
-        "rate": wording.rate,
+        "often": story.often,
         "part": lambda text: quote(text, safe=""),
     }
     made.globals |= {"file": lambda name: FILES[name].name, "version": __version__, "LONG": wording.LONG}

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from aiohttp import web
 
-from sfu_delegate.api.admin import Query, Questions, full_stop
+from sfu_delegate.api.admin import Query, Questions, full_stop, sentence_of
 from sfu_delegate.api.errors import MatrixError
 from sfu_delegate.api.pages.answers import STATIC, page, rendered, static
 from sfu_delegate.api.pages.timeline import drawings
@@ -89,13 +89,19 @@ def error_form(now: Callable[[], float]) -> Callable[[web.Request, MatrixError],
         if request.path.startswith(_FOR_PROGRAMS) or "text/html" not in request.headers.get("Accept", ""):
             return error.response()
         title = _TITLES.get(error.status, "Something went wrong")
-        html = rendered("error.html", request.rel_url.raw_path, now(), title=title, error=error, here="", refresh=None)
+        # A path that is none is told to programs with where the paths are described, which is nothing to a person.
+        sentence = "There is no such page here." if (error.status, error.errcode) == (404, "M_UNRECOGNIZED") else error.error
+        html = rendered("error.html", request.rel_url.raw_path, now(), title=title, error=error, sentence=sentence, here="", refresh=None)
         return page(html, status=error.status, headers=error.form()[1])
 
     return form
 
 
 # ── rates ──
+
+
+_LIVE: Final = {"connected": "in a call", "away": "away", "expected": "expected to join", "gone": "gone"}
+"""How those are whose delayed events are kept alive."""
 
 
 class Rates:
@@ -108,7 +114,7 @@ class Rates:
         self._looks: deque[tuple[float, Mapping[str, int]]] = deque()
 
     def lately(self, now: float, started: float, counts: Mapping[str, int]) -> tuple[float, dict[str, float]]:
-        """Over how many seconds, and how often in a minute. `started`: when all counts were zero."""
+        """Over how many seconds, and how often in a second. `started`: when all counts were zero."""
         while len(self._looks) > 1 and self._looks[1][0] <= now - self.OVER:
             self._looks.popleft()
         since: float = started
@@ -118,7 +124,7 @@ class Rates:
         if not self._looks or now - self._looks[-1][0] >= self.LEAST:
             self._looks.append((now, dict(counts)))
         over = max(now - since, 1.0)
-        return over, {name: max(0, count - before.get(name, 0)) * 60 / over for name, count in counts.items()}
+        return over, {name: max(0, count - before.get(name, 0)) / over for name, count in counts.items()}
 
 
 class Happening(NamedTuple):
@@ -126,7 +132,7 @@ class Happening(NamedTuple):
 
     name: str
     total: int
-    rate: float
+    rate: float  # a second
     tone: str
     detail: str = ""
 
@@ -170,7 +176,7 @@ def _happenings(status: Mapping[str, Any], rates: Mapping[str, float], counts: M
         line("webhooks", "Webhooks taken"),
         line("webhooks_refused", "Webhooks refused", "notice", refused),
         line("restarts", "Restarts"),
-        line("goodbyes", "Goodbyes, and cancellations"),
+        line("goodbyes", "Goodbyes and cancellations"),
         line("limited", "Refused by a homeserver’s rate limit", "notice"),
         line("failed", "Failed otherwise, and tried again", "notice", failed),
     ]
@@ -211,6 +217,11 @@ class Pages:
             return {
                 "here": "overview",
                 "status": status,
+                "live": [
+                    (status["events"]["live_by_presence"].get(presence, 0), words)
+                    for presence, words in _LIVE.items()
+                    if status["events"]["live_by_presence"].get(presence, 0)
+                ],
                 "happenings": _happenings(status, rates, counts),
                 "over": over if over < now - status["started_ts"] / 1000 else None,
                 "troubles": _troubles(status),
@@ -402,13 +413,13 @@ _LIMITS: Final = {
 
 
 def _homeserver(server: Mapping[str, Any]) -> Condition:
-    words = [full_stop(server["problem"]) if server["problem"] else _ASKED[server["asked"]]]
+    words = [sentence_of(server["problem"]) if server["problem"] else _ASKED[server["asked"]]]
     tone = "bad" if server["problem"] else "good" if server["asked"] else "plain"
     if server["application_service"] not in ("none", "ok"):
         words.append(f"Its application service does not work: {full_stop(server['application_service'])}")
         tone = "bad" if tone == "bad" else "notice"
     if server["rate"] is not None:
-        words.append(f"Allows {server['rate']:.2g} actions a second, {server['burst']:.2g} at once.")
+        words.append(f"Allows {server['rate']:.2g} action{'' if server['rate'] == 1 else 's'} a second, {server['burst']:.2g} at once.")
     else:
         words.append(f"{_LIMITS.get(server['limit'], server['limit'])}.")
     if server["restart_lateness_s"] > 0:
@@ -421,7 +432,7 @@ def _homeserver(server: Mapping[str, Any]) -> Condition:
 
 
 def _sfu(sfu: Mapping[str, Any]) -> Condition:
-    words = [full_stop(sfu["problem"]) if sfu["problem"] else _ASKED[sfu["asked"]]]
+    words = [sentence_of(sfu["problem"]) if sfu["problem"] else _ASKED[sfu["asked"]]]
     tone = "bad" if sfu["problem"] else "good" if sfu["asked"] else "plain"
     if sfu["several_nodes"]:
         words.append("Has several nodes: its lists may be wrong for a while.")

@@ -130,10 +130,3 @@ def seconds(value: float) -> str:
 def many(value: float) -> str:
     """A count."""
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def rate(a_minute: float) -> str:
-    """How often something happens in a minute."""
-    if a_minute == 0:
-        return "0"
-    return many(a_minute) if a_minute >= 9.5 else f"{a_minute:.1f}" if a_minute >= 0.1 else "< 0.1"

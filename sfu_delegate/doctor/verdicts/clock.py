@@ -49,7 +49,7 @@ def judge_own_clock(seen: Mapping[str, Offset | None]) -> Finding:
     """This machine's own, by all others: where most of them say that it is wrong, it is."""
     told = {name: one for name, one in seen.items() if one is not None}
     if not told:
-        return skipped("nobody told the time")
+        return skipped("no server that was asked told the time")
     off = {name: one.surely for name, one in told.items() if abs(one.surely) >= NOTICED}
     if not off:
         return ok(f"it agrees with {'that' if len(told) == 1 else 'those'} of {listed(list(told))}")

@@ -105,7 +105,7 @@ def judge_webhooks(seen: Heard, wanted: Wanted) -> Finding:
             return warning(f"{away}; {counted(seen.others, 'other instance')} may have got them", remedy)
         return problem(away, wanted.remedy)
     slowest = max(one.after for one in seen.webhooks.values())
-    to = "came to the daemon" if seen.by_daemon else f"came to {wanted.url.partition('://')[2].partition('/')[0]}, where this command listened"
+    to = "came to the daemon" if seen.by_daemon else f"came to {wanted.url.partition('://')[2].partition('/')[0]} (where this command listened)"
     if len(came) < len(AWAITED):
         missing = next(event for event in AWAITED if event not in seen.webhooks)
         remedy = "look at LiveKit's log, and at livekit_webhook_dispatch_total: webhooks get lost on their way"
