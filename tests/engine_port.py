@@ -481,7 +481,7 @@ class Uninspected:
 
     def overview(self) -> Overview:
         """See `api.overview.Inspection`."""
-        return Overview("0", "", 1, NOW, NOW, "in memory", 60.0, Promises(0, {}, 0, None, None), {}, {}, {})
+        return Overview("0", "", 1, NOW, NOW, "in memory", 60.0, Promises(0, {}, 0, 0, None, None, None), {}, {}, {})
 
     async def read(self, work: Callable[[Any], Any]) -> Any:
         """See `api.overview.Inspection`."""
@@ -500,7 +500,7 @@ class Inspected:
         waiting = {Lane.END: (3, NOW - 60.0)}
         server = HomeserverState(SERVER, SERVER, "", None, 3, "some", 1.0, 5.0, exempt=False, lateness=2.5, waiting=waiting)
         sfu = SfuState("main", SFU_URL, "no answer", NOW - 5.0, NOW - 90.0, NOW - 60.0, several_nodes=False)
-        promises = Promises(1, {"sent": 2, "lost": 1}, 2, 0.25, 1.5)
+        promises = Promises(1, {"sent": 2, "lost": 1}, 2, 2, 0.25, 1.5, 1.5)
         states = {("live", "connected"): 2, ("ending", "gone"): 1}
         webhooks, actions = {("main", "participant_left", "stored"): 2}, {("send", "done"): 2, ("restart", "limited"): 1}
         return Overview("1.0.0", "a", 2, NOW - 60, NOW, "in a file", 60.0, promises, states, webhooks, actions, (server,), (sfu,))

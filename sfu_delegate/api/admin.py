@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from struct import unpack
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -111,7 +112,7 @@ class AdminApi:
 
     async def release(self, request: web.Request) -> web.Response:
         """Forget the delegation, and leave its events at the homeserver as they are."""
-        return await self._change(request, "operator_released", Withdraw)
+        return await self._change(request, "operator_released", partial(Withdraw, by_operator=True))
 
     async def webhooks(self, request: web.Request) -> web.Response:
         """What came about a room that was made to see whether webhooks come."""
@@ -119,7 +120,7 @@ class AdminApi:
         told = self._services.probes.of(room)
         return json_response({"room": room, "webhooks": [{"at_ts": _ts(probe.at), "sfu": probe.sfu, "event": probe.event} for probe in told]})
 
-    async def _change(self, request: web.Request, what: str, change: type[End] | type[Withdraw]) -> web.Response:
+    async def _change(self, request: web.Request, what: str, change: Callable[[str], End | Withdraw]) -> web.Response:
         id = request.match_info["id"]
         if not _ID.fullmatch(id):
             raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
@@ -570,6 +571,8 @@ def status_json(overview: Overview, readiness: dict[str, Any], size: Size | None
             "departures": promises.departures,
             "disconnect_to_end_p50_s": promises.p50,
             "disconnect_to_end_p99_s": promises.p99,
+            "disconnect_to_end_longest_s": promises.longest,
+            "disconnect_to_end_of": promises.told,
             "ended": dict(promises.ended),
         },
         "events": {"states": by_state, "live_by_presence": by_presence},

@@ -120,7 +120,17 @@ def logged(log: BoundLogger, error: Exception, method: str, path: str) -> Matrix
     return MatrixError(500, "M_UNKNOWN", "Something went wrong here that should not have. It is in the daemon's log.")
 
 
-def one_error_shape(log: BoundLogger, form: Callable[[web.Request, MatrixError], web.Response] = lambda _, error: error.response()) -> Middleware:
+Form = Callable[[web.Request, MatrixError], web.Response]
+"""How an error is answered."""
+
+
+def _response(request: web.Request, error: Exception, form: Form) -> web.Response | None:
+    """In a frame of its own: one that goes on, and holds its own exception, would hold the body of the request, too."""
+    expected = of_exception(error)
+    return None if expected is None else form(request, expected)
+
+
+def one_error_shape(log: BoundLogger, form: Form = lambda _, error: error.response()) -> Middleware:
     """Every failed request is answered in the one shape; `form`: or in another one, where that is asked for."""
 
     @web.middleware
@@ -128,8 +138,8 @@ def one_error_shape(log: BoundLogger, form: Callable[[web.Request, MatrixError],
         try:
             return await handler(request)
         except Exception as error:
-            if (expected := of_exception(error)) is not None:
-                return form(request, expected)
+            if (response := _response(request, error, form)) is not None:
+                return response
             resource = request.match_info.route.resource
             return form(request, logged(log, error, request.method, "?" if resource is None else resource.canonical))
 

@@ -44,8 +44,10 @@ class Promises(NamedTuple):
     lost_while_connected: int
     ended: Mapping[str, int]  # by outcome
     departures: int  # goodbyes of ours that got through
+    told: int  # … of which the times below are: the last ones
     p50: float | None  # seconds from the word of a departure until then; None: there was none
     p99: float | None
+    longest: float | None
 
 
 @dataclass(frozen=True, slots=True)

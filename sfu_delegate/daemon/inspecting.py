@@ -79,6 +79,7 @@ class Inspecting:
         *,
         instance: str,
         label: Callable[[str], str],
+        limited: Callable[[str], bool | None],
     ) -> None:
         self._config = config
         self._engine = engine
@@ -89,6 +90,7 @@ class Inspecting:
         self._clock = clock
         self._instance = instance
         self._label = label
+        self._limited = limited
         self._started_at = clock()
         self._reader: Reader | None = None
         self._thread = ThreadPoolExecutor(1, "reader")
@@ -142,8 +144,8 @@ class Inspecting:
         ended: Counter[str] = Counter()
         for (_, outcome), count in metrics.counted(metrics.ended).items():
             ended[outcome] += count
-        p50, p99 = metrics.quantiles(metrics.to_end, 0.5, 0.99)
-        return Promises(sum(metrics.counted(metrics.lost).values()), ended, metrics.observed(metrics.to_end), p50, p99)
+        lost, goodbyes = sum(metrics.counted(metrics.lost).values()), metrics.goodbyes()
+        return Promises(lost, ended, 0, 0, None, None, None) if goodbyes is None else Promises(lost, ended, *goodbyes)
 
     def _homeservers(self, config: Config) -> tuple[HomeserverState, ...]:
         paces = self._engine.paces()
@@ -163,7 +165,7 @@ class Inspecting:
                     limit=(pace.limit if pace else Limit.UNKNOWN).value,
                     rate=pace.rate if pace else 0.0,
                     burst=pace.burst if pace else 0.0,
-                    exempt=pace.exempt if pace else False,
+                    exempt=self._limited(name) is False,
                     lateness=self._survey.lateness.get(name, 0.0),
                     waiting={lane: backlog[name, lane] for lane in Lane if (name, lane) in backlog},
                 )

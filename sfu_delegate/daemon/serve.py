@@ -320,6 +320,7 @@ class Daemon:
             clock,
             instance=_name(config) if store.shared else "",
             label=self._label,
+            limited=self._limited,
         )
         self._membership = Membership(
             self._membership_terms,

@@ -61,6 +61,9 @@ RESTARTS_TOLD = 600.0
 RESTARTED = "restarted"
 """What the history says of a restart, at the time when its request was sent."""
 
+BY_OPERATOR = "by the operator"
+"""What the history says beside the outcome of a delegation that its client has not withdrawn by itself."""
+
 VANISHED_WAITS = 10
 """How often an event that the homeserver no longer knows waits for a look at the SFU, before the worst is assumed."""
 
@@ -671,6 +674,8 @@ def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float
         if new.verified_at is not None:
             yield Note(new.id, now, "verified", "")
         return
+    if type(given) is Answered and given.answered_at is not None:
+        now = min(now, given.answered_at)  # what it tells may be kept a moment later
     if new.presence is not old.presence or (new.presence is Presence.AWAY and new.reason != old.reason):
         yield Note(new.id, now, new.presence.value, new.reason)
     if new.verified_at is not None and old.verified_at is None:
@@ -683,6 +688,7 @@ def story(old: DelayedEvent | None, new: DelayedEvent, given: object, now: float
         return
     detail = given.detail if isinstance(given, Answered) else ""
     if new.state is State.DONE:
-        yield Note(new.id, now, new.outcome.value, detail)
+        released = isinstance(given, Withdraw) and given.by_operator
+        yield Note(new.id, now, new.outcome.value, BY_OPERATOR if released else detail)
     else:
         yield Note(new.id, now, new.state.value, detail)

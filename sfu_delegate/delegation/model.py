@@ -340,9 +340,10 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """The client takes its delegation back: the events are forgotten without touching them."""
+    """The client takes its delegation back, or the operator releases it: the events are forgotten without touching them."""
 
     delegation: str
+    by_operator: bool = False
 
 
 class Carried(NamedTuple):

@@ -1,10 +1,11 @@
 """What Prometheus scrapes. Labels come from the configuration and from our own words only, never from what a client sent."""
 
 from collections import Counter as Tally
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
-from math import inf
-from typing import Generic, TypeVar
+from math import ceil, inf
+from typing import Generic, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from sfu_delegate import __version__
 from sfu_delegate.delegation.model import Action, DelayedEvent, Lane, Outcome, Presence, State
-from sfu_delegate.delegation.policy import DEPARTURES, NEVER_JOINED, OTHER
+from sfu_delegate.delegation.policy import DEPARTURES, ENDED_BY_OPERATOR, NEVER_JOINED, OTHER
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.livekit.webhook import Refusal
 from sfu_delegate.matrix.service import Part
@@ -27,7 +28,7 @@ _FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.9
 _BATCHES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 ENDED = tuple(outcome for outcome in Outcome if outcome is not Outcome.OPEN)
-REASONS = (*DEPARTURES, NEVER_JOINED)
+REASONS = (*DEPARTURES, NEVER_JOINED, ENDED_BY_OPERATOR)
 """Why somebody is gone, as a label: what LiveKit calls otherwise is OTHER."""
 _REASONS = frozenset(REASONS)
 
@@ -118,6 +119,19 @@ class _By(dict[tuple[str, ...], M], Generic[M]):
     def __missing__(self, labels: tuple[str, ...]) -> M:
         child = self[labels] = self._metric.labels(*labels)
         return child
+
+
+class Goodbyes(NamedTuple):
+    """How long goodbyes took, from the word of a departure to that of the homeserver, in seconds. Of the last ones, to the letter."""
+
+    all: int  # since the start
+    of: int  # so many of them are told of
+    p50: float
+    p99: float
+    longest: float
+
+
+GOODBYES_KEPT = 1000
 
 
 class Metrics:
@@ -268,6 +282,8 @@ class Metrics:
         )
         self._departures, self._delegations = _By(self.departures), _By(self.delegations)
         ProcessCollector(registry=at)
+        self._goodbyes = 0
+        self._last_goodbyes: deque[float] = deque(maxlen=GOODBYES_KEPT)
         self._backlogs: set[tuple[str, str]] = set()
         self._forecasts: set[str] = set()
         self._unsent: set[str] = set()
@@ -323,20 +339,13 @@ class Metrics:
         names = metric._labelnames
         return {tuple(s.labels[name] for name in names): round(s.value) for s in family.samples if s.name.endswith("_total") and s.value}
 
-    def observed(self, metric: Histogram) -> int:
-        """How much a histogram has seen, over all its labels."""
-        return round(sum(s.value for family in metric.collect() for s in family.samples if s.name.endswith("_count")))
-
-    def quantiles(self, metric: Histogram, *wanted: float) -> list[float | None]:
-        """Quantiles of a histogram over all its labels, interpolated within a bucket as Prometheus does; None where nothing was observed."""
-        buckets: dict[float, float] = {}
-        for family in metric.collect():
-            for sample in family.samples:
-                if sample.name.endswith("_bucket"):
-                    bound = float(sample.labels["le"])
-                    buckets[bound] = buckets.get(bound, 0.0) + sample.value
-        total = buckets.get(inf, 0.0)
-        return [_quantile(sorted(buckets.items()), total, part) if total else None for part in wanted]
+    def goodbyes(self) -> Goodbyes | None:
+        """How long the last goodbyes took; None where there was none."""
+        last = sorted(self._last_goodbyes)
+        if not last:
+            return None
+        p50, p99 = (last[max(0, ceil(part * len(last)) - 1)] for part in (0.5, 0.99))
+        return Goodbyes(self._goodbyes, len(last), p50, p99, last[-1])
 
     # ── what is told ──
 
@@ -395,7 +404,10 @@ class Metrics:
             if new.outcome is Outcome.LOST or (there and new.outcome in (Outcome.REJECTED, Outcome.RAN_OUT)):
                 self.lost.labels(homeserver).inc()
             if new.outcome in (Outcome.SENT, Outcome.CANCELLED) and new.ended_at is not None:
-                self._to_end[homeserver,].observe(max(0.0, now - new.ended_at))
+                seconds = max(0.0, now - new.ended_at)
+                self._to_end[homeserver,].observe(seconds)
+                self._last_goodbyes.append(seconds)
+                self._goodbyes += 1
 
     def action(self, homeserver: str, action: Action, outcome: str, seconds: float) -> None:
         """A request to a homeserver came to an end."""
@@ -478,13 +490,3 @@ class Metrics:
             self.waiting.labels(*key).set(count)
             self.lateness.labels(*key).set(max(0.0, now - oldest))
         self._backlogs |= set(tally)
-
-
-def _quantile(buckets: Sequence[tuple[float, float]], total: float, part: float) -> float:
-    """`buckets`: (upper bound, how many are below), the last one without a bound. In the last one, the bound before it is all that is known."""
-    rank, lower, below = total * part, 0.0, 0.0
-    for bound, count in buckets:
-        if count >= rank:
-            return lower if bound == inf else lower + (bound - lower) * (rank - below) / max(count - below, 1.0)
-        lower, below = bound, count
-    return lower

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from sfu_delegate.delegation.lifecycle import RESTARTED
+from sfu_delegate.delegation.lifecycle import BY_OPERATOR, RESTARTED
 from sfu_delegate.delegation.model import DelayedEvent, Note, OnEnd, Outcome, Presence, State
 from sfu_delegate.delegation.policy import ENDED_BY_OPERATOR, MISSING, NEVER_JOINED, ROOM_MISSING, ROOM_RESTARTED, SFU_LOST
 
@@ -87,8 +87,9 @@ def span(seconds: float) -> str:
     raise AssertionError(whole)
 
 
+_TAKEN_BACK: Final = "It was taken back by its client, or released by the operator"  # which, the history tells
 _ENDINGS: Final = {
-    Outcome.SENT: ("The homeserver sent the leave event: the participant is gone from the call.", Tone.GOOD),
+    Outcome.SENT: ("The homeserver sent the leave event: the participant is no longer shown in the call.", Tone.GOOD),
     Outcome.CANCELLED: ("The homeserver cancelled the delayed event, as its client had asked for.", Tone.GOOD),
     Outcome.ALREADY_ENDED: ("The client had ended it itself before: the normal end of a call.", Tone.GOOD),
     Outcome.RAN_OUT: ("Its time ran out after the departure, or the client ended it then: the homeserver does not tell which.", Tone.NOTICE),
@@ -98,7 +99,7 @@ _ENDINGS: Final = {
     ),
     Outcome.REJECTED: ("The homeserver refuses to manage it.", Tone.BAD),
     Outcome.REPLACED: ("A newer delegation of the same participant took its place: it was cancelled, or had ended already.", Tone.GOOD),
-    Outcome.WITHDRAWN: ("It was taken back: the daemon forgot it, and left it at the homeserver as it was.", Tone.NOTICE),
+    Outcome.WITHDRAWN: (f"{_TAKEN_BACK}: the daemon forgot it, and left it at the homeserver as it was.", Tone.NOTICE),
     Outcome.UNKNOWN: ("The homeserver did not know it when it was first asked: it had ended by then, or there never was such an event.", Tone.BAD),
 }
 _RAN_OUT_THERE: Final = (
@@ -107,7 +108,7 @@ _RAN_OUT_THERE: Final = (
     Tone.BAD,
 )
 _WITHDRAWN_LATE: Final = (
-    "It was taken back when its end was under way already, which may have got through: the daemon forgot it, and does not ask.",
+    f"{_TAKEN_BACK} when its end was under way already, which may have got through: the daemon forgot it, and does not ask.",
     Tone.NOTICE,
 )
 
@@ -117,6 +118,8 @@ def _ending(outcome: Outcome, row: DelayedEvent) -> tuple[str, Tone]:
         return _RAN_OUT_THERE
     if outcome is Outcome.WITHDRAWN and row.end_tried:
         return _WITHDRAWN_LATE
+    if outcome is Outcome.SENT and row.reason == ENDED_BY_OPERATOR:
+        return f"{_ENDINGS[outcome][0]} The operator had it ended; at the SFU nothing was changed.", Tone.NOTICE
     return _ENDINGS[outcome]
 
 
@@ -162,6 +165,8 @@ def _sentence(note: Note, row: DelayedEvent, *, first: bool) -> tuple[str, Tone]
                 sentence, tone = _ending(Outcome(what), row)
             except (ValueError, KeyError):
                 return f"{what}{_because(detail)}", Tone.PLAIN
+            if what == Outcome.WITHDRAWN:
+                sentence = sentence.replace(_TAKEN_BACK, "The operator had it released" if detail == BY_OPERATOR else "It was taken back")
             refused = what == Outcome.REPLACED and detail[:1] == "4"  # then it may be there still, or have fired
             if detail and (refused or Outcome(what) in (Outcome.REJECTED, Outcome.LOST, Outcome.UNKNOWN)):
                 sentence = f"{sentence} It answered: {detail}."

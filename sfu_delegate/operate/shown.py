@@ -18,6 +18,9 @@ Json = Mapping[str, Any]
 NEAR: Final = 300.0
 """Seconds before and after a time that an operator asks about: what happened then is marked."""
 
+FEW: Final = 10
+"""Goodbyes, up to which the slowest one says more than any part of them."""
+
 
 class Line(NamedTuple):
     """One line."""
@@ -193,11 +196,18 @@ def _promises(promises: Json) -> Iterator[Line]:
     late = promises["restart_lateness_s"]
     if late > 0:
         yield Line(f"  {'':<22}restarts will be {span(late)} late", Tone.BAD)
-    departures, p50, p99 = promises["departures"], promises["disconnect_to_end_p50_s"], promises["disconnect_to_end_p99_s"]
+    p50, told = promises["disconnect_to_end_p50_s"], promises["disconnect_to_end_of"]
     if p50 is None:
         said = "nobody has left yet"
     else:
-        said = f"{count(departures, 'departure')}: half of the goodbyes were through within {seconds(p50)}, 99 % within {seconds(p99)}"
+        longest = f"the slowest goodbye was through after {seconds(promises['disconnect_to_end_longest_s'])}"
+        if told < FEW:
+            said = f"{count(promises['departures'], 'departure')}: {longest}"
+        else:
+            which = "of the goodbyes" if told == promises["departures"] else f"of the last {told} goodbyes"
+            p99 = promises["disconnect_to_end_p99_s"]
+            parts = f"half {which} were through within {seconds(p50)}, 99 % within {seconds(p99)}"
+            said = f"{count(promises['departures'], 'departure')}: {parts}; {longest}"
     yield Line(f"  {'nobody stays a ghost':<22}{said}", Tone.PLAIN if p50 is None else Tone.GOOD)
     if promises["ending"]:
         oldest = promises["oldest_ending_s"]

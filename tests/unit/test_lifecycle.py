@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sfu_delegate.delegation import lifecycle
 from sfu_delegate.delegation.lifecycle import (
     ADRIFT_CHECK,
+    BY_OPERATOR,
     EVENTS,
     LEAST_LEASE,
     RESTARTS_TOLD,
@@ -258,6 +259,18 @@ def test_a_delegation_of_somebody_who_is_in_the_call_says_so() -> None:
     away = list(story(None, row(Presence.AWAY, verified_at=None), accept("D2"), NOW))
     assert [(note.what, note.detail) for note in away[1:]] == [("away", "CLIENT_INITIATED")]
     assert [note.what for note in story(None, row(Presence.EXPECTED, verified_at=None), accept("D2"), NOW)] == ["delegated"]
+
+
+def test_what_a_homeserver_said_is_told_at_the_time_when_it_said_it() -> None:
+    """Not when it was kept, which may be a moment later; and of who had a delegation released, the history knows."""
+    claimed = claim(row(Presence.GONE), NOW, POLICY)
+    said = answered(claimed, Action.SEND, Verdict.DONE)._replace(answered_at=NOW + 1.0)
+    (line,) = story(claimed, advance(claimed, said, NOW + 1.25, POLICY, 0.5), said, NOW + 1.25)
+    assert (line.what, line.at) == ("sent", NOW + 1.0)
+    for by_operator, detail in ((True, BY_OPERATOR), (False, "")):
+        release = Withdraw("D1", by_operator=by_operator)
+        (line,) = story(row(), advance(row(), release, NOW, POLICY, 0.5), release, NOW)
+        assert (line.what, line.detail) == ("withdrawn", detail)
 
 
 def test_every_change_of_state_leaves_a_line_in_the_history() -> None:

@@ -10,7 +10,7 @@ from sfu_delegate.delegation.model import Action, Answered, DelayedEvent, Lane, 
 from sfu_delegate.delegation.replies import Touched
 from sfu_delegate.delegation.urgency import Limit
 from sfu_delegate.engine import Change, Step
-from sfu_delegate.observe.metrics import ENDED, REASONS, Metrics
+from sfu_delegate.observe.metrics import ENDED, GOODBYES_KEPT, REASONS, Metrics
 from sfu_delegate.store.base import Disk
 
 from tests.rows import NOW, row
@@ -346,14 +346,12 @@ def test_a_counter_is_read_by_its_labels(metrics: Metrics) -> None:
     assert metrics.counted(metrics.lost) == {}
 
 
-def test_quantiles_are_those_that_prometheus_would_show(metrics: Metrics) -> None:
-    """Over all homeservers, interpolated within a bucket; above the last bound, that bound; None where there was nothing."""
-    assert metrics.quantiles(metrics.to_end, 0.5, 0.99) == [None, None]
-    for homeserver in ("a", "b"):
-        for seconds in (1.5, 2.0):
-            metrics.to_end.labels(homeserver).observe(seconds)
-    assert metrics.observed(metrics.to_end) == 4
-    assert metrics.quantiles(metrics.to_end, 0.5, 1.0) == [1.5, 2.0]
-    for _ in range(4):
-        metrics.to_end.labels("a").observe(100_000.0)
-    assert metrics.quantiles(metrics.to_end, 0.25, 0.99) == [1.5, 3600.0]
+def test_how_long_goodbyes_took_is_told_to_the_letter(metrics: Metrics) -> None:
+    """Over all homeservers: not guessed from buckets, and of the last ones only, so that a bad hour does not stay for ever."""
+    assert metrics.goodbyes() is None
+    for seconds in (3.0, 1.0, 2.0):
+        ended(metrics, Outcome.SENT, presence=Presence.GONE, ended_at=NOW - seconds)
+    assert metrics.goodbyes() == (3, 3, 2.0, 3.0, 3.0)
+    for _ in range(GOODBYES_KEPT):
+        ended(metrics, Outcome.CANCELLED, presence=Presence.GONE, ended_at=NOW - 0.5, homeserver="other.test")
+    assert metrics.goodbyes() == (GOODBYES_KEPT + 3, GOODBYES_KEPT, 0.5, 0.5, 0.5)

@@ -140,7 +140,11 @@ def sfu(**changes: Any) -> SfuState:
 
 def status(*, database: str = "", phase: Phase = Phase.RUNNING, **changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {"version": "1.2.3", "instance": "", "instances": 1, "started_at": NOON - 3600, "now": NOON, "database": "x.db"}
-    fields |= {"keep": 604_800.0, "promises": Promises(0, {"sent": 3}, 3, 0.12, 1.5), "states": {("live", "connected"): 10, ("live", "away"): 2}}
+    fields |= {
+        "keep": 604_800.0,
+        "promises": Promises(0, {"sent": 30}, 30, 30, 0.12, 1.5, 2.5),
+        "states": {("live", "connected"): 10, ("live", "away"): 2},
+    }
     fields |= {"webhooks": {("main", "participant_left", "stored"): 36}, "actions": {("send", "done"): 3, ("restart", "limited"): 9}}
     fields |= {"homeservers": (homeserver(),), "sfus": (sfu(),)}
     overview = Overview(**fields | changes)
@@ -162,7 +166,7 @@ def test_a_daemon_that_is_well_says_so_in_its_first_line() -> None:
     assert lines[0] == Line("ok: sfu-delegate 1.2.3, started 11:00:00 (1 h ago); 12 delegated events open", Tone.GOOD, heading=True)
     assert shown.is_well(given)
     assert "nobody is dropped     kept" in text
-    assert "3 departures: half of the goodbyes were through within 0.12 s, 99 % within 1.5 s" in text
+    assert "30 departures: half of the goodbyes were through within 0.12 s, 99 % within 1.5 s; the slowest goodbye was through after 2.5 s" in text
     assert "kept alive            12: 10 connected, 2 away" in text
     assert "webhooks              0.01 a second, 36 since the start\n" in text
     assert "restarts              0.0025 a second, 9 since the start, 9 not done at once" in text
@@ -204,7 +208,7 @@ def test_what_is_wrong_comes_first(changes: dict[str, Any], word: str, cause: st
 
 def test_a_broken_promise_names_the_command_that_tells_more() -> None:
     """How many were dropped, and how to find them."""
-    text = whole(shown.status_lines(status(promises=Promises(2, {"lost": 2}, 0, None, None)), TIMES))
+    text = whole(shown.status_lines(status(promises=Promises(2, {"lost": 2}, 0, 0, None, None, None)), TIMES))
     assert "BROKEN: 2 events ran out while connected: sfu-delegate list --outcome lost" in text
     assert "nobody has left yet" in text
 
@@ -322,7 +326,7 @@ def test_a_story_tells_when_why_and_how_it_is_now() -> None:
     told = texts(shown.explanation_lines(explained(([SENT], NOTES)), TIMES, asked="room !r:hs.test"))
     assert told[0] == "1 participant in 1 room: room !r:hs.test. Times are in CEST (UTC+02:00)."
     assert told[2:4] == ["@alice:hs.test in room (SFU main)", "  identity alice"]
-    assert told[4] == "  Now: The homeserver sent the leave event: the participant is gone from the call."
+    assert told[4] == "  Now: The homeserver sent the leave event: the participant is no longer shown in the call."
     assert [line[:10] for line in told[5:]] == [
         f"  {clock}" for clock in ("11:00:00", "11:00:00", "11:00:10", "11:42:07", *["11:42:37"] * 2, "11:42:38")
     ]
@@ -389,9 +393,25 @@ def test_nobody_is_explained_too() -> None:
     assert whole(shown.explanation_lines(explained(), TIMES, asked="x", since=ms(at(11, 0)))).startswith("Nothing is known of x since 11:00:00.")
 
 
+@pytest.mark.parametrize(
+    ("promises", "said"),
+    [
+        (Promises(0, {}, 0, 0, None, None, None), "nobody has left yet"),
+        (Promises(0, {"sent": 1}, 1, 1, 0.092, 0.092, 0.092), "1 departure: the slowest goodbye was through after"),
+        (Promises(0, {"sent": 9}, 9, 9, 0.1, 33.0, 33.0), "9 departures: the slowest goodbye was through after 33 s"),
+        (Promises(0, {"sent": 5000}, 5000, 1000, 0.1, 0.9, 1.2), "half of the last 1000 goodbyes were through within"),
+    ],
+)
+def test_of_a_few_departures_the_slowest_is_told(promises: Promises, said: str) -> None:
+    """Percentiles of two are nonsense; and of many, only the last ones count."""
+    assert said in whole(shown.status_lines(status(promises=promises), TIMES))
+
+
 def test_causes_come_before_the_people() -> None:
     """As what is wrong now may be why; and that not all were looked at is said."""
-    overview = Overview("1", "", 1, NOON, NOON, "x", 60.0, Promises(0, {}, 0, None, None), {}, {}, {}, homeservers=(homeserver(problem="gone"),))
+    overview = Overview(
+        "1", "", 1, NOON, NOON, "x", 60.0, Promises(0, {}, 0, 0, None, None, None), {}, {}, {}, homeservers=(homeserver(problem="gone"),)
+    )
     told = texts(shown.explanation_lines(explained(([SENT], NOTES), causes=causes(overview), complete=False), TIMES, asked="x"))
     assert told[1:3] == ["Wrong right now:", "  ! hs.test cannot be asked: gone. Restarts and goodbyes there wait, and are repeated."]
     assert "Only the newest" in told[3]

@@ -3,9 +3,9 @@
 from itertools import product
 
 import pytest
-from sfu_delegate.delegation.lifecycle import RESTARTED
+from sfu_delegate.delegation.lifecycle import BY_OPERATOR, RESTARTED
 from sfu_delegate.delegation.model import Action, Note, OnEnd, Outcome, Presence, State
-from sfu_delegate.delegation.policy import DEPARTURES, OWN_REASONS
+from sfu_delegate.delegation.policy import DEPARTURES, ENDED_BY_OPERATOR, OWN_REASONS
 from sfu_delegate.observe.story import REASONS, Span, Tone, briefly, course, now_so, span, tell, why
 
 from tests.rows import DELAY, NOW, POLICY, row
@@ -115,6 +115,19 @@ def test_how_it_is_now_can_be_said_of_every_state(presence: Presence, state: Sta
     assert there.delay_id not in sentence
     assert "inf" not in sentence
     assert tone in Tone
+
+
+def test_what_the_operator_had_done_is_told_as_such() -> None:
+    """Released by the operator, or taken back by the client: the line says which. Of one that was ended nobody believes that it went by itself."""
+    done = row(Presence.CONNECTED, State.DONE, outcome=Outcome.WITHDRAWN, end_tried=False)
+    by_operator, by_client = tell([done], [Note(1, NOW, "withdrawn", BY_OPERATOR), Note(1, NOW + 1, "withdrawn", "")])
+    assert by_operator.sentence.startswith("The operator had it released: the daemon forgot it")
+    assert by_client.sentence.startswith("It was taken back: the daemon forgot it")
+    assert now_so(done, NOW)[0].startswith("It was taken back by its client, or released by the operator:")
+    ended = row(Presence.GONE, State.DONE, outcome=Outcome.SENT, reason=ENDED_BY_OPERATOR)
+    sentence, tone = now_so(ended, NOW)
+    assert "The operator had it ended; at the SFU nothing was changed." in sentence
+    assert tone is Tone.NOTICE
 
 
 def test_somebody_in_the_call_is_as_it_should_be() -> None:
