@@ -39,7 +39,7 @@ class Part(NamedTuple):
     pages: tuple[Page, ...]
 
 
-_QUICKSTART: Final = ("Ten minutes to a running delegate", "More than one instance")
+_QUICKSTART: Final = ("Quickstart", "More than one instance")
 _OVERVIEW: Final = (
     "Why",
     "See it work",
@@ -149,7 +149,16 @@ class Gathering:
         if unknown or not set(page.sections) <= set(parts):
             told = unknown or set(page.sections) - set(parts)
             raise LinkBroken(f"The sections of {page.file} are not those that docs/build.py knows: {', '.join(sorted(told))}")
-        return f"# {page.title}\n\n" + "".join(parts[name] for name in page.sections)
+        return f"# {page.title}\n\n" + "".join(self._part(page, name, parts[name]) for name in page.sections)
+
+    @staticmethod
+    def _part(page: Page, name: str, text: str) -> str:
+        """A section. One that the page has its title from has no heading of its own there, and those within it are a level higher."""
+        if name != page.title:
+            return text
+        for found in reversed([*_HEADING.finditer(_masked(text))]):
+            text = text[: found.start()] + ("" if found[1] == "##" else found[0][1:]) + text[found.end() :]
+        return text.lstrip()
 
     def _home(self, file: str, anchor: str) -> str | None:
         """The page of the site that has this file, or this place in it."""

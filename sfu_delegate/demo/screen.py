@@ -19,7 +19,10 @@ from sfu_delegate.demo.story import Outcome
 
 PLAIN_WIDTH = 130
 KEPT_LINES = 200
+STAGE_HEIGHT = 4
+FRAME = 2  # lines of a panel that are not its content
 REFRESHES = 8  # a second
+NARROW = 120  # columns; below it three panels side by side would cut every line
 
 
 class Column(Enum):
@@ -104,7 +107,7 @@ class Screen:
         self.console.print(f"Events lost while their participant was connected, by the daemon's own count: {lost:g}")
         for sentence in wrong:
             self.console.print(Text(f"missing: {sentence}", style="bold red"))
-        good = "Everything is as it must be: who left has left the room's call, and who stayed is still in it."
+        good = "Everything is as it must be: whoever left has left the room's call, and whoever stayed is still in it."
         if not complete:
             good = f"Ended early after {self.length or 0:g} s. Everything so far is as it must be."
         verdict = Text(good, style="bold green") if not wrong else Text("Not everything is as it must be.", style="bold red")
@@ -112,22 +115,33 @@ class Screen:
 
     def _picture(self) -> RenderableType:
         layout = Layout()
-        layout.split_column(Layout(self._stage(), name="stage", size=4), Layout(name="columns"))
-        layout["columns"].split_row(*(Layout(self._column(column), ratio=ratio) for column, ratio in _RATIOS.items()))
+        layout.split_column(Layout(self._stage(), name="stage", size=STAGE_HEIGHT), Layout(name="columns"))
+        height = max(FRAME + 1, self.console.height - STAGE_HEIGHT)
+        if self.console.width >= NARROW:
+            layout["columns"].split_row(*(Layout(self._column(column, height), ratio=ratio) for column, ratio in _RATIOS.items()))
+        else:
+            room = min(len(self._members) + FRAME, height // 2)
+            heights = {Column.SFU: (height - room) // 2, Column.DAEMON: height - room - (height - room) // 2, Column.ROOM: room}
+            layout["columns"].split_column(*(Layout(self._column(column, size), size=size) for column, size in heights.items()))
         return layout
 
     def _stage(self) -> RenderableType:
         lines = self._lines[Column.STAGE]
-        clock = "starting" if self._began is None or self.length is None else f"{self.elapsed:.0f} of {self.length:.0f} s"
+        if self._began is None or self.length is None:
+            clock = "starting"
+        elif self.elapsed <= self.length:
+            clock = f"{self.elapsed:.0f} of {self.length:.0f} s"
+        else:
+            clock = f"{self.elapsed:.0f} s: waiting for the last leave events"
         latest = Group(*([*lines][-2:]))
         return Panel(latest, title=f"sfu-delegate · {clock} · Ctrl-C ends it", title_align="left", border_style="bold")
 
-    def _column(self, column: Column) -> RenderableType:
+    def _column(self, column: Column, height: int) -> RenderableType:
         title, colour = self.titles[column], column.value[1]
         if column is Column.ROOM:
             return Panel(self._member_table(), title=title, border_style=colour)
         # The newest lines are what matters; what does not fit is above.
-        room = max(3, self.console.height - 7)
+        room = max(1, height - FRAME)
         return Panel(Group(*[*self._lines[column]][-room:]), title=title, border_style=colour)
 
     def _member_table(self) -> Table:
@@ -145,7 +159,10 @@ _RATIOS = {Column.SFU: 3, Column.DAEMON: 4, Column.ROOM: 4}
 
 
 def _table(outcomes: Sequence[Outcome], now: float) -> Table:
-    caption = "In the room: is the leave event there? Delay: from the SFU's word to the leave event. Restarts: after the first, which is the check."
+    caption = (
+        "In the room: is the leave event there? Delay: from the SFU's word to the leave event. Restarts: after the first, which is the check; "
+        "in brackets, how many were due."
+    )
     table = Table(title="What became of everybody", title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     for heading in ("Who", "How it ended", "The SFU's word", "In the room", "Delay", "Member", "Restarts"):
         table.add_column(heading, overflow="fold")
@@ -162,7 +179,7 @@ def _cells(one: Outcome, now: float) -> tuple[str, ...]:
         due, restarts = one.restarts_due(now), max(0, one.restarts - 1)
         word = "has not noticed yet" if one.person.leaves and one.acted else one.reason or "–"
         member = "yes" if one.in_call and one.announced_once else "NO"
-        return one.person.name, how, word, "–", "–", member, f"{restarts} (due: {due})" if due else str(restarts)
+        return one.person.name, how, word, "–", "–", member, f"{restarts} (at least {due})" if due else str(restarts)
     found = "NO" if one.leave_at is None else "yes"
     after = "–" if one.delay is None else f"{max(0.0, one.delay):.1f} s"
     return one.person.name, how, one.reason, found, after, "YES" if one.in_call else "no", str(max(0, one.restarts - 1))

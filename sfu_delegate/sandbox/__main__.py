@@ -16,9 +16,10 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sfu_delegate.sandbox",
         description="Runs a stand-in SFU and a stand-in homeserver on 127.0.0.1, and prints their addresses as one line of JSON. Not for production.",
-        epilog="Each is driven through its control address: POST /sandbox/OPERATION with a JSON object of arguments, as to the SFU's "
-        '/sandbox/join {"room": "call", "identity": "@alice:hs.test:PHONE"}, and /sandbox/leave with "reason": "CLIENT_INITIATED" in addition. An '
-        "operation that there is not is answered with those that there are.",
+        epilog="Each is driven through its control address: POST /sandbox/OPERATION with a JSON object of arguments. To the SFU's: "
+        '/sandbox/create_room {"name": "call"}, which --auto-create makes needless; then /sandbox/join {"room": "call", "identity": '
+        '"@alice:hs.test:PHONE"}, and /sandbox/leave with the same, and, if you like, "reason": "CLIENT_INITIATED". An operation that there is not '
+        "is answered with those that there are, and arguments that do not fit with those that do.",
     )
     parser.add_argument("--webhook", action="append", default=[], metavar="URL", help="where webhooks are sent; may be repeated")
     parser.add_argument("--key", default="devkey", help="the SFU's API key (default: %(default)s)")

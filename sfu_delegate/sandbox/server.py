@@ -237,7 +237,9 @@ class _Sandbox:
             result = self._operate(name, arguments)
         except (Impossible, JoinRefused, MatrixError) as error:
             return web.json_response({"error": str(error)}, status=409)
-        except (TypeError, ValueError, KeyError) as error:
+        except KeyError as error:
+            return web.json_response({"error": f"{name}: {error.args[0]}"}, status=400)  # str() of it would put it in quotes
+        except (TypeError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=400)
         await self.settle()
         return web.json_response({"result": result})
@@ -249,10 +251,23 @@ class _Sandbox:
         if name not in self.operations:
             raise ValueError(f"there is no operation {name!r}; there are: {', '.join(sorted([*self.operations, 'faults']))}")
         operation = getattr(self._model, name)
-        if "now" in inspect.signature(operation).parameters:
-            arguments = arguments | {"now": self._clock()}
-        positional = arguments.pop("args", [])
-        return operation(*positional, **arguments)
+        signature = inspect.signature(operation)
+        positional, named = arguments.get("args", []), {key: value for key, value in arguments.items() if key != "args"}
+        if "now" in signature.parameters:
+            named["now"] = self._clock()
+        try:
+            signature.bind(*positional, **named)
+        except TypeError as error:
+            taken = ", ".join(_described(parameter) for parameter in signature.parameters.values() if parameter.name != "now")
+            raise ValueError(f"{name}: {error}. It takes {taken or 'no arguments'}.") from None
+        return operation(*positional, **named)
+
+
+def _described(parameter: inspect.Parameter) -> str:
+    """An argument of an operation, as its caller is told of it."""
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        return f"more {parameter.name}, in 'args'"
+    return parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name} (optional)"
 
 
 class SandboxSfu(_Sandbox):
@@ -322,6 +337,8 @@ class SandboxSfu(_Sandbox):
             set_fields(self.model.delivery_faults, arguments)
             return None
         if name == "urls":
+            if not isinstance(arguments.get("urls"), list):
+                raise ValueError('urls takes "urls", a list')
             self.model.urls = [str(url) for url in arguments["urls"]]
             return None
         if name == "rooms":
@@ -534,6 +551,6 @@ def set_fields(target: Any, values: Mapping[str, Any]) -> None:
     known = {item.name for item in fields(target)}
     for name in values:
         if name not in known:
-            raise KeyError(f"no field {name!r}")
+            raise KeyError(f"there is no {name!r}; there are: {', '.join(sorted(known))}")
     for name, value in values.items():
         setattr(target, name, frozenset(value) if name == "only" and value is not None else value)

@@ -583,7 +583,7 @@ class SfuModel:
     def _room(self, name: str) -> Room:
         self._must_run()
         if name not in self.rooms:
-            raise Impossible("no such room")
+            raise Impossible(f"no such room: {name}. Rooms are made by create_room, or by themselves with --auto-create")
         return self.rooms[name]
 
     def _find(self, room: str, identity: str) -> tuple[Room, Session]:

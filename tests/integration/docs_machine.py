@@ -1,4 +1,4 @@
-"""A machine as the documentation's commands need it: folders of its own for /etc, /opt and /var, a stand-in SFU and homeserver, and the real daemon.
+"""A machine as the documentation's commands need it: folders of its own for /etc, /opt, /usr/local and /var, stand-ins and the real daemon.
 
 The commands are run by a real shell, with the real `sfu-delegate`, `curl`, `sqlite3` and the rest. Only what would change the machine that the tests
 run on is a stand-in: users and owners, systemd and its journal, and, unless it is asked for, what is downloaded. Hosts and ports of the examples are
@@ -102,7 +102,7 @@ class Machine:
         self.printed = ""  # by the quickstart
 
     def __enter__(self) -> Self:
-        for folder in ("bin", "standing", "checkout", "etc/systemd/system", "etc/matrix-synapse", "opt", "var/lib", "var/backups"):
+        for folder in ("bin", "standing", "checkout", "etc/systemd/system", "etc/matrix-synapse", "opt", "usr/local/bin", "var/lib", "var/backups"):
             (self.root / folder).mkdir(parents=True)
         for name in ("requirements", "systemd", "config", "sfu_delegate", "docs"):
             shutil.copytree(ROOT / name, self.checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -122,7 +122,7 @@ class Machine:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SFU_DELEGATE_")}
         self.environment = {
             **inherited,
-            "PATH": f"{self.root / 'bin'}:{self.root / 'opt/sfu-delegate/bin'}:{os.environ['PATH']}",
+            "PATH": f"{self.root / 'bin'}:{self.root / 'usr/local/bin'}:{os.environ['PATH']}",
             "R": str(self.root),
             "PYTHON": sys.executable,
             "PYTHONPATH": "" if self._really else str(ROOT),
@@ -171,6 +171,7 @@ class Machine:
             ),
             ("/opt/sfu-delegate", f"{self.root}/opt/sfu-delegate"),
             ("/etc/", f"{self.root}/etc/"),
+            ("/usr/local/", f"{self.root}/usr/local/"),
             ("/var/", f"{self.root}/var/"),
         ):
             text = text.replace(old, new)

@@ -5,13 +5,16 @@ They follow the reader: first the quickstart, from nothing to a delegate that wo
 
 import base64
 import json
+import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,11 +23,12 @@ import aiohttp
 import pytest
 import yaml
 from livekit.api import AccessToken, VideoGrants
+from sfu_delegate.demo.processes import free_ports
 from sfu_delegate.livekit.names import room_name
 
 from tests import postgresql
 from tests.integration.docs_machine import ALICE, KEY, SECRET, Machine, needs
-from tests.snippets import given
+from tests.snippets import ROOT, given
 
 ROOM = "!abcdefg:example.org"
 MEMBER = "org.matrix.msc3401.call.member"
@@ -130,7 +134,7 @@ def test_the_quickstart_works_with_packages_that_are_really_installed(tmp_path: 
 
 def test_the_unit_is_installed_as_the_manual_says(machine: Machine) -> None:
     """Installing, and upgrading, as docs/operating.md has it."""
-    machine.run(given("docs/operating.md", "# pip leaves them in the checkout"))
+    machine.run(given("docs/operating.md", "-m venv /opt/sfu-delegate"))
     shutil.copy(machine.file("/etc/sfu-delegate/sfu-delegate.yaml"), machine.checkout / "sfu-delegate.yaml")
     machine.run("systemctl stop sfu-delegate")
     machine.run(given("docs/operating.md", "-m 0640 sfu-delegate.yaml /etc"))
@@ -240,6 +244,58 @@ def test_clients_get_tokens_through_their_homeserver(machine: Machine) -> None:
     out = machine.run(block, MATRIX_TOKEN=client.matrix_token)
     assert list(answer_in(out)) == ["jwt"]
     assert out.endswith("{}")
+
+
+def test_a_client_is_tried_without_a_homeserver_and_an_sfu(tmp_path: Path) -> None:
+    """The three terminals of docs/clients.md: the sandbox, the daemon, and a client whose delegation gets the history that is shown."""
+    needs("bash", "curl", "jq")
+    ports = dict(zip(("7880", "7881", "8008", "8009", "8080", "8081"), map(str, free_ports(6)), strict=True))
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SFU_DELEGATE_")}
+    listeners = {"SFU_DELEGATE_LISTEN__PORT": ports["8080"], "SFU_DELEGATE_ADMIN__PORT": ports["8081"]}
+
+    def here(block: str) -> str:
+        programs = {"sfu-delegate": f"{sys.executable} -m sfu_delegate.cli", "python": sys.executable}
+        block = re.sub(r"\.venv/bin/(sfu-delegate|python)", lambda program: programs[program[1]], block)
+        return re.sub("|".join(ports), lambda port: ports[port[0]], re.sub(r"(?m)^sleep \d.*\n", "wait_for_it\n", block))
+
+    def terminal(block: str) -> subprocess.Popen[str]:
+        command, environment = ["bash", "-e", "-c", here(block)], {**inherited, **listeners, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+
+    # In place of a person's patience: until the daemon has seen that it came, and then that it is over.
+    waiting = """
+waits=0
+wait_for_it() {
+    waits=$((waits + 1))
+    for _ in $(seq 600); do
+        history=$(curl -s "http://127.0.0.1:8080/v1/delegations/$(jq -r .id delegation.json)" -H "Authorization: Bearer $LIVEKIT_TOKEN")
+        if [ $waits = 1 ]; then jq -e '.participant.presence == "connected"' <<< "$history" && return
+        else jq -e '.state == "done"' <<< "$history" && return; fi > "/dev/null"
+        sleep 0.05
+    done
+    exit 1
+}
+"""
+    opened = list[subprocess.Popen[str]]()
+    with (tmp_path / "log").open("w+") as log:
+        try:
+            opened.append(terminal(given("docs/clients.md", "-m sfu_delegate.sandbox --auto-create")))
+            assert opened[0].stdout is not None
+            assert json.loads(opened[0].stdout.readline())["sfu"].endswith(ports["7880"])
+            opened.append(terminal(given("docs/clients.md", "serve --config try.yaml")))
+            ready = f"curl -sf --retry 30 --retry-delay 1 --retry-connrefused http://127.0.0.1:{ports['8081']}/health/ready"
+            subprocess.run(["bash", "-c", ready], check=True, capture_output=True, timeout=60)
+            client = terminal(waiting + given("docs/clients.md", "sandbox() {"))
+            opened.append(client)
+            printed, _ = client.communicate(timeout=60)
+            log.seek(0)
+            assert client.returncode == 0, printed + log.read()
+            assert printed.endswith(given("docs/clients.md", "delegated\nverified\nconnected\n")), printed
+        finally:
+            for each in reversed(opened):
+                with suppress(ProcessLookupError):
+                    os.killpg(each.pid, signal.SIGTERM)
+                each.communicate()
 
 
 # ── operators ──

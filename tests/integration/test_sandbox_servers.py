@@ -307,6 +307,22 @@ async def test_another_process_can_drive_the_sfu() -> None:
         assert [event["event"] for event in await receiver.until(2)] == ["room_started", "participant_joined"]
 
 
+async def test_what_is_wrong_with_an_operation_is_said_in_a_sentence() -> None:
+    """A room that is not there, arguments that do not fit, and an unknown fault are answered with what to do, and without names of the program."""
+    async with SandboxSfu(sfu_model()) as sfu, aiohttp.ClientSession(sfu.control_url) as http:
+
+        async def error(operation: str, **arguments: Any) -> str:
+            async with http.post(f"/sandbox/{operation}", json=arguments) as response:
+                return str((await response.json())["error"])
+
+        assert "create_room" in await error("join", room="call", identity="alice")
+        assert await error("create_room", room="call") == (
+            "create_room: missing a required argument: 'name'. It takes name, empty_timeout (optional), departure_timeout (optional)."
+        )
+        assert (await error("urls")).startswith("urls takes")
+        assert (await error("faults", nonsense=1)).startswith("faults: there is no 'nonsense'; there are: ")
+
+
 async def test_a_delayed_event_over_http() -> None:
     """Schedule, restart, read, send and find the event in the room, as a client and a delegate do it; percent-encoded names arrive decoded."""
     async with SandboxHomeserver() as homeserver, aiohttp.ClientSession() as http:

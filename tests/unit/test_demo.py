@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+from rich.live import Live
 from sfu_delegate import demo
 from sfu_delegate.demo.screen import Column, Screen
 from sfu_delegate.demo.story import CAST, Outcome
@@ -30,6 +32,24 @@ def test_plain_lines_name_who_speaks(capsys: pytest.CaptureFixture[str]) -> None
         screen.begin(50)
         screen.say(Column.SFU, "anna [joined]")
     assert capsys.readouterr().out.split() == ["0.0", "s", "SFU", "anna", "[joined]"]
+
+
+@pytest.mark.parametrize(("width", "rows"), [(160, 1), (90, 3)])
+def test_a_narrow_terminal_has_its_panels_below_each_other(width: int, rows: int) -> None:
+    """At 90 columns a line that fits is not cut, the newest lines are there, and so is everybody; wide ones have the panels side by side."""
+    screen = Screen(plain=True)
+    screen.console = Console(width=width, height=30, highlight=False)
+    screen.begin(50)
+    screen._live = Live(console=screen.console)  # never started: the picture is only drawn
+    screen.members({f"person{number}": (True, "") for number in range(6)})
+    for number in range(40):
+        screen.say(Column.DAEMON, f"line {number} of a delegation that is told about")
+    with screen.console.capture() as captured:
+        screen.console.print(screen._picture(), height=30)
+    drawn = captured.get()
+    assert "line 39 of a delegation that is told about" in drawn
+    assert "person5" in drawn
+    assert len({line for line, text in enumerate(drawn.splitlines()) if any(title in text for title in screen.titles.values())}) == rows
 
 
 def test_only_changes_of_the_room_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +90,7 @@ def test_the_summary_shows_what_is_missing(capsys: pytest.CaptureFixture[str]) -
         screen.summary([outcome(0, in_call=True), outcome(2, in_call=False)], 130.0, ["ben: the leave event is not in the room"], 0)
     out = capsys.readouterr().out
     rows = {cells[1]: cells for line in out.splitlines() if line.startswith("│") and (cells := [cell.strip() for cell in line.split("│")])}
-    assert (rows["anna"][6], rows["anna"][7]) == ("yes", "1 (due: 1)")
+    assert (rows["anna"][6], rows["anna"][7]) == ("yes", "1 (at least 1)")
     assert (rows["ben"][4], rows["ben"][5]) == ("NO", "–")
     assert "missing: ben: the leave event is not in the room" in out
     assert "Not everything is as it must be." in out

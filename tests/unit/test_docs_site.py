@@ -100,6 +100,16 @@ def test_anchors_are_those_of_the_code_host(site: Path) -> None:
     assert {slug(heading) for heading in headings} <= ids
 
 
+def test_the_quickstart_has_one_title_and_nothing_to_scroll() -> None:
+    """Its page begins with its title, not with two, and no line of its blocks is wider than a window of 1280 pixels has place for."""
+    build = builder()
+    text = build.Gathering().text(next(page for page in build.pages() if page.name == "quickstart"))
+    assert text.startswith("# Quickstart\n\nTen minutes")
+    assert re.findall(r"(?m)^(#+) 1\. Install$", text) == ["##"]
+    for block in re.findall(r"(?ms)^```\w+\n(.*?)^```$", text):
+        assert max(map(len, block.splitlines())) <= 90, block
+
+
 def test_a_broken_link_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gathering refuses a link to a file that there is not, and a section of the README that has no page."""
     build = builder()
