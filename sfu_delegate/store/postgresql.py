@@ -266,8 +266,10 @@ _FORGET_TIMES = (
     "due = CASE WHEN e.state = %(done)s THEN least(e.due, %(now)s + (e.due - e.finished_at)) WHEN e.state = %(vanished)s THEN %(vanished_at)s "
     "WHEN e.state = %(adrift)s THEN %(adrift_at)s ELSE %(now)s END, "
     "harm = CASE WHEN e.state = %(adrift)s THEN %(now)s + e.delay + %(adrift_keep)s "
-    "WHEN e.state = %(done)s OR e.harm IS NULL THEN e.harm ELSE least(e.harm, %(now)s + e.delay / 2) END, "
-    "running_since = least(e.running_since, %(now)s), presence_since = least(e.presence_since, %(now)s), "
+    "WHEN e.state = %(done)s OR e.harm IS NULL THEN e.harm WHEN e.state = %(live)s AND e.harm < %(now)s THEN %(now)s + e.delay / 2 "
+    "ELSE least(e.harm, %(now)s + e.delay / 2) END, "
+    "running_since = CASE WHEN e.state = %(done)s THEN least(e.running_since, %(now)s) "
+    "ELSE greatest(least(e.running_since, %(now)s), %(now)s - e.delay) END, presence_since = least(e.presence_since, %(now)s), "
     "attempt_at = least(e.attempt_at, %(now)s), accepted_at = least(e.accepted_at, %(now)s), "
     "look_at = CASE WHEN e.look_at > %(now)s THEN %(now)s ELSE e.look_at END, "
     "ended_at = CASE WHEN e.ended_at > %(now)s THEN %(now)s ELSE e.ended_at END "
@@ -1116,8 +1118,8 @@ class PostgresStore:
 
     def times_are_unknown(self, now: float, policy: Policy) -> None:
         values = {
-            **{"now": now, "done": State.DONE.value, "vanished": State.VANISHED.value, "adrift": State.ADRIFT.value, "most": CHUNK},
-            **{"vanished_at": now + policy.vanished_wait, "adrift_at": now + ADRIFT_CHECK, "adrift_keep": policy.adrift_keep},
+            **{"now": now, "done": State.DONE.value, "vanished": State.VANISHED.value, "adrift": State.ADRIFT.value, "live": State.LIVE.value},
+            **{"most": CHUNK, "vanished_at": now + policy.vanished_wait, "adrift_at": now + ADRIFT_CHECK, "adrift_keep": policy.adrift_keep},
         }
         last = 0
         while True:

@@ -564,8 +564,12 @@ class SqliteStore:
         self.execute(insert(_room).from_select(["sfu", "name", *values], missing))
 
     def _forget_times(self, now: float, policy: Policy) -> None:
-        """Stored times may lie in the future, or longer ago than they say: what waits for one is due, and nothing happened later than now."""
+        """Stored times may lie in the future, or longer ago than they say: what waits for one is due, and nothing happened later than now.
+
+        A countdown that seems to be over may have just begun: nobody is given up for that.
+        """
         c = _event.c
+        over = and_(c.state == State.LIVE.value, c.harm < now)
         self.execute(
             update(_event)
             .where(c.state != State.DONE.value)
@@ -575,8 +579,12 @@ class SqliteStore:
                     (c.state == State.ADRIFT.value, now + ADRIFT_CHECK),
                     else_=now,
                 ),
-                harm=case((c.state == State.ADRIFT.value, now + c.delay + policy.adrift_keep), else_=func.min(c.harm, now + c.delay / 2)),
-                running_since=func.min(c.running_since, now),
+                harm=case(
+                    (c.state == State.ADRIFT.value, now + c.delay + policy.adrift_keep),
+                    (over, now + c.delay / 2),
+                    else_=func.min(c.harm, now + c.delay / 2),
+                ),
+                running_since=func.max(func.min(c.running_since, now), now - c.delay),
                 presence_since=func.min(c.presence_since, now),
                 attempt_at=func.min(c.attempt_at, now),
                 look_at=func.min(c.look_at, now),

@@ -24,6 +24,16 @@ HISTORIES: Mapping[str, History] = MappingProxyType(
         ),
         # After the clock was set back, rooms are looked at as often as else.
         "clock_set_back_two_hours": History(5001, (ALICE,), (Op(12.0, "come", "alice"), Op(139.0, "clock", "red", -7200.0)), 140.4),
+        # A clock that was set forward while nobody looked: countdowns seem to be long over, and are tried as often as any that may be about to end.
+        "clock_set_forward_a_day_in_an_outage": History(
+            1796050061,
+            (Someone(name="p2", room="blue", delay=120.0, through=True),),
+            (
+                *(Op(34.0, "come", "p2"), Op(67.0, "clock", "blue", 86400.0)),
+                *(Op(69.0, "homeserver error", "red", 101.0), Op(118.0, "homeserver down", "blue", 21.0)),
+            ),
+            447.425,
+        ),
         "clock_set_back_a_day": History(5003, (CAROL,), (Op(100.0, "come", "carol", 23.0), Op(118.0, "clock", "red", -86400.0)), 118.7),
         # Somebody who is expected, and is to be looked for later, must not keep the room from being looked at when the daemon starts.
         "start_while_somebody_is_expected": History(7050, (BOB,), (Op(12.0, "come never", "bob"), Op(110.0, "crash", "red", 6.0)), 117.0),
