@@ -11,8 +11,8 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 MINUTES ?= 10
-# Most tests wait for something: three at a time take a third as long. Those of one file share what they start.
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
+# Most tests wait for something: four at a time take a third as long. Those of one file share what they start.
+PYTEST = $(BIN)/python -m pytest -n 4 --dist loadfile
 .PHONY: help install demo test test-all check lint types layers format unit bench bench-parts bench-scaling bench-departures soak soak-daemon soak-instances docs screenshots lock clean
 
 help: ## what there is
@@ -44,7 +44,8 @@ install: $(VENV)/.run ## install the daemon into .venv
 demo: $(VENV)/.demo ## the daemon, a real Synapse and a stand-in SFU, live in the terminal (ARGS=--no-synapse: without Synapse)
 	@$(BIN)/sfu-delegate demo $(ARGS)
 
-test: check unit ## lint, types, layers and the tests (what takes long as a sample)
+test: lint layers ## lint, types, layers and the tests (what takes long as a sample)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line types unit    # types are checked beside the tests, which wait now and then
 
 test-all: check ## the same with everything that takes long
 	$(PYTEST) --run-slow $(ARGS)

@@ -132,6 +132,7 @@ def test_the_quickstart_works_with_packages_that_are_really_installed(tmp_path: 
         assert machine.file("/opt/sfu-delegate/bin/sfu-delegate").exists()
 
 
+@pytest.mark.slow
 def test_the_unit_is_installed_as_the_manual_says(machine: Machine) -> None:
     """Installing, and upgrading, as docs/operating.md has it."""
     machine.run(given("docs/operating.md", "-m venv /opt/sfu-delegate"))
@@ -171,6 +172,7 @@ def test_curl_delegates(machine: Machine) -> None:
     assert any(entry["state_key"] == "_@alice:example.org_ADEVICE_m.call" and entry["content"] == {} for entry in state)
 
 
+@pytest.mark.slow
 def test_who_has_the_key_can_try_it_without_a_client(machine: Machine) -> None:
     """With a token of one's own making it says NEVER_JOINED, and the event is sent."""
     made = given("README.md", "from livekit.api import AccessToken")

@@ -6,7 +6,7 @@ from tests.simulation.histories import PROFILES, make, play
 from tests.simulation.shrinking import shrink
 
 SEEDS = 200
-SAMPLE = 80  # of them are played in each run
+SAMPLE = 40  # of them are played in each run
 CHUNK = 40
 
 CHUNKS = [pytest.param(first, marks=[] if first < SAMPLE else [pytest.mark.slow]) for first in range(0, SEEDS, CHUNK)]

@@ -524,6 +524,7 @@ def test_all_parts_of_scaling_are_run_by_default() -> None:
     assert scaling.Sizes().storage[0] == (100, 0.2)
 
 
+@pytest.mark.slow
 def test_steps_on_postgresql() -> None:
     """A handful of people delegate, join and leave, and others are restarted; each kind costs something, and is in the table."""
     sizes = StepSizes(alone=2, batch=2, together=4, restarts_alone=1, restarts=2, backlog=2, news=1, census=1)
