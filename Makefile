@@ -45,7 +45,7 @@ demo: $(VENV)/.demo ## the daemon, a real Synapse and a stand-in SFU, live in th
 	@$(BIN)/sfu-delegate demo $(ARGS)
 
 test: lint layers ## lint, types, layers and the tests (what takes long as a sample)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line types unit    # types are checked beside the tests, which wait now and then
+	@$(MAKE) --no-print-directory --jobs=2 types unit    # types are checked beside the tests, which wait now and then
 
 test-all: check ## the same with everything that takes long
 	$(PYTEST) --run-slow $(ARGS)

@@ -96,6 +96,7 @@ async def test_ctrl_c_cleans_up_everything(tmp_path: Path) -> None:
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.slow
 async def test_its_processes_die_with_it(tmp_path: Path) -> None:
     """Where it is killed and can clean up nothing, the kernel ends the daemon all the same."""
     demo = await start(tmp_path, "--no-synapse")

@@ -6,8 +6,8 @@ from tests.simulation.histories import PROFILES, make, play
 from tests.simulation.shrinking import shrink
 
 SEEDS = 200
-SAMPLE = 40  # of them are played in each run
-CHUNK = 40
+SAMPLE = 20  # of them are played in each run
+CHUNK = 20
 
 CHUNKS = [pytest.param(first, marks=[] if first < SAMPLE else [pytest.mark.slow]) for first in range(0, SEEDS, CHUNK)]
 

@@ -102,7 +102,7 @@ def test_five_hundred_leave_and_five_hundred_stay(within: float, leave_at: float
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("within", JOINED)
-@pytest.mark.parametrize("instances", [2, 3])
+@pytest.mark.parametrize("instances", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_instances_are_one_to_the_homeserver(instances: int, within: float, known: bool) -> None:
     """Behind one address they are as quick as one, nobody is dropped, and together they are refused no more often."""
     for seed, leave_at in enumerate(moments(3, 131.0, (instances + known) / 5)):
