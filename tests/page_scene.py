@@ -258,6 +258,10 @@ class Inspected:
 class NoPort:
     """Nothing is changed here."""
 
+    def now(self) -> float:
+        """See `api.port.Port`: as in the overview."""
+        return NOW
+
     async def put(self, given: Any) -> Any:
         raise AssertionError("the page only reads")
 

@@ -72,35 +72,35 @@ class AdminApi:
 
     async def list(self, request: web.Request) -> web.Response:
         """Delayed events that match, the newest first."""
-        query = Query(request.query, self._services.inspection.overview().now)
+        query = Query(request.query, self._services.port.now())
         wanted, limit, before = query.selection(), query.page(), query.number("before")
         query.no_more()
         found = await self._questions.events(wanted, limit, before)
-        now = self._services.inspection.overview().now
+        now = self._services.port.now()
         more = {"before": found[-1].id} if len(found) == limit else {}
         return json_response({"now_ts": _ts(now), "events": [event_json(row, now) for row in found], **more})
 
     async def show(self, request: web.Request) -> web.Response:
         """One delegation, with its story."""
         rows, notes = await self._questions.delegation(request.match_info["id"])
-        now = self._services.inspection.overview().now
+        now = self._services.port.now()
         told = await asyncio.to_thread(story_json, rows, notes, now)  # a long one must not hold up webhooks
         return json_response({"id": rows[0].delegation, "now_ts": _ts(now), **told})
 
     async def rooms(self, request: web.Request) -> web.Response:
         """Rooms with delegations, by SFU and name."""
-        query = Query(request.query, self._services.inspection.overview().now)
+        query = Query(request.query, self._services.port.now())
         named, sfu, limit = query.rooms(), query.text("sfu"), query.page()
         after = (query.text("after_sfu") or "", query.text("after") or "")
         query.no_more()
         rooms, counts = await self._questions.rooms(limit, after if any(after) else None, sfu=sfu, named=named)
         more = {"after_sfu": rooms[-1].sfu, "after": rooms[-1].name} if len(rooms) == limit else {}
-        now = self._services.inspection.overview().now
+        now = self._services.port.now()
         return json_response({"now_ts": _ts(now), "rooms": rooms_json(rooms, counts), **more})
 
     async def explain(self, request: web.Request) -> web.Response:
         """Why it is, or was, so: the story of each delayed event of a room, or of a user."""
-        query = Query(request.query, self._services.inspection.overview().now)
+        query = Query(request.query, self._services.port.now())
         wanted = query.selection()
         query.no_more()
         if not wanted.rooms and wanted.user is None:
@@ -137,7 +137,7 @@ class AdminApi:
             raise MatrixError(404, "M_NOT_FOUND", _NO_SUCH)
         changed = sum(row.state is not State.DONE for row in before)
         self._services.log.warning(what, delegation=row.delegation, room=row.room, identity=row.identity, events=changed, by=by)
-        now = self._services.inspection.overview().now
+        now = self._services.port.now()
         return json_response({"id": row.delegation, "changed": changed, "events": [event_json(row._replace(delay_id=""), now) for row in reply.rows]})
 
 
